@@ -1,0 +1,16 @@
+// The Python module: integers in, error codes turned into exceptions, nothing else.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of mosa_kernels; free of PyTorch headers, called with addresses and sizes.";
+  py::dict info;
+  info["version"] = mosa::build_info::kVersion;
+  info["compiler"] = mosa::build_info::kCompiler;
+  info["cuda_toolkit"] = mosa::build_info::kCudaToolkit;
+  info["cuda_architectures"] = mosa::build_info::kCudaArchitectures;
+  m.attr("build_info") = info;
+}

@@ -1,0 +1,59 @@
+"""The one place that imports the compiled module `mosa_kernels._C`, and remembers why where it cannot.
+
+Importing this module needs neither PyTorch nor a GPU and never fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from mosa_kernels.version import __version__
+
+BUILD_RECORD = Path(__file__).with_name("_build.json")
+
+
+class Extension(NamedTuple):
+    """The compiled module, or the reasons why it, or its CUDA half, is not there."""
+
+    module: ModuleType | None
+    reason: str | None  # None: the C++ kernels are there
+    cuda_reason: str | None  # None: the CUDA kernels are there (whether a GPU is, is another question)
+
+
+def _build_record() -> dict[str, str | None]:
+    """What the build left out, as setup.py wrote it: reasons under "native" and "cuda"."""
+    try:
+        return json.loads(BUILD_RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+@cache
+def extension() -> Extension:
+    """Imports `_C` once.
+
+    A module of another version than the package's is refused: it is a leftover of an earlier build, and its
+    functions may take other arguments.
+    """
+    try:
+        module = importlib.import_module("mosa_kernels._C")
+    except ImportError as error:
+        built = any(BUILD_RECORD.parent.glob("_C*.so"))
+        recorded = _build_record().get("native")
+        reason = f"mosa_kernels._C does not load: {error}" if built else f"mosa_kernels._C was not built: {recorded}"
+        if not built and not recorded:
+            reason = "mosa_kernels._C was not built (pip install . or, in a clone, make build)"
+        return Extension(None, reason, reason)
+    built_for = module.build_info["version"]
+    if built_for != __version__:
+        reason = f"mosa_kernels._C was built for version {built_for}, this is {__version__}: build it again"
+        return Extension(None, reason, reason)
+    if module.build_info["cuda_toolkit"]:
+        return Extension(module, None, None)
+    recorded = _build_record().get("cuda") or "nvcc was not found"
+    return Extension(module, None, f"the CUDA kernels were not built: {recorded}")
