@@ -1,0 +1,88 @@
+"""Fused mixture-of-sparse-adapters (MoSA, arXiv 2312.02923) for PyTorch and timm.
+
+The public names are imported when they are first used, so `import mosa_kernels` is immediate.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mosa_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from mosa_kernels.backends.choice import available_backends
+    from mosa_kernels.functional.adapter import mosa_adapter
+    from mosa_kernels.functional.merge import merge_adapters
+    from mosa_kernels.functional.split import split
+    from mosa_kernels.losses import MoSALoss
+    from mosa_kernels.nn.adapter import FusedMoSAAdapter
+    from mosa_kernels.nn.dense import DenseAdapter
+    from mosa_kernels.nn.sampler import inference_experts
+    from mosa_kernels.optim import MoSAAdamW
+    from mosa_kernels.peft import (
+        MoSAConfig,
+        disable_adapter,
+        inject_adapter,
+        load_adapter,
+        merge_and_unload,
+        save_adapter,
+        set_adapter,
+        trainable_parameters,
+        two_pass,
+    )
+
+_HOME = {
+    "available_backends": "backends.choice",
+    "mosa_adapter": "functional.adapter",
+    "merge_adapters": "functional.merge",
+    "split": "functional.split",
+    "MoSALoss": "losses",
+    "FusedMoSAAdapter": "nn.adapter",
+    "DenseAdapter": "nn.dense",
+    "inference_experts": "nn.sampler",
+    "MoSAAdamW": "optim",
+    "MoSAConfig": "peft",
+    "disable_adapter": "peft",
+    "inject_adapter": "peft",
+    "load_adapter": "peft",
+    "merge_and_unload": "peft",
+    "save_adapter": "peft",
+    "set_adapter": "peft",
+    "trainable_parameters": "peft",
+    "two_pass": "peft",
+}
+
+__all__ = [
+    "DenseAdapter",
+    "FusedMoSAAdapter",
+    "MoSAAdamW",
+    "MoSAConfig",
+    "MoSALoss",
+    "__version__",
+    "available_backends",
+    "disable_adapter",
+    "inference_experts",
+    "inject_adapter",
+    "load_adapter",
+    "merge_adapters",
+    "merge_and_unload",
+    "mosa_adapter",
+    "save_adapter",
+    "set_adapter",
+    "split",
+    "trainable_parameters",
+    "two_pass",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,138 @@
+"""The one place that says what an adapter call has to look like. Each error names the argument, expected, got."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosa_kernels.backends.activations import ACTIVATIONS
+from mosa_kernels.backends.arguments import MERGED, AdapterArguments
+
+
+def check_adapter(args: AdapterArguments) -> None:
+    """Checks shapes, dtypes, devices and options of a call.
+
+    Raises:
+        TypeError: a tensor has a dtype that the operator does not take.
+        ValueError: a shape, device or option is wrong.
+    """
+    x, w_down, w_up = args.x, args.w_down, args.w_up
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError("x: expected shape [..., d], got a tensor without dimensions")
+    d = x.shape[-1]
+    if w_down.dim() != 2 or w_down.shape[1] != d or w_down.shape[0] < 1:
+        raise ValueError(f"w_down: expected shape [r, {d}] with r >= 1 for x of width {d}, got {list(w_down.shape)}")
+    r = w_down.shape[0]
+    _check_shape("w_up", w_up, (d, r))
+    _check_shape("b_down", args.b_down, (r,))
+    _check_shape("norm_weight", args.norm_weight, (d,))
+    _check_shape("norm_bias", args.norm_bias, (d,))
+    if args.norm_bias is not None and args.norm_weight is None:
+        raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
+    b_up = args.b_up
+    if b_up is not None and (b_up.dim() not in (1, 2) or b_up.shape[-1] != d or b_up.shape[0] < 1):
+        raise ValueError(f"b_up: expected shape [{d}] or [N, {d}], got {list(b_up.shape)}")
+    _check_owner("assignment", args.assignment, (d, r))
+    _check_owner("assignment_down", args.assignment_down, (r, d))
+    _check_device("assignment", args.assignment, x)
+    _check_device("assignment_down", args.assignment_down, x)
+    _check_shape("w_down_init", args.w_down_init, (r, d))
+    if (args.w_down_init is None) != (args.assignment_down is None):
+        raise ValueError("w_down_init: expected together with assignment_down, got one without the other")
+    if args.residual is not None and args.residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {list(x.shape)}, got {list(args.residual.shape)}")
+    if args.residual is not None and args.residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {args.residual.dtype}")
+    if args.scale_tensor is not None and args.scale_tensor.dim() != 0:
+        raise ValueError(f"scale: expected a number or a tensor of shape [], got {list(args.scale_tensor.shape)}")
+    if args.activity is not None and args.activity.dim() != 1:
+        raise ValueError(f"activity: expected shape [N], got {list(args.activity.shape)}")
+    _check_groups("expert", args.expert, x)
+    _check_groups("seed", args.seed, x)
+    _check_experts(args)
+
+    parameters = (
+        ("w_down", w_down),
+        ("b_down", args.b_down),
+        ("w_up", w_up),
+        ("b_up", b_up),
+        ("w_down_init", args.w_down_init),
+        ("norm_weight", args.norm_weight),
+        ("norm_bias", args.norm_bias),
+        ("scale", args.scale_tensor),
+    )
+    for name, tensor in parameters:
+        if (
+            tensor is not None
+            and tensor.dtype != x.dtype
+            and tensor.dtype != torch.float32
+            and args.compute_dtype is None
+        ):
+            raise TypeError(f"{name}: expected {x.dtype} (as x) or torch.float32, got {tensor.dtype}")
+        _check_device(name, tensor, x)
+
+    if args.activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {args.activation!r}")
+    if not 0 <= args.dropout_p < 1:
+        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {args.dropout_p}")
+    if args.norm_eps < 0:
+        raise ValueError(f"norm_eps: expected at least 0, got {args.norm_eps}")
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_owner(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    _check_shape(name, tensor, shape)
+    if tensor.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected torch.uint8, got {tensor.dtype}")
+
+
+def _check_groups(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {tensor.dtype}")
+    if tensor.dim() > 1 or (
+        tensor.dim() == 1 and (tensor.shape[0] == 0 or x.shape[0] % tensor.shape[0] != 0 or x.dim() == 1)
+    ):
+        raise ValueError(
+            f"{name}: expected shape [] or [G] with G a divisor of x.shape[0], "
+            f"got {list(tensor.shape)} for x {list(x.shape)}"
+        )
+    _check_device(name, tensor, x)
+
+
+def _check_device(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is not None and tensor.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device} (as x), got {tensor.device}")
+
+
+def _check_experts(args: AdapterArguments) -> None:
+    """Ids are looked at where that costs nothing: numbers and tensors on the CPU, outside of tracing."""
+    count = None
+    if args.b_up is not None and args.b_up.dim() == 2:
+        count = args.b_up.shape[0]
+    if args.activity is not None:
+        if count is not None and args.activity.shape[0] != count:
+            raise ValueError(
+                f"activity: expected shape [{count}] as b_up has {count} rows, got {list(args.activity.shape)}"
+            )
+        count = args.activity.shape[0]
+    if count is None:
+        count = 255
+    if args.expert is None:
+        ids = [args.expert_id]
+    elif args.expert.device.type == "cpu" and not torch.compiler.is_compiling() and type(args.expert) is Tensor:
+        listed = args.expert.tolist()
+        ids = listed if isinstance(listed, list) else [listed]
+    else:
+        return
+    if min(ids) < MERGED or max(ids) >= count:
+        raise ValueError(f"expert: expected 0 to {count - 1}, or {MERGED} for the merged adapter, got {ids}")

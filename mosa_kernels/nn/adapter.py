@@ -1,0 +1,189 @@
+"""The drop-in layer: a mixture of sparse adapters in one dense copy (arXiv 2312.02923, sections 3.2 to 3.4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mosa_kernels.functional.adapter import mosa_adapter
+from mosa_kernels.functional.split import split
+from mosa_kernels.nn.projection import Projection
+from mosa_kernels.nn.sampler import ExpertSampler
+
+SPARSE = ("up", "down", "both")
+MERGE_RULES = ("mean", "jigsaw")
+
+
+class FusedMoSAAdapter(nn.Module):
+    """An adapter split into N sparse experts; one runs at each forward pass, all are one matrix at inference.
+
+    A fresh layer adds nothing: its up-projection is zero. In training mode an expert is drawn at random for each
+    sample or batch; in evaluation mode the layer computes the merged adapter by `merge_rule`, without a copy of the
+    weight, so `merge` changes nothing.
+
+    Args:
+        dim: width d of the tokens.
+        bottleneck: r.
+        num_experts: N; 1 is the plain dense adapter (AdaptFormer).
+        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        scale: factor on the adapter's output.
+        norm: whether tokens pass a LayerNorm of the adapter's own first.
+        dropout: probability of dropping an entry of the bottleneck in training.
+        sparse: which projection is split: "up" (the paper's hierarchical strategy), "down" or "both".
+        granularity: see `split`.
+        expert_bias: one up-projection bias per expert, or one that all share.
+        seed: of the split.
+        merge_rule: "mean", the expectation of a drawn expert, or "jigsaw" (Eq. 7).
+        expert_per: draw an expert per "sample" or per "batch" (the paper).
+        expert_scale: factor on the running expert's entries; "N" makes both merge rules the same.
+        learnable_scale: whether `scale` is a parameter.
+        pruned: only expert 0 ever runs and the rest is pruned: SparseAdapter, with 1/N of a dense adapter.
+        norm_eps: epsilon of the LayerNorm.
+
+    Raises:
+        ValueError: an option is out of range; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bottleneck: int = 64,
+        num_experts: int = 4,
+        activation: str = "gelu",
+        scale: float = 0.1,
+        norm: bool = True,
+        dropout: float = 0.0,
+        sparse: str = "up",
+        granularity: str = "element",
+        expert_bias: bool = True,
+        seed: int = 0,
+        *,
+        merge_rule: str = "mean",
+        expert_per: str = "sample",
+        expert_scale: float | str = 1.0,
+        learnable_scale: bool = False,
+        pruned: bool = False,
+        norm_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("bottleneck", bottleneck), ("num_experts", num_experts)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if sparse not in SPARSE:
+            raise ValueError(f"sparse: expected one of {', '.join(SPARSE)}, got {sparse!r}")
+        if merge_rule not in MERGE_RULES:
+            raise ValueError(f"merge_rule: expected one of {', '.join(MERGE_RULES)}, got {merge_rule!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected 0 <= p < 1, got {dropout}")
+        if isinstance(expert_scale, str) and expert_scale != "N":
+            raise ValueError(f"expert_scale: expected a number or 'N', got {expert_scale!r}")
+        self.dim, self.bottleneck, self.num_experts = dim, bottleneck, num_experts
+        self.activation, self.dropout, self.sparse, self.granularity = activation, dropout, sparse, granularity
+        self.merge_rule, self.pruned = merge_rule, pruned
+        self.expert_scale = float(num_experts) if isinstance(expert_scale, str) else expert_scale
+
+        generator = torch.Generator().manual_seed(seed)
+        owners: dict[str, Tensor | None] = {"up": None, "down": None}
+        if num_experts > 1:
+            for side, shape in (("up", (dim, bottleneck)), ("down", (bottleneck, dim))):
+                if pruned or sparse in (side, "both"):
+                    owners[side] = split(shape, num_experts, granularity, generator)
+        bias_rows = num_experts if expert_bias and num_experts > 1 and not pruned else None
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype) if norm else None
+        self.down = Projection(
+            dim, bottleneck, owners["down"], initial=owners["down"] is not None, device=device, dtype=dtype
+        )
+        self.up = Projection(bottleneck, dim, owners["up"], bias_rows=bias_rows, device=device, dtype=dtype)
+        self.scale: float | nn.Parameter = scale
+        if learnable_scale:
+            self.scale = nn.Parameter(torch.tensor(scale, device=device, dtype=dtype or torch.get_default_dtype()))
+        self.sampler = ExpertSampler(num_experts, expert_per, fixed=0 if pruned and num_experts > 1 else None)
+        self.activity: Tensor | None = None
+        self.backend: str | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform down, zero up, zero biases: the layer adds nothing at the start."""
+        if self.norm is not None:
+            self.norm.reset_parameters()
+        self.down.reset_kaiming()
+        if self.pruned and self.down.initial is not None:
+            self.down.initial.zero_()
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    @property
+    def merged_scale(self) -> float:
+        """The factor that turns the one dense copy into the merged adapter, by `merge_rule`."""
+        return self._merged_scale(self.merge_rule)
+
+    def _merged_scale(self, rule: str) -> float:
+        return self.expert_scale / self.num_experts if rule == "mean" else 1.0
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, expert: Tensor | int | None = None, add_input: bool = True
+    ) -> Tensor:
+        """``[x] + [residual] + scale * adapter(x)``.
+
+        Args:
+            x: tokens [B, ..., d].
+            residual: a second summand, shaped like x, or None.
+            expert: overrules what the layer would draw: an id, or ids [] or [G] (see `mosa_adapter`).
+            add_input: whether x itself is a summand.
+
+        Returns:
+            Tensor with the shape and dtype of x.
+        """
+        dropout = self.dropout if self.training else 0.0
+        draw = self.sampler(x.shape[0], x.device, dropout > 0)
+        return mosa_adapter(
+            x,
+            self.down.weight,
+            self.down.bias,
+            self.up.weight,
+            self.up.bias,
+            self.up.assignment,
+            draw.expert if expert is None else expert,
+            norm_weight=None if self.norm is None else self.norm.weight,
+            norm_bias=None if self.norm is None else self.norm.bias,
+            norm_eps=1e-6 if self.norm is None else self.norm.eps,
+            activation=self.activation,
+            scale=self.scale,
+            residual=residual,
+            add_input=add_input,
+            dropout_p=dropout,
+            seed=draw.seed,
+            assignment_down=self.down.assignment,
+            w_down_init=self.down.initial,
+            expert_scale=self.expert_scale,
+            merged_scale=self.merged_scale,
+            activity=self.activity if self.training else None,
+            backend=self.backend,
+        )
+
+    def track_activity(self) -> Tensor | None:
+        """Has each backward pass report which experts ran, and returns the leaf that receives it as its gradient.
+
+        float32 [N]; None for an adapter without experts. `MoSAAdamW` calls this.
+        """
+        if self.num_experts == 1:
+            return None
+        device = self.up.weight.device
+        if self.activity is None or self.activity.device != device:
+            self.activity = torch.zeros(self.num_experts, device=device, requires_grad=True)
+        return self.activity
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.activity is not None:
+            self.track_activity()
+        return self
+
+    def extra_repr(self) -> str:
+        scale = "learnable" if isinstance(self.scale, nn.Parameter) else self.scale
+        return (
+            f"dim={self.dim}, bottleneck={self.bottleneck}, experts={self.num_experts}, activation={self.activation}, "
+            f"scale={scale}, sparse={'pruned' if self.pruned else self.sparse}, merge={self.merge_rule}"
+        )

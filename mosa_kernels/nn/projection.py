@@ -1,0 +1,90 @@
+"""A linear layer whose weight is one dense tensor with an owner per entry."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_PROJECTIONS = WeakTensorKeyDictionary()
+
+
+class Projection(nn.Module):
+    """Weight, bias and owners of a down- or up-projection; the adapter computes with them.
+
+    Args:
+        in_features, out_features: sizes, as in `torch.nn.Linear`.
+        assignment: uint8 [out, in], the owner of each entry, or None for a dense projection.
+        bias_rows: None for one shared bias [out], or N for one per expert [N, out].
+        initial: whether the values at the start are kept as what an expert sees outside its own entries; without it
+            an expert sees zeros there.
+
+    Attributes:
+        weight: [out, in].
+        bias: [out] or [N, out].
+        assignment: uint8 [out, in], a buffer, or None.
+        initial: [out, in], a buffer, or None.
+        activity: float32 [N] whose gradient names the experts that ran, once `track_activity` was called.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    assignment: Tensor | None
+    initial: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        assignment: Tensor | None = None,
+        *,
+        bias_rows: int | None = None,
+        initial: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device, dtype=dtype))
+        bias_shape = (out_features,) if bias_rows is None else (bias_rows, out_features)
+        self.bias = nn.Parameter(torch.zeros(bias_shape, device=device, dtype=dtype))
+        self.register_buffer("assignment", None if assignment is None else assignment.to(device))
+        self.register_buffer("initial", torch.zeros_like(self.weight) if initial else None)
+        self._register()
+
+    def reset_kaiming(self) -> None:
+        """Kaiming-uniform (a = sqrt 5) weights, as `torch.nn.Linear`, and zero biases."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.bias)
+        if self.initial is not None:
+            self.initial.copy_(self.weight.detach())
+
+    def _register(self) -> None:
+        """Lets `projection_of` find this module by its parameters, also after a copy or a move."""
+        for parameter in (self.weight, self.bias):
+            _PROJECTIONS[parameter] = weakref.ref(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Projection:
+        super()._apply(fn, recurse)
+        self._register()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    def extra_repr(self) -> str:
+        owners = "dense" if self.assignment is None else "split"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {owners}, bias={list(self.bias.shape)}"
+        )
+
+
+def projection_of(parameter: Tensor) -> Projection | None:
+    """The projection that a weight or bias belongs to, or None for a parameter of another kind."""
+    found = _PROJECTIONS.get(parameter)
+    return None if found is None else found()

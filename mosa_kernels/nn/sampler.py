@@ -1,0 +1,100 @@
+"""Drawing experts: stochastic activation (arXiv 2312.02923, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+EXPERT_PER = ("sample", "batch")
+
+
+class Draw(NamedTuple):
+    """What one forward pass of one adapter has drawn."""
+
+    expert: Tensor | int | None  # integer [] or [G]; None: the merged adapter
+    seed: Tensor | None  # int64 [] or [G], of the dropout on the bottleneck
+
+
+class ExpertSampler(nn.Module):
+    """Decides, forward pass by forward pass, which expert of one adapter runs.
+
+    In training an expert is drawn uniformly, per sample or per batch, from PyTorch's default generator of the device.
+    `torch.manual_seed` makes it reproducible, checkpoints that hold the generator's state resume it, and activation
+    checkpointing, which restores that state, replays the same experts and the same dropout.
+
+    Args:
+        num_experts: N.
+        expert_per: "sample" draws one for each entry of the first dimension, "batch" one for the call.
+        fixed: this expert always runs, in training and in evaluation (a pruned adapter).
+
+    Attributes:
+        plan: draws made beforehand that the next forward passes use, or None (see `two_pass`).
+        inference: in evaluation mode, None for the merged adapter, "stochastic", or the number of an expert.
+    """
+
+    def __init__(self, num_experts: int, expert_per: str = "sample", fixed: int | None = None) -> None:
+        super().__init__()
+        if expert_per not in EXPERT_PER:
+            raise ValueError(f"expert_per: expected one of {', '.join(EXPERT_PER)}, got {expert_per!r}")
+        self.num_experts = num_experts
+        self.expert_per = expert_per
+        self.fixed = fixed
+        self.plan: Draw | None = None
+        self.inference: str | int | None = None
+
+    def draw(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
+        """Draws for one forward pass over `batch_size` samples."""
+        expert: Tensor | int | None = self.fixed
+        if expert is None and self.num_experts > 1:
+            shape = (batch_size,) if self.expert_per == "sample" else ()
+            expert = torch.randint(self.num_experts, shape, device=device)
+        seed = torch.randint(2**63 - 1, (), device=device) if dropout else None
+        return Draw(expert, seed)
+
+    def forward(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
+        """The draw that holds for this pass: planned, drawn, or what inference asks for."""
+        if self.training:
+            return self.plan if self.plan is not None else self.draw(batch_size, device, dropout)
+        if self.inference == "stochastic":
+            return self.draw(batch_size, device, dropout=False)
+        if isinstance(self.inference, int) and self.fixed is None:
+            return Draw(self.inference, None)
+        return Draw(self.fixed, None)
+
+    def extra_repr(self) -> str:
+        fixed = "" if self.fixed is None else f", fixed={self.fixed}"
+        return f"num_experts={self.num_experts}, per={self.expert_per}{fixed}"
+
+
+def samplers(model: nn.Module) -> list[ExpertSampler]:
+    """The samplers of all adapters in a model, in module order."""
+    return [module for module in model.modules() if isinstance(module, ExpertSampler)]
+
+
+@contextmanager
+def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator[None]:
+    """Within the context, evaluation runs these experts (Table 10): None for the merged adapter, "stochastic" for a
+    random one at each pass, a number for that expert in every adapter.
+
+    Raises:
+        ValueError: neither None, nor "stochastic", nor the number of an expert.
+    """
+    found = samplers(model)
+    if isinstance(inference, str) and inference != "stochastic":
+        raise ValueError(f"inference: expected None, 'stochastic' or an expert's number, got {inference!r}")
+    if isinstance(inference, int):
+        fewest = min((sampler.num_experts for sampler in found), default=0)
+        if not 0 <= inference < fewest:
+            raise ValueError(f"inference: expected an expert from 0 to {fewest - 1}, got {inference}")
+    before = [sampler.inference for sampler in found]
+    for sampler in found:
+        sampler.inference = inference
+    try:
+        yield
+    finally:
+        for sampler, value in zip(found, before, strict=True):
+            sampler.inference = value
