@@ -1,0 +1,220 @@
+"""Data sets by name: "torchvision:CIFAR100" and "timm:hfds/uoft-cs/cifar100"."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mosa_kernels.data.splits import DataSplits, ImageDataset, SubsetDataset, stratified_parts
+
+# What torchvision and timm call the three sets; the first name that a data set knows is taken.
+SPLIT_NAMES = {"train": ("train", "trainval"), "validation": ("val", "valid", "validation"), "test": ("test",)}
+
+
+class RGBDataset:
+    """Another library's data set, its images as RGB and its labels as integers."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset = dataset
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.dataset[index][:2]
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{self.name}: expected a PIL image for item {index}, got {type(image).__name__}")
+        return image.convert("RGB"), _as_label(label, self.name, index)
+
+
+def _as_label(label: Any, name: str, index: int) -> int:
+    try:
+        number = int(label)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: item {index} has a label of type {type(label).__name__}; only classification data sets, with "
+            "one integer an image, can be used"
+        ) from error
+    return number
+
+
+def labels_of(dataset: RGBDataset) -> NDArray[np.int64]:
+    """All labels, int64 [n]: from the data set's own list where it has one, else by reading every item."""
+    for attribute in ("targets", "labels", "_labels"):
+        listed = getattr(dataset.dataset, attribute, None)
+        if listed is not None and len(listed) == len(dataset):
+            return np.array([_as_label(label, dataset.name, i) for i, label in enumerate(listed)], dtype=np.int64)
+    return np.array([dataset[i][1] for i in range(len(dataset))], dtype=np.int64)
+
+
+def open_torchvision(
+    name: str,
+    *,
+    root: str | Path | None,
+    seed: int = 0,
+    validation_share: float = 0.1,
+    test_share: float = 0.2,
+    download: bool = False,
+    split_names: Mapping[str, str] | None = None,
+) -> DataSplits:
+    """Opens a classification data set of torchvision by its class name.
+
+    Args:
+        name: as in `torchvision.datasets`, for example "CIFAR100".
+        root: the folder that holds (or is to hold) its files.
+        seed, validation_share, test_share: for sets that the data set does not have itself.
+        download: fetch the files when they are missing.
+        split_names: what the data set calls "train", "validation" and "test", where the usual names are not meant.
+
+    Raises:
+        ValueError: no such data set, or one that is not for classification.
+        RuntimeError, FileNotFoundError: its files are missing (torchvision's own error, with the folder named).
+    """
+    from torchvision import datasets
+
+    maker = getattr(datasets, name, None)
+    if not (inspect.isclass(maker) and issubclass(maker, datasets.VisionDataset)):
+        known = sorted(n for n in dir(datasets) if n.lower() == name.lower())
+        raise ValueError(f"torchvision has no data set {name!r}" + (f"; did you mean {known[0]!r}?" if known else ""))
+    accepted = inspect.signature(maker).parameters
+    fixed: dict[str, Any] = {}
+    if "root" in accepted:
+        if root is None:
+            raise ValueError(f"root: expected the folder of torchvision:{name}, got None")
+        fixed["root"] = str(Path(root).expanduser())
+    if "download" in accepted:
+        fixed["download"] = download
+
+    def make(**which: Any) -> RGBDataset:
+        try:
+            return RGBDataset(maker(**fixed, **which), f"torchvision:{name}")
+        except (RuntimeError, FileNotFoundError) as error:
+            raise type(error)(
+                f"torchvision:{name} in {fixed.get('root')}: {error}"
+                + ("" if download else " (with download=True it is fetched)")
+            ) from error
+
+    parts: dict[str, RGBDataset] = {}
+    if "split" in accepted:
+        for split, usual in SPLIT_NAMES.items():
+            for candidate in (split_names[split],) if split_names and split in split_names else usual:
+                try:
+                    parts[split] = make(split=candidate)
+                    break
+                except ValueError:
+                    if split_names and split in split_names:
+                        raise
+    elif "train" in accepted:
+        parts = {"train": make(train=True), "test": make(train=False)}
+    else:
+        parts = {"train": make()}
+    return _assemble(f"torchvision:{name}", parts, seed, validation_share, test_share, whole="train" in parts)
+
+
+def open_timm(
+    name: str,
+    *,
+    root: str | Path | None,
+    seed: int = 0,
+    validation_share: float = 0.1,
+    test_share: float = 0.2,
+    download: bool = False,
+    split_names: Mapping[str, str] | None = None,
+) -> DataSplits:
+    """Opens a data set through `timm.data.create_dataset`.
+
+    Without `split_names` the test set is what timm calls "test" or else "validation", and validation images are held
+    out of "train": for many names timm gives the same images for "validation" and "test".
+
+    Args:
+        name: timm's name: "torch/cifar100", "hfds/<hub name>", "folder" and so on.
+        root: folder of the files, where the name needs one.
+        seed, validation_share, test_share: for the held-out parts.
+        download: fetch what is missing.
+        split_names: timm's split for "train", "validation" and "test".
+
+    Raises:
+        ValueError: an iterable data set (they have no length and cannot be split), or an unknown name.
+    """
+    from timm.data import create_dataset
+
+    named = dict(split_names or {})
+
+    def make(split: str) -> RGBDataset:
+        folder = None if root is None else str(Path(root).expanduser())
+        try:
+            dataset = create_dataset(name, root=folder, split=split, download=download)
+        except (AssertionError, KeyError) as error:
+            raise ValueError(f"timm:{name} in {folder}, split {split!r}: {error or 'timm does not know it'}") from error
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise ValueError(f"timm:{name} is an iterable data set; only those with a length and items can be used")
+        return RGBDataset(dataset, f"timm:{name}")
+
+    parts = {"train": make(named.get("train", "train"))}
+    if "validation" in named:
+        parts["validation"] = make(named["validation"])
+    if "test" in named:
+        parts["test"] = make(named["test"])
+    else:
+        try:
+            parts["test"] = make("test")
+        except (ValueError, RuntimeError, FileNotFoundError):
+            parts["test"] = make("validation")
+    return _assemble(f"timm:{name}", parts, seed, validation_share, test_share, whole=True)
+
+
+def _assemble(
+    name: str, parts: dict[str, RGBDataset], seed: int, validation_share: float, test_share: float, *, whole: bool
+) -> DataSplits:
+    """Completes the sets that the data set has itself by held-out parts of its training set, and checks the labels."""
+    if not whole:
+        raise ValueError(f"{name}: it has no training set under the usual names; give split_names")
+    labels = {split: labels_of(dataset) for split, dataset in parts.items()}
+    classes = _class_names(parts["train"], labels)
+    if "test" not in parts and "validation" in parts:
+        parts["test"], labels["test"] = parts.pop("validation"), labels.pop("validation")
+    missing = [split for split in ("validation", "test") if split not in parts]
+    shares = [{"validation": validation_share, "test": test_share}[split] for split in missing]
+    sets: dict[str, ImageDataset] = {
+        split: SubsetDataset(dataset, np.arange(len(dataset)), labels[split]) for split, dataset in parts.items()
+    }
+    note = "its own train, validation and test sets"
+    if missing:
+        cut = stratified_parts(labels["train"], shares, classes, seed)
+        for split, part in zip(("train", *missing), cut, strict=True):
+            sets[split] = SubsetDataset(parts["train"], part, labels["train"][part])
+        held = " and ".join(f"{split} ({share:g})" for split, share in zip(missing, shares, strict=True))
+        note = f"{held} held out of its training set with seed {seed}"
+    digest = hashlib.sha256(f"{name}\n{note}\n".encode())
+    for split in sorted(labels):
+        digest.update(labels[split].astype("<i8").tobytes())
+    return DataSplits(
+        name=name,
+        train=sets["train"],
+        validation=sets["validation"],
+        test=sets["test"],
+        classes=classes,
+        fingerprint=digest.hexdigest(),
+        note=f"read through {name.split(':')[0]}; {note}",
+    )
+
+
+def _class_names(train: RGBDataset, labels: dict[str, NDArray[np.int64]]) -> tuple[str, ...]:
+    every = np.concatenate(list(labels.values()))
+    if len(every) == 0 or every.min() < 0:
+        raise ValueError(
+            f"{train.name}: expected labels from 0 upwards, got {'none' if not len(every) else every.min()}"
+        )
+    count = int(every.max()) + 1
+    named = getattr(train.dataset, "classes", None)
+    if named is not None and len(named) >= count:
+        return tuple(str(entry) for entry in named)
+    return tuple(str(number) for number in range(count))

@@ -1,0 +1,76 @@
+"""One way to any data set: `open_data`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mosa_kernels.data.folders import open_folder
+from mosa_kernels.data.named import open_timm, open_torchvision
+from mosa_kernels.data.offline import OFFLINE_TASKS, open_offline
+from mosa_kernels.data.splits import DataSplits
+
+
+def open_data(
+    name_or_path: str | os.PathLike[str],
+    *,
+    root: str | Path | None = None,
+    seed: int = 0,
+    image_size: int = 32,
+    labels_per_class: int = 20,
+    validation_share: float = 0.1,
+    test_share: float = 0.2,
+    verify: bool = False,
+    download: bool = False,
+    split_names: Mapping[str, str] | None = None,
+    label_preserving: Iterable[str] | None = None,
+) -> DataSplits:
+    """Opens a data set by name or path.
+
+        offline:digits, offline:location, ...   drawn in memory, no file needed
+        torchvision:CIFAR100                    a class of torchvision.datasets, files under `root`
+        timm:hfds/uoft-cs/cifar100              any name that timm.data.create_dataset takes
+        anything else                           a folder of images: train/ val/ test/, or one folder of classes
+
+    Args:
+        name_or_path: see above.
+        root: folder of the files of a torchvision or timm data set.
+        seed: of drawn images and of held-out parts.
+        image_size, labels_per_class: for the offline tasks.
+        validation_share, test_share: shares held out where a data set lacks these sets.
+        verify: decode every image of a folder now.
+        download: let torchvision or timm fetch missing files.
+        split_names: what a torchvision or timm data set calls "train", "validation" and "test".
+        label_preserving: overrides the augmentations that keep the labels right ("crop", "flip", "shift", "colour").
+
+    Raises:
+        FileNotFoundError: no such folder, or files of a named data set are missing.
+        ValueError: anything else that is wrong, by name.
+    """
+    text = os.fspath(name_or_path)
+    kind, _, name = text.partition(":")
+    if kind == "offline" and name:
+        splits = open_offline(name, seed=seed, image_size=image_size, labels_per_class=labels_per_class)
+    elif kind in ("torchvision", "timm") and name:
+        opener = open_torchvision if kind == "torchvision" else open_timm
+        splits = opener(
+            name,
+            root=root,
+            seed=seed,
+            validation_share=validation_share,
+            test_share=test_share,
+            download=download,
+            split_names=split_names,
+        )
+    elif Path(text).expanduser().is_dir():
+        splits = open_folder(text, seed=seed, validation_share=validation_share, test_share=test_share, verify=verify)
+    else:
+        raise FileNotFoundError(
+            f"data: {text!r} is neither a folder nor a name; expected a folder of images, "
+            f"{', '.join('offline:' + task for task in OFFLINE_TASKS)}, torchvision:<class> or timm:<name>"
+        )
+    if label_preserving is not None:
+        splits = dataclasses.replace(splits, label_preserving=frozenset(label_preserving))
+    return splits
