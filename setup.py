@@ -32,7 +32,7 @@ BUILD_RECORD = "_build.json"
 WANTED_ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """Something the build needs is not on this machine; the message says what, and how to get it."""
 
 
@@ -72,7 +72,7 @@ def supported_architectures(nvcc: Path) -> list[int]:
     answer = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
     found = [int(number) for number in re.findall(r"compute_(\d+)\b", answer.stdout)]
     if answer.returncode != 0 or not found:
-        raise Missing(f"{nvcc} does not run: {(answer.stderr or answer.stdout).strip() or 'no answer'}")
+        raise MissingError(f"{nvcc} does not run: {(answer.stderr or answer.stdout).strip() or 'no answer'}")
     return sorted(found)
 
 
@@ -100,20 +100,20 @@ def choose_cuda(environment: Mapping[str, str]) -> Cuda:
     """What to compile the CUDA kernels with.
 
     Raises:
-        Missing: the kernels are to be left out; the message is the reason.
+        MissingError: the kernels are to be left out; the message is the reason.
         SetupError: they were asked for and cannot be compiled.
     """
     wanted = truth(environment, "MOSA_CUDA")
     if wanted is False:
-        raise Missing("left out on request (MOSA_CUDA=0)")
+        raise MissingError("left out on request (MOSA_CUDA=0)")
     try:
         nvcc = find_nvcc(environment)
         if nvcc is None:
-            raise Missing("nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda")
+            raise MissingError("nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda")
         return Cuda(nvcc, choose_architectures(supported_architectures(nvcc), environment.get("TORCH_CUDA_ARCH_LIST")))
-    except Missing as reason:
+    except MissingError as why:
         if wanted:
-            raise SetupError(f"MOSA_CUDA=1 asks for the CUDA kernels, but {reason}") from reason
+            raise SetupError(f"MOSA_CUDA=1 asks for the CUDA kernels, but {why}") from why
         raise
 
 
@@ -121,19 +121,19 @@ def find_tools(environment: Mapping[str, str]) -> dict[str, str]:
     """Paths of cmake, ninja, pybind11's CMake files and the C++ compiler.
 
     Raises:
-        Missing: naming the first one that is not there.
+        MissingError: naming the first one that is not there.
     """
     cmake, ninja = find_program("cmake"), find_program("ninja")
     if cmake is None or ninja is None:
-        raise Missing(f"{'cmake' if cmake is None else 'ninja'} was not found (pip install cmake ninja pybind11)")
+        raise MissingError(f"{'cmake' if cmake is None else 'ninja'} was not found (pip install cmake ninja pybind11)")
     if importlib.util.find_spec("pybind11") is None:
-        raise Missing("the Python package pybind11 was not found (pip install pybind11)")
+        raise MissingError("the Python package pybind11 was not found (pip install pybind11)")
     import pybind11
 
     compilers = [environment["CXX"].split()[0]] if environment.get("CXX") else ["c++", "g++", "clang++"]
     compiler = next((path for path in map(shutil.which, compilers) if path), None)
     if compiler is None:
-        raise Missing(f"no C++ compiler was found (looked for {', '.join(compilers)}; on Debian: apt install g++)")
+        raise MissingError(f"no C++ compiler was found (looked for {', '.join(compilers)}; on Debian: apt install g++)")
     return {"cmake": str(cmake), "ninja": str(ninja), "pybind11": pybind11.get_cmake_dir(), "compiler": compiler}
 
 
@@ -165,8 +165,8 @@ class CMakeBuild(build_ext):
         cuda: Cuda | None = None
         try:
             cuda = choose_cuda(os.environ)
-        except Missing as reason:
-            record["cuda"] = str(reason)
+        except MissingError as why:
+            record["cuda"] = str(why)
         try:
             tools = find_tools(os.environ)
             if cuda is not None and not self.build_with_cuda(tools, cuda, target, cuda_is_a_must or strict):
@@ -174,8 +174,8 @@ class CMakeBuild(build_ext):
                 self.cmake_build(tools, None, target)
             elif cuda is None:
                 self.cmake_build(tools, None, target)
-        except (Missing, subprocess.CalledProcessError) as error:
-            reason = str(error) if isinstance(error, Missing) else "the build failed; see its output"
+        except (MissingError, subprocess.CalledProcessError) as error:
+            reason = str(error) if isinstance(error, MissingError) else "the build failed; see its output"
             if strict or cuda_is_a_must:
                 raise SetupError(f"mosa_kernels._C was not built: {reason}") from error
             record["native"] = reason
@@ -220,8 +220,8 @@ class CMakeBuild(build_ext):
             if "CXX" in os.environ and "CUDAHOSTCXX" not in os.environ:
                 options["CMAKE_CUDA_HOST_COMPILER"] = tools["compiler"]
         folder = self.build_folder(tools, cuda)
-        run = [tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
-        subprocess.run(run, check=True)
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run([tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *definitions], check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         subprocess.run([tools["cmake"], "--build", folder, "--parallel", jobs], check=True)
         subprocess.run([tools["cmake"], "--install", folder], check=True)

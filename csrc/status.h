@@ -1,0 +1,25 @@
+// Error codes of launchers. Zero is success, positive codes are those of CUDA (cudaError_t), negative ones are ours.
+#pragma once
+
+namespace mosa {
+
+enum Status : int {
+  kOk = 0,
+  kTooManyAdapters = -1,
+  kNegativeSize = -2,
+  kUnknownDType = -3,
+  kMissingPointer = -4,
+};
+
+inline const char* status_message(int code) {
+  switch (code) {
+    case kOk: return "success";
+    case kTooManyAdapters: return "more adapters than one launch takes";
+    case kNegativeSize: return "a negative size";
+    case kUnknownDType: return "an unknown dtype code";
+    case kMissingPointer: return "a required tensor without an address";
+    default: return "an unknown error code";
+  }
+}
+
+}  // namespace mosa

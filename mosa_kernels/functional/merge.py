@@ -1,0 +1,105 @@
+"""The public merge: argument checks and the choice of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mosa_kernels.backends.merge import (
+    MergedWeights,
+    MergeInput,
+    merge_compiled,
+    merge_reference,
+    supports_compiled,
+)
+
+MERGE_BACKENDS = ("reference", "cpu", "cuda")
+
+
+@torch.no_grad()
+def merge_adapters(
+    adapters: Sequence[MergeInput],
+    *,
+    fold_norm: bool = True,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> list[MergedWeights]:
+    """Merges adapters into plain dense ones, all in one launch (arXiv 2312.02923, Eq. 7 and 8)::
+
+        eff_down = w_down_init + down_factor * (w_down - w_down_init)     (w_down itself where it is dense)
+        w_down   = eff_down * norm_weight            b_down = b_down + eff_down @ norm_bias
+        w_up     = scale * up_factor * w_up          b_up   = scale * mean of b_up over the experts
+
+    so that ``act(u @ w_down.T + b_down) @ w_up.T + b_up`` is the merged adapter, u the tokens normalised without
+    weight and bias. Sums are in fp32. The results are new tensors without a gradient.
+
+    Args:
+        adapters: any number of adapters, of any shapes, dtypes and devices.
+        fold_norm: False leaves the norm alone: u is then normalised with weight and bias.
+        dtype: floating dtype of the results; None: that of each adapter's `w_down`.
+        backend: None for the automatic choice per device, or "reference", "cpu", "cuda".
+
+    Returns:
+        One `MergedWeights` per adapter, in their order.
+
+    Raises:
+        TypeError: a tensor or `dtype` is not floating point.
+        ValueError: a shape or device is wrong, or the backend asked for cannot merge these adapters.
+    """
+    adapters = list(adapters)
+    for n, adapter in enumerate(adapters):
+        _check_adapter(n, adapter)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype}")
+    if backend is not None and backend not in MERGE_BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(MERGE_BACKENDS)} or None, got {backend!r}")
+
+    by_device: dict[torch.device, list[int]] = {}
+    for n, adapter in enumerate(adapters):
+        by_device.setdefault(adapter.w_down.device, []).append(n)
+    merged: dict[int, MergedWeights] = {}
+    for device, numbers in by_device.items():
+        group = [adapters[n] for n in numbers]
+        merge = merge_compiled if _runs_compiled(group, dtype, device.type, backend) else merge_reference
+        merged.update(zip(numbers, merge(group, fold_norm, dtype), strict=True))
+    return [merged[n] for n in range(len(adapters))]
+
+
+def _runs_compiled(group: list[MergeInput], dtype: torch.dtype | None, device_type: str, backend: str | None) -> bool:
+    if backend == "reference" or (backend is None and device_type not in ("cpu", "cuda")):
+        return False
+    ok, reason = supports_compiled(group, dtype, backend or device_type)
+    if backend is not None and not ok:
+        raise ValueError(f"backend: {backend!r} does not take this call: {reason}")
+    return ok
+
+
+def _check_adapter(n: int, adapter: MergeInput) -> None:
+    w_down = adapter.w_down
+    if w_down.dim() != 2 or min(w_down.shape) < 1:
+        raise ValueError(f"adapters[{n}].w_down: expected shape [r, d], got {list(w_down.shape)}")
+    r, d = w_down.shape
+    shapes = {
+        "w_down": (r, d),
+        "b_down": (r,),
+        "w_up": (d, r),
+        "norm_weight": (d,),
+        "norm_bias": (d,),
+        "w_down_init": (r, d),
+        "scale": (),
+    }
+    for name, value in adapter._asdict().items():
+        if not isinstance(value, Tensor):
+            continue
+        where = f"adapters[{n}].{name}"
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{where}: expected a floating-point tensor, got {value.dtype}")
+        if name in shapes and value.shape != shapes[name]:
+            raise ValueError(f"{where}: expected shape {list(shapes[name])}, got {list(value.shape)}")
+        if value.device != w_down.device and not (name == "scale" and value.device.type == "cpu"):
+            raise ValueError(f"{where}: expected on {w_down.device} (as w_down), got {value.device}")
+    b_up = adapter.b_up
+    if b_up is not None and (b_up.dim() not in (1, 2) or b_up.shape[-1] != d or b_up.shape[0] < 1):
+        raise ValueError(f"adapters[{n}].b_up: expected shape [{d}] or [N, {d}], got {list(b_up.shape)}")
