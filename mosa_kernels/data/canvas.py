@@ -95,7 +95,7 @@ def background(draws: Draws, size: int, contrast: float) -> tuple[Images, NDArra
 def clutter(draws: Draws, images: Images, strokes: int) -> None:
     """Draws 0 to `strokes` short thin strokes of random colours over each image, in place."""
     size = images.shape[1]
-    wanted = draws.integers(strokes + 1) if strokes else None
+    wanted = draws.integers(strokes + 1)
     for number in range(strokes):
         x, y = draws.uniform(-1, 1), draws.uniform(-1, 1)
         angle, half_length = draws.uniform(0, np.pi), draws.uniform(0.06, 0.3)

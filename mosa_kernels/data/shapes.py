@@ -63,9 +63,12 @@ def crescent(u: Field, v: Field) -> Field:
 
 
 def dart(u: Field, v: Field) -> Field:
-    """An arrowhead that points to +u: a long triangle with a notch in its back. No rotation maps it to itself."""
-    sides = np.float32(0.4) * (u - np.float32(0.95)) + np.float32(0.917) * np.abs(v)
-    back = np.float32(0.8) * (-u - np.float32(0.25)) - np.float32(0.6) * np.abs(v)
+    """An arrowhead that points to +u: tip (0.95, 0), corners (-0.7, +-0.65), a notch at (-0.2, 0).
+
+    No rotation maps it to itself.
+    """
+    sides = np.float32(0.3666) * (u - np.float32(0.95)) + np.float32(0.9304) * np.abs(v)
+    back = np.float32(0.7926) * (-u - np.float32(0.2)) - np.float32(0.6097) * np.abs(v)
     return np.maximum(sides, back)
 
 
