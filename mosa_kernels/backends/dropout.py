@@ -34,6 +34,33 @@ def drop_threshold(p: float) -> int:
     return min(int(p * 2**32), 2**32 - 1)
 
 
+def stream_counters(seed: Tensor | int, rows: int, units: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `keep_rows` needs to know of each row: its first index plus the seed's low half, and the seed's high half.
+
+    Args:
+        seed: int64, [] for one stream over all rows, or [G] for G equal runs of rows, each counted from zero.
+        rows: number of tokens, a multiple of G.
+        units: width of the bottleneck.
+
+    Returns:
+        Two int32 tensors that broadcast to [rows, 1].
+    """
+    seeds = torch.as_tensor(seed, device=device, dtype=torch.int64).reshape(-1, 1)  # [G, 1]
+    groups = seeds.shape[0]
+    first = torch.arange(rows // groups, device=device) * units  # [rows / G]
+    start = (first + seeds).to(torch.int32).view(rows, 1)  # the conversion keeps the low 32 bits
+    high = (seeds >> 32).to(torch.int32)
+    return start, high.expand(groups, rows // groups).reshape(rows, 1)
+
+
+def keep_rows(start: Tensor, high: Tensor, units: int, p: float) -> Tensor:
+    """The rows of `keep_mask` whose counters (`stream_counters`) are `start` and `high`, bool [rows, units]."""
+    index = start + torch.arange(units, device=start.device, dtype=torch.int32)  # [rows, units]
+    bits = hash32(hash32(index) ^ high)
+    sign = -0x80000000  # flipping the sign bit orders signed numbers as unsigned ones
+    return (bits ^ sign) >= drop_threshold(p) + sign
+
+
 def keep_mask(seed: Tensor | int, rows: int, units: int, p: float, device: torch.device) -> Tensor:
     """Which entries of a bottleneck activation survive dropout, bool [rows, units].
 
@@ -43,9 +70,4 @@ def keep_mask(seed: Tensor | int, rows: int, units: int, p: float, device: torch
         units: width of the bottleneck.
         p: probability of dropping an entry.
     """
-    seeds = torch.as_tensor(seed, device=device, dtype=torch.int64).reshape(-1, 1)  # [G, 1]
-    low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
-    index = torch.arange(rows // seeds.shape[0] * units, device=device, dtype=torch.int32)
-    bits = hash32(hash32(index + low) ^ high)  # [G, rows / G * units]
-    sign = -0x80000000  # flipping the sign bit orders signed numbers as unsigned ones
-    return ((bits ^ sign) >= drop_threshold(p) + sign).view(rows, units)
+    return keep_rows(*stream_counters(seed, rows, units, device), units, p)

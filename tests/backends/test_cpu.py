@@ -1,0 +1,274 @@
+"""The CPU backend against the float64 oracle, never more than twice as far from it as eager PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import adapter_calls
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import double, oracle_adapter
+from torch import Tensor
+
+from mosa_kernels.backends import cpu, reference
+from mosa_kernels.backends.activations import ACTIVATIONS
+from mosa_kernels.backends.arguments import MERGED, AdapterArguments, AdapterGradients, AdapterNeeds
+from mosa_kernels.backends.cpu import plan
+
+EVERYTHING = AdapterNeeds(*(True,) * len(AdapterNeeds._fields))
+SOURCES = {name: "scale_tensor" if name == "scale" else name for name in AdapterNeeds._fields if name != "activity"}
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""Errors below a few units in the last place of the largest element are not compared: both sides may be exact."""
+
+
+def detached(args: AdapterArguments) -> AdapterArguments:
+    return AdapterArguments(*(value.detach() if isinstance(value, Tensor) else value for value in args))
+
+
+def run_cpu(
+    args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds = EVERYTHING
+) -> tuple[Tensor, AdapterGradients]:
+    args = detached(args)
+    with torch.no_grad():
+        out, mean, rstd = cpu.adapter_forward(args)
+        return out, cpu.adapter_backward(args, grad_out, mean, rstd, needs)
+
+
+def differentiated(args: AdapterArguments, out: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+    leaves = {name: getattr(args, source) for name, source in SOURCES.items() if getattr(args, source) is not None}
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out, allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
+
+
+def assert_as_accurate_as_eager(args: AdapterArguments) -> None:
+    """Output and all gradients: at most twice eager's largest error, and gradients of the arguments' dtypes."""
+    exact_args = double(args)
+    exact_out = oracle_adapter(exact_args)
+    grad_out = torch.randn(args.x.shape, generator=torch.Generator().manual_seed(7)).to(args.x.dtype)
+    exact = {"out": exact_out, **differentiated(exact_args, exact_out, grad_out.double())}
+    eager_args = args._replace(activity=None)
+    eager_out = reference.adapter(eager_args)
+    eager = {"out": eager_out, **differentiated(eager_args, eager_out, grad_out)}
+    out, grads = run_cpu(args, grad_out)
+    assert out.is_contiguous() and out.shape == args.x.shape and out.dtype == args.x.dtype
+    for name, wanted in exact.items():
+        found = out if name == "out" else getattr(grads, name)
+        argument = args.x if name == "out" else getattr(args, SOURCES[name])
+        assert found.shape == argument.shape and found.dtype == argument.dtype, name
+        if not wanted.numel():
+            continue
+        error, allowed = (
+            (value.detach().double() - wanted.detach()).abs().max().item() for value in (found, eager[name])
+        )
+        floor = FLOOR[args.matmul_dtype] * max(wanted.abs().max().item(), 1.0)
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, eager PyTorch's {allowed:.3g}"
+
+
+@st.composite
+def cpu_calls(draw: st.DrawFn) -> AdapterArguments:
+    args = draw(adapter_calls(dtypes=(torch.float32, torch.bfloat16)))
+    autocast = draw(st.booleans())
+    return args._replace(compute_dtype=torch.bfloat16) if autocast else args
+
+
+@settings(max_examples=300)
+@given(cpu_calls(), st.sampled_from((64, 400, 2**20)), st.sampled_from((1, 4, 64)))
+def test_any_call_is_as_accurate_as_eager(args: AdapterArguments, tile_bytes: int, short_run: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "TILE_BYTES", tile_bytes)
+        patch.setattr(plan, "MINIMUM_ROWS", 1)
+        patch.setattr(plan, "SHORT_RUN", short_run)
+        assert_as_accurate_as_eager(args)
+
+
+def vit_like(
+    tokens: tuple[int, ...] = (4, 50),
+    d: int = 192,
+    r: int = 16,
+    dtype: torch.dtype = torch.float32,
+    activation: str = "gelu",
+    seed: int = 0,
+    num_experts: int = 4,
+) -> AdapterArguments:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, gain: float = 1.0) -> Tensor:
+        return (gain * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
+
+    return AdapterArguments(
+        x=normal(*tokens, d),
+        residual=normal(*tokens, d),
+        w_down=normal(r, d, gain=d**-0.5),
+        b_down=normal(r, gain=0.1),
+        w_up=normal(d, r, gain=r**-0.5),
+        b_up=normal(num_experts, d, gain=0.1),
+        assignment=torch.randint(num_experts, (d, r), generator=generator, dtype=torch.uint8),
+        assignment_down=None,
+        w_down_init=None,
+        expert=None,
+        norm_weight=(1 + 0.1 * torch.randn(d, generator=generator)).to(dtype).requires_grad_(),
+        norm_bias=normal(d, gain=0.1),
+        scale_tensor=None,
+        seed=None,
+        activity=None,
+        expert_id=1,
+        scale=0.1,
+        activation=activation,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift, outlier", [(0.0, 1.0), (300.0, 1.0), (0.0, 100.0), (-30.0, 100.0)])
+def test_large_means_and_outlier_channels(dtype: torch.dtype, shift: float, outlier: float) -> None:
+    args = vit_like(dtype=dtype)
+    gain = torch.ones(args.width)
+    gain[::61] = outlier
+    x = ((args.x.detach().float() * gain) + shift).to(dtype).requires_grad_()
+    assert_as_accurate_as_eager(args._replace(x=x))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype) -> None:
+    args = vit_like(d=64, dtype=dtype, activation=activation)
+    wide = (6 * args.w_down.detach()).requires_grad_()
+    assert_as_accurate_as_eager(args._replace(w_down=wide))
+
+
+@pytest.mark.parametrize("experts", [[3, 3, 0, 0], [2, 0, 2, 1], [-1, 1, -1, 1], [-1, -1, -1, -1]])
+@pytest.mark.parametrize("expert_scale", [1.0, 4.0])
+def test_gradients_lie_in_the_active_entries_and_are_not_small(experts: list[int], expert_scale: float) -> None:
+    args = vit_like()._replace(
+        expert=torch.tensor(experts), expert_scale=expert_scale, activity=torch.zeros(4), scale=-0.5
+    )
+    grad_out = torch.randn_like(args.x)
+    _, grads = run_cpu(args, grad_out)
+    exact_args = double(args)
+    exact = differentiated(exact_args, oracle_adapter(exact_args), grad_out.double())
+    assert args.assignment is not None
+    assert grads.w_up is not None and grads.b_up is not None and grads.activity is not None
+    for expert in range(4):
+        active = expert in experts or MERGED in experts
+        entries = grads.w_up[args.assignment == expert]
+        wanted = exact["w_up"][args.assignment == expert]
+        assert grads.activity[expert] == active
+        if active:
+            torch.testing.assert_close(entries.norm().double(), wanted.norm(), rtol=1e-4, atol=0)
+            torch.testing.assert_close(grads.b_up[expert].norm().double(), exact["b_up"][expert].norm())
+            assert (entries != 0).float().mean() > 0.99
+        else:
+            assert torch.equal(entries.view(torch.int32), torch.zeros_like(entries, dtype=torch.int32))  # +0, not -0
+            assert torch.equal(grads.b_up[expert], torch.zeros_like(grads.b_up[expert]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_repeat_bitwise(dtype: torch.dtype) -> None:
+    args = vit_like((8, 197), dtype=dtype)._replace(expert=torch.tensor([1, 0, 2, 3, 1, 1, -1, 0]), dropout_p=0.3)
+    grad_out = torch.randn_like(args.x)
+    first = run_cpu(args, grad_out)
+    for _ in range(5):
+        again = run_cpu(args, grad_out)
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True) if a is not None)
+
+
+def test_strided_inputs() -> None:
+    args = vit_like()
+    grad_out = torch.randn_like(args.x)
+    expected = run_cpu(args, grad_out)
+
+    def strided(tensor: Tensor) -> list[Tensor]:
+        """The same values as columns of a wider tensor, with swapped first dimensions, and transposed."""
+        wider = torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
+        return [wider, tensor.transpose(0, 1).contiguous().transpose(0, 1), tensor.mT.contiguous().mT]
+
+    views = zip(*(strided(t.detach()) for t in (args.x, args.residual, grad_out)), strict=True)
+    for x, residual, grad in views:
+        out, grads = run_cpu(args._replace(x=x, residual=residual), grad)
+        torch.testing.assert_close(out, expected[0])
+        torch.testing.assert_close(grads, expected[1])
+    constant = torch.ones((), dtype=grad_out.dtype).expand(grad_out.shape)  # as sum().backward() gives it
+    torch.testing.assert_close(run_cpu(args, constant)[1], run_cpu(args, constant.contiguous())[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0,), (1,), (1, 1), ()])
+def test_no_tokens_and_one(shape: tuple[int, ...]) -> None:
+    args = vit_like(shape)._replace(activity=torch.zeros(4), scale_tensor=torch.tensor(0.3, requires_grad=True))
+    assert_as_accurate_as_eager(args)
+    out, mean, rstd = cpu.adapter_forward(detached(args))
+    assert mean.shape == rstd.shape == (out.numel() // args.width,)
+
+
+def test_statistics() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        args = detached(vit_like((8, 197), dtype=dtype))
+        _, mean, rstd = cpu.adapter_forward(args._replace(expert=torch.arange(8 * 197) % 4, x=args.x.view(8 * 197, -1)))
+        x = args.x.double().view(-1, args.width)
+        assert mean.dtype == rstd.dtype == torch.float32
+        torch.testing.assert_close(mean.double(), x.mean(1), rtol=1e-5, atol=1e-6)
+        wanted = (x.var(1, unbiased=False) + args.norm_eps).rsqrt()
+        torch.testing.assert_close(rstd.double(), wanted, rtol=1e-5, atol=1e-6)
+        _, mean, rstd = cpu.adapter_forward(args._replace(norm_weight=None, norm_bias=None))
+        assert mean.shape == rstd.shape == (0,)
+
+
+@settings(max_examples=60)
+@given(cpu_calls())
+def test_inputs_are_left_alone(args: AdapterArguments) -> None:
+    before = [value.detach().clone() if isinstance(value, Tensor) else value for value in args]
+    grad_out = torch.randn(args.x.shape).to(args.x.dtype)
+    kept = grad_out.clone()
+    run_cpu(args, grad_out)
+    assert torch.equal(grad_out, kept)
+    for value, old in zip(args, before, strict=True):
+        assert torch.equal(value, old) if isinstance(value, Tensor) else value == old
+
+
+@settings(max_examples=60)
+@given(cpu_calls())
+def test_no_uninitialised_element_is_read_or_left(args: AdapterArguments) -> None:
+    grad_out = torch.ones_like(args.x)
+    args = args._replace(scale_tensor=torch.tensor(0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        patch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        assert torch.empty(3).isnan().all()
+        out, grads = run_cpu(args, grad_out)
+    assert not out.isnan().any()
+    assert not any(grad.isnan().any() for grad in grads if grad is not None)
+
+
+def poisoned(allocate):
+    def filled(*arguments, **options) -> Tensor:
+        tensor = allocate(*arguments, **options)
+        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
+
+    return filled
+
+
+@pytest.mark.parametrize("wanted", [*AdapterNeeds._fields, ""])
+@pytest.mark.parametrize("norm", [True, False])
+def test_only_the_gradients_asked_for(wanted: str, norm: bool) -> None:
+    args = vit_like()._replace(activity=torch.zeros(4), scale_tensor=torch.tensor(0.3, requires_grad=True))
+    if not norm:
+        args = args._replace(norm_weight=None, norm_bias=None)
+    grad_out = torch.randn_like(args.x)
+    _, everything = run_cpu(args, grad_out)
+    _, grads = run_cpu(args, grad_out, AdapterNeeds(*(name == wanted for name in AdapterNeeds._fields)))
+    for name, grad, full in zip(AdapterNeeds._fields, grads, everything, strict=True):
+        assert (grad is None) == (name != wanted or full is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, full)
+
+
+def test_declines_with_a_reason() -> None:
+    args = vit_like()
+    assert cpu.available() == (True, "")
+    assert cpu.supports_adapter(args) == (True, "")
+    ok, reason = cpu.supports_adapter(args._replace(x=args.x.double()))
+    assert not ok and "float64" in reason
+    ok, reason = cpu.supports_adapter(args._replace(x=args.x.to("meta")))
+    assert not ok and "meta" in reason
+    ok, reason = cpu.supports_adapter(args._replace(compute_dtype=torch.float16))
+    assert not ok and "float16" in reason
