@@ -102,7 +102,7 @@ void merge_in_launches(const std::vector<MergeAdapter>& adapters, const char* na
 }
 
 void bind_merge(py::module_& m) {
-  py::class_<MergeAdapter>(m, "MergeAdapter")
+  py::class_<MergeAdapter>(m, "MergeAdapter", py::module_local())
       .def(py::init(&merge_adapter), py::kw_only(), py::arg("rank"), py::arg("width"), py::arg("experts"),
            py::arg("w_down"), py::arg("w_down_init"), py::arg("b_down"), py::arg("gamma"), py::arg("beta"),
            py::arg("w_up"), py::arg("b_up"), py::arg("scale"), py::arg("scale_value"), py::arg("up_factor"),

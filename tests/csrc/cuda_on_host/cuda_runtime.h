@@ -1,0 +1,232 @@
+// Stands in for the CUDA runtime, so that g++ compiles an unchanged .cu file and runs its kernels on the CPU.
+//
+// Every CUDA thread of a block is a fiber with its own stack. Fibers run one at a time, in the order of their thread
+// index, until they reach a barrier or a warp-wide operation; there they yield until all that take part have come.
+// A kernel that reads what a later thread writes without a barrier in between therefore sees stale values, and a barrier
+// that some thread never reaches is reported as a deadlock. Blocks run one after the other.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+// One block runs at a time, so what a block shares may be static.
+#define __shared__ static
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+using uint3 = dim3;
+
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
+using cudaStream_t = void*;
+
+// One device, which is always current.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "an error";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "no text on the host";
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline uint3 threadIdx;
+inline uint3 blockIdx;
+inline dim3 blockDim;
+inline dim3 gridDim;
+
+namespace cuda_on_host {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 128 * 1024;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  uint3 index;
+  bool done = false;
+  // The barrier at which it waits, counted from the start of the block: one count per kind of barrier.
+  long block_barriers = 0;
+  long warp_barriers = 0;
+  uint64_t exchanged = 0;  // what it offers to its warp
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+  size_t current = 0;
+  bool progress = false;  // whether any fiber came further in this round
+  std::function<void()> body;
+};
+
+inline Block* block = nullptr;
+
+inline Fiber& self() { return block->fibers[block->current]; }
+
+inline void yield() { swapcontext(&self().context, &block->scheduler); }
+
+[[noreturn]] inline void deadlock(const char* where) {
+  std::fprintf(stderr, "deadlock: thread %zu of block (%u, %u) waits at %s for threads that never come\n",
+               block->current, blockIdx.x, blockIdx.y, where);
+  std::abort();
+}
+
+// Waits until every fiber in [first, last) has counted as many barriers as this one.
+inline void wait(size_t first, size_t last, long Fiber::*count, const char* where) {
+  Fiber& me = self();
+  const long target = ++(me.*count);
+  block->progress = true;
+  const auto arrived = [&](const Fiber& other) { return other.*count >= target; };
+  for (;;) {
+    bool all = true;
+    for (size_t i = first; i < last; ++i) {
+      const Fiber& other = block->fibers[i];
+      if (arrived(other)) continue;
+      if (other.done) deadlock(where);
+      all = false;
+    }
+    if (all) {
+      block->progress = true;
+      return;
+    }
+    yield();
+  }
+}
+
+inline std::pair<size_t, size_t> warp_of(size_t thread) {
+  const size_t first = thread / kWarpSize * kWarpSize;
+  return {first, std::min(first + kWarpSize, block->fibers.size())};
+}
+
+inline void wait_for_warp(const char* where) {
+  const auto [first, last] = warp_of(block->current);
+  wait(first, last, &Fiber::warp_barriers, where);
+}
+
+// The value that `lane` of this warp offers; every lane of the warp has to take part.
+template <typename T>
+T exchange(T value, int lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves up to 8 bytes");
+  std::memcpy(&self().exchanged, &value, sizeof(T));
+  wait_for_warp("a warp shuffle");
+  const auto [first, last] = warp_of(block->current);
+  T result = value;
+  if (lane >= 0 && first + static_cast<size_t>(lane) < last) {
+    std::memcpy(&result, &block->fibers[first + static_cast<size_t>(lane)].exchanged, sizeof(T));
+  }
+  wait_for_warp("a warp shuffle");  // nobody offers anew before all have read
+  return result;
+}
+
+inline void fiber_main() {
+  block->body();
+  self().done = block->progress = true;
+  swapcontext(&self().context, &block->scheduler);
+}
+
+inline void run_block(Block& running) {
+  for (Fiber& fiber : running.fibers) {
+    fiber.done = false;
+    fiber.block_barriers = fiber.warp_barriers = 0;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  for (bool busy = true; busy;) {
+    busy = running.progress = false;
+    for (size_t i = 0; i < running.fibers.size(); ++i) {
+      if (running.fibers[i].done) continue;
+      running.current = i;
+      threadIdx = running.fibers[i].index;
+      swapcontext(&running.scheduler, &running.fibers[i].context);
+      busy = true;
+    }
+    if (busy && !running.progress) deadlock("different barriers");
+  }
+}
+
+template <typename Kernel, typename... Arguments>
+cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Arguments&... arguments) {
+  const size_t threads = static_cast<size_t>(config.blockDim.x) * config.blockDim.y * config.blockDim.z;
+  const size_t blocks = static_cast<size_t>(config.gridDim.x) * config.gridDim.y * config.gridDim.z;
+  if (threads == 0 || threads > 1024 || blocks == 0 || config.gridDim.y > 65535 || config.gridDim.z > 65535) {
+    return cudaErrorInvalidConfiguration;
+  }
+  Block running;
+  running.fibers = std::vector<Fiber>(threads);
+  for (size_t i = 0; i < threads; ++i) {
+    const unsigned n = static_cast<unsigned>(i);
+    const dim3& size = config.blockDim;
+    running.fibers[i].index = uint3(n % size.x, n / size.x % size.y, n / (size.x * size.y));
+  }
+  running.body = [&] { kernel(arguments...); };
+  block = &running;
+  blockDim = config.blockDim;
+  gridDim = config.gridDim;
+  for (unsigned z = 0; z < gridDim.z; ++z) {
+    for (unsigned y = 0; y < gridDim.y; ++y) {
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = uint3(x, y, z);
+        run_block(running);
+      }
+    }
+  }
+  block = nullptr;
+  return cudaSuccess;
+}
+
+}  // namespace cuda_on_host
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  return cuda_on_host::launch(*config, kernel, arguments...);
+}
+
+inline void __syncthreads() {
+  cuda_on_host::wait(0, cuda_on_host::block->fibers.size(), &cuda_on_host::Fiber::block_barriers, "__syncthreads");
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const int lane = static_cast<int>(cuda_on_host::block->current % cuda_on_host::kWarpSize);
+  return cuda_on_host::exchange(value, lane + static_cast<int>(delta));
+}
