@@ -1,0 +1,180 @@
+"""`mosa-kernels doctor`: what is here, what is not, and why, in plain words."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import re
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from mosa_kernels._extension import extension
+from mosa_kernels.version import __version__
+
+PACKAGES = ("torch", "torchvision", "triton", "timm", "accelerate", "safetensors", "numpy")
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Say which versions and backends are here, and why others are not. Exits with 0 when the package is usable."""
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """The report: versions, GPUs, what `_C` was built for, and True or a reason for each kind of kernel.
+
+    "problems" lists what makes the package unusable; it is empty on a healthy machine.
+    """
+    report: dict[str, Any] = {
+        "versions": {"mosa_kernels": __version__, "python": platform.python_version()},
+        "platform": platform.platform(),
+        "gpus": [],
+        "compiled": _examine_extension(),
+        "backends": {},
+        "problems": [],
+    }
+    for package in PACKAGES:
+        try:
+            report["versions"][package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            report["versions"][package] = None
+    try:
+        report.update(_examine_gpus(report["compiled"]))
+    except ImportError as error:
+        report["problems"].append(f"PyTorch does not import: {error}")
+        return report
+    for name, answer in importlib.import_module("mosa_kernels.backends.choice").available_backends().items():
+        report["backends"][name] = answer
+    if report["backends"].get("reference") is not True:
+        report["problems"].append(f"the reference backend does not work: {report['backends'].get('reference')}")
+    return report
+
+
+def _examine_extension() -> dict[str, Any]:
+    module, reason, cuda_reason = extension()
+    info = dict(module.build_info) if module is not None else {}
+    return {
+        "cpp": reason or True,
+        "cuda": cuda_reason or True,
+        "compiler": info.get("compiler"),
+        "cuda_toolkit": info.get("cuda_toolkit") or None,
+        "cuda_architectures": (info.get("cuda_architectures") or "").split() or None,
+        "cuda_driver": _cuda_version(module.cuda_driver_version()) if hasattr(module, "cuda_driver_version") else None,
+    }
+
+
+def _cuda_version(number: int) -> str | None:
+    """CUDA's 13020 as 13.2; None for 0, which means that there is no driver."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _examine_gpus(compiled: dict[str, Any]) -> dict[str, Any]:
+    """PyTorch's CUDA and its GPUs, each with whether `_C` has code for it."""
+    import torch
+
+    found: dict[str, Any] = {"torch_cuda": torch.version.cuda, "gpus": []}
+    if torch.cuda.is_available():
+        found["no_gpu_because"] = None
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            gpu = {"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"}
+            serves = has_code_for((major, minor), compiled["cuda_architectures"] or [])
+            gpu["compiled_kernels"] = serves or f"the CUDA kernels were not built for sm_{major}{minor}"
+            found["gpus"].append(gpu)
+    elif torch.version.cuda is None:
+        found["no_gpu_because"] = "this PyTorch is built without CUDA"
+    elif compiled["cuda"] is True and compiled["cuda_driver"] is None:
+        found["no_gpu_because"] = "no NVIDIA driver is loaded"
+    else:
+        found["no_gpu_because"] = "PyTorch sees no CUDA device"
+    return found
+
+
+def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether a GPU runs code built for these architectures, given as CMake spells them (80-real, 120-virtual).
+
+    Machine code runs on the same major version from its minor version on; PTX runs on everything newer.
+    """
+    for architecture in architectures:
+        match = re.fullmatch(r"(\d+)(\d)([af]?)-(real|virtual)", architecture)
+        if match is None:
+            continue
+        built, specific = (int(match[1]), int(match[2])), match[3]
+        same_family = built[0] == capability[0] and built[1] <= capability[1]
+        if specific == "a":
+            runs = built == capability
+        elif specific == "f" or match[4] == "real":
+            runs = same_family
+        else:
+            runs = built <= capability
+        if runs:
+            return True
+    return False
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(soft_wrap=True, highlight=False)
+
+    def line(name: str, answer: Any) -> None:
+        text = "[dim]not found[/dim]" if answer is None else escape(str(answer))
+        console.print(f"  {name:<18}{text}")
+
+    def available(name: str, answer: bool | str) -> None:
+        mark = (
+            "[green]available[/green]" if answer is True else f"[yellow]not available[/yellow]: {escape(str(answer))}"
+        )
+        console.print(f"  {name:<18}{mark}")
+
+    console.print("[bold]Versions[/bold]")
+    for name, version in report["versions"].items():
+        line(name, version)
+    line("platform", report["platform"])
+
+    compiled = report["compiled"]
+    console.print("[bold]GPU[/bold]")
+    if "torch_cuda" in report:
+        line("CUDA of PyTorch", report["torch_cuda"] or "none: a CPU build")
+    line("CUDA of the driver", compiled["cuda_driver"])
+    for index, gpu in enumerate(report["gpus"]):
+        kernels = "" if gpu["compiled_kernels"] is True else f"; {gpu['compiled_kernels']}"
+        line(f"GPU {index}", f"{gpu['name']}, compute capability {gpu['capability']}{kernels}")
+    if report.get("no_gpu_because"):
+        line("GPUs", f"none: {report['no_gpu_because']}")
+
+    console.print("[bold]Compiled kernels (mosa_kernels._C)[/bold]")
+    available("C++", compiled["cpp"], "usable")
+    needs_gpu = "" if report["gpus"] else "built, but there is no GPU"
+    available("CUDA", compiled["cuda"] if compiled["cuda"] is not True else needs_gpu or True, "usable")
+    if compiled["compiler"]:
+        line("built by", compiled["compiler"])
+    if compiled["cuda_toolkit"]:
+        line("CUDA toolkit", compiled["cuda_toolkit"])
+        line("built for", _spell_architectures(compiled["cuda_architectures"]))
+
+    console.print("[bold]Backends[/bold]")
+    for name, answer in report["backends"].items():
+        available(name, answer)
+
+    if report["problems"]:
+        console.print("[bold red]Not usable[/bold red]")
+        for problem in report["problems"]:
+            console.print(f"  {escape(problem)}")
+    else:
+        console.print("[bold green]Usable.[/bold green]")
+
+
+def _spell_architectures(architectures: list[str]) -> str:
+    code = [f"sm_{name.removesuffix('-real')}" for name in architectures if name.endswith("-real")]
+    ptx = [f"PTX {name.removesuffix('-virtual')}" for name in architectures if name.endswith("-virtual")]
+    return ", ".join(code + ptx)
