@@ -60,14 +60,15 @@ def examine() -> dict[str, Any]:
 
 def _examine_extension() -> dict[str, Any]:
     module, reason, cuda_reason = extension()
-    info = dict(module.build_info) if module is not None else {}
+    info = {} if module is None else dict(module.build_info)
+    driver = None if module is None or cuda_reason else _cuda_version(module.cuda_driver_version())
     return {
         "cpp": reason or True,
         "cuda": cuda_reason or True,
         "compiler": info.get("compiler"),
         "cuda_toolkit": info.get("cuda_toolkit") or None,
         "cuda_architectures": (info.get("cuda_architectures") or "").split() or None,
-        "cuda_driver": _cuda_version(module.cuda_driver_version()) if hasattr(module, "cuda_driver_version") else None,
+        "cuda_driver": driver,
     }
 
 
@@ -85,9 +86,12 @@ def _examine_gpus(compiled: dict[str, Any]) -> dict[str, Any]:
         found["no_gpu_because"] = None
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            gpu = {"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"}
             serves = has_code_for((major, minor), compiled["cuda_architectures"] or [])
-            gpu["compiled_kernels"] = serves or f"the CUDA kernels were not built for sm_{major}{minor}"
+            gpu = {
+                "name": torch.cuda.get_device_name(index),
+                "capability": f"{major}.{minor}",
+                "compiled_kernels": serves or f"the CUDA kernels were not built for sm_{major}{minor}",
+            }
             found["gpus"].append(gpu)
     elif torch.version.cuda is None:
         found["no_gpu_because"] = "this PyTorch is built without CUDA"
@@ -127,14 +131,11 @@ def _print(report: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
 
     def line(name: str, answer: Any) -> None:
-        text = "[dim]not found[/dim]" if answer is None else escape(str(answer))
-        console.print(f"  {name:<18}{text}")
+        console.print(f"  {name:<20}{'[dim]not found[/dim]' if answer is None else escape(str(answer))}")
 
-    def available(name: str, answer: bool | str) -> None:
-        mark = (
-            "[green]available[/green]" if answer is True else f"[yellow]not available[/yellow]: {escape(str(answer))}"
-        )
-        console.print(f"  {name:<18}{mark}")
+    def available(name: str, answer: bool | str, yes: str = "available") -> None:
+        text = f"[green]{yes}[/green]" if answer is True else f"[yellow]not {yes}[/yellow]: {escape(str(answer))}"
+        console.print(f"  {name:<20}{text}")
 
     console.print("[bold]Versions[/bold]")
     for name, version in report["versions"].items():
@@ -154,8 +155,8 @@ def _print(report: dict[str, Any]) -> None:
 
     console.print("[bold]Compiled kernels (mosa_kernels._C)[/bold]")
     available("C++", compiled["cpp"], "usable")
-    needs_gpu = "" if report["gpus"] else "built, but there is no GPU"
-    available("CUDA", compiled["cuda"] if compiled["cuda"] is not True else needs_gpu or True, "usable")
+    idle = compiled["cuda"] is True and not report["gpus"]
+    available("CUDA", "built, but there is no GPU" if idle else compiled["cuda"], "usable")
     if compiled["compiler"]:
         line("built by", compiled["compiler"])
     if compiled["cuda_toolkit"]:
