@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from types import ModuleType
 
+from mosa_kernels.backends import cpu, reference
 from mosa_kernels.backends.arguments import AdapterArguments
 
-MODULES = {
-    "cpu": "mosa_kernels.backends.cpu",
-    "reference": "mosa_kernels.backends.reference",
-}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 """For each device type, the fused backends in the order in which they are tried; the reference comes last."""
+NOT_BUILT = {
+    "triton": "this version has no Triton kernels for the adapter",
+    "cuda": "this version has no CUDA kernels for the adapter (merging has one)",
+}
 
 
-@cache
 def backend_module(name: str) -> ModuleType:
     """The module of a backend.
 
     Raises:
-        ValueError: no backend has this name.
+        ValueError: there is no backend of this name, or it is not part of this version.
     """
-    if name not in MODULES:
-        raise ValueError(f"backend: expected one of {', '.join(MODULES)} or None, got {name!r}")
-    return importlib.import_module(MODULES[name])
+    if name in NOT_BUILT:
+        raise ValueError(f"backend: {name!r} is not available: {NOT_BUILT[name]}")
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return BACKENDS[name]
 
 
 def available_backends() -> dict[str, bool | str]:
     """For each backend True, or the reason why it is not available on this machine."""
     found: dict[str, bool | str] = {}
-    for name in MODULES:
-        ok, reason = backend_module(name).available()
+    for name, module in BACKENDS.items():
+        ok, reason = module.available()
         found[name] = ok or reason
-    return found
+    return {**found, **NOT_BUILT}
 
 
 def choose_adapter_backend(args: AdapterArguments, backend: str | None = None) -> str:

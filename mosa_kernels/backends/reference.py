@@ -6,6 +6,8 @@ It keeps every intermediate, as eager PyTorch does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,9 +61,9 @@ def expert_bias(b_up: Tensor, expert: Tensor | int) -> Tensor:
         return b_up
     if isinstance(expert, int):
         return b_up.mean(0) if expert == MERGED else b_up[expert]
-    ids = expert.long().unsqueeze(-1)  # [1] or [G, 1]
-    rows = torch.where(ids == MERGED, b_up.mean(0), b_up[ids.squeeze(-1).clamp(min=0)])  # [d] or [G, d]
-    return rows.unsqueeze(-2) if expert.dim() else rows
+    ids = expert.long().reshape(-1)  # [G]
+    rows = torch.where(ids.unsqueeze(-1) == MERGED, b_up.mean(0), b_up.index_select(0, ids.clamp(min=0)))  # [G, d]
+    return rows.unsqueeze(-2) if expert.dim() else rows.squeeze(0)
 
 
 def adapter(args: AdapterArguments) -> Tensor:
@@ -112,10 +114,10 @@ class _ReportActivity(torch.autograd.Function):
     """Passes `out` through; its backward gives `activity` the experts that ran as its gradient."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, activity: Tensor, args: AdapterArguments) -> Tensor:
+    def forward(ctx: Any, out: Tensor, activity: Tensor, args: AdapterArguments) -> Tensor:
         ctx.args = args
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad_out, expert_activity(ctx.args), None

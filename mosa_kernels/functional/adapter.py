@@ -37,7 +37,9 @@ def _forward_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return backend_module(backend).adapter_forward(AdapterArguments(*fields))
 
 
-def _backward_kernel(grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool], *arguments: Any):
+def _backward_kernel(
+    grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool], *arguments: Any
+) -> tuple[Tensor, ...]:
     *fields, backend = arguments
     args = AdapterArguments(*fields)
     grads = backend_module(backend).adapter_backward(args, grad_out, mean, rstd, AdapterNeeds(*needs))
@@ -70,7 +72,9 @@ def _gradient_sources(args: AdapterArguments) -> tuple[Tensor | None, ...]:
     )
 
 
-def _backward_fake(grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool], *arguments: Any):
+def _backward_fake(
+    grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool], *arguments: Any
+) -> tuple[Tensor, ...]:
     args = AdapterArguments(*arguments[:-1])
     return tuple(
         source.new_empty(source.shape) if needed and source is not None else args.x.new_empty(0)
@@ -167,7 +171,7 @@ def _register_autocast(device: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return _forward_op(*_with_autocast_dtype(device.lower(), arguments))
 
-    def backward(*arguments: Any):
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return _backward_op(*arguments)
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 import mosa_kernels.functional.adapter  # noqa: F401  (defines the operators)
+from mosa_kernels.backends.arguments import AdapterNeeds
 
 
 def _product(x_shape: tuple[int, ...], w_down_shape: tuple[int, ...]) -> int:
@@ -35,6 +36,6 @@ def adapter_backward_flops(
     **__: Any,
 ) -> int:
     """The bottleneck once more and its gradient, then one product for each gradient asked for: up to 10 T d r."""
-    x, w_down, _, w_up, _, norm_weight, *_ = needs
-    products = 2 + x + w_up + (w_down or norm_weight)
+    wanted = AdapterNeeds(*needs)
+    products = 2 + wanted.x + wanted.w_up + (wanted.w_down or wanted.norm_weight)
     return products * _product(x_shape, w_down_shape)

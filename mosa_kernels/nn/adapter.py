@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.functional.adapter import mosa_adapter
+from mosa_kernels.functional.merge import MergedWeights, MergeInput, merge_adapters
 from mosa_kernels.functional.split import split
+from mosa_kernels.nn.activity import ExpertActivity
+from mosa_kernels.nn.dense import DenseAdapter
 from mosa_kernels.nn.projection import Projection
 from mosa_kernels.nn.sampler import ExpertSampler
 
@@ -73,6 +77,8 @@ class FusedMoSAAdapter(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if sparse not in SPARSE:
             raise ValueError(f"sparse: expected one of {', '.join(SPARSE)}, got {sparse!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if merge_rule not in MERGE_RULES:
             raise ValueError(f"merge_rule: expected one of {', '.join(MERGE_RULES)}, got {merge_rule!r}")
         if not 0 <= dropout < 1:
@@ -83,6 +89,8 @@ class FusedMoSAAdapter(nn.Module):
         self.activation, self.dropout, self.sparse, self.granularity = activation, dropout, sparse, granularity
         self.merge_rule, self.pruned = merge_rule, pruned
         self.expert_scale = float(num_experts) if isinstance(expert_scale, str) else expert_scale
+        if pruned:
+            self.expert_scale = 1.0  # the one expert that runs is the adapter; there is nothing to make up for
 
         generator = torch.Generator().manual_seed(seed)
         owners: dict[str, Tensor | None] = {"up": None, "down": None}
@@ -92,15 +100,29 @@ class FusedMoSAAdapter(nn.Module):
                     owners[side] = split(shape, num_experts, granularity, generator)
         bias_rows = num_experts if expert_bias and num_experts > 1 and not pruned else None
         self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype) if norm else None
+        self._activity = ExpertActivity(num_experts) if num_experts > 1 else None
         self.down = Projection(
-            dim, bottleneck, owners["down"], initial=owners["down"] is not None, device=device, dtype=dtype
+            dim,
+            bottleneck,
+            owners["down"],
+            initial=owners["down"] is not None,
+            activity=self._activity,
+            device=device,
+            dtype=dtype,
         )
-        self.up = Projection(bottleneck, dim, owners["up"], bias_rows=bias_rows, device=device, dtype=dtype)
+        self.up = Projection(
+            bottleneck,
+            dim,
+            owners["up"],
+            bias_rows=bias_rows,
+            activity=self._activity,
+            device=device,
+            dtype=dtype,
+        )
         self.scale: float | nn.Parameter = scale
         if learnable_scale:
             self.scale = nn.Parameter(torch.tensor(scale, device=device, dtype=dtype or torch.get_default_dtype()))
         self.sampler = ExpertSampler(num_experts, expert_per, fixed=0 if pruned and num_experts > 1 else None)
-        self.activity: Tensor | None = None
         self.backend: str | None = None
         self.reset_parameters()
 
@@ -163,23 +185,70 @@ class FusedMoSAAdapter(nn.Module):
             backend=self.backend,
         )
 
+    @property
+    def activity(self) -> Tensor | None:
+        """The leaf of `track_activity`, or None."""
+        return None if self._activity is None else self._activity.leaf
+
     def track_activity(self) -> Tensor | None:
         """Has each backward pass report which experts ran, and returns the leaf that receives it as its gradient.
 
-        float32 [N]; None for an adapter without experts. `MoSAAdamW` calls this.
+        float32 [N]; None for an adapter without experts. `MoSAAdamW` does the same.
         """
-        if self.num_experts == 1:
-            return None
-        device = self.up.weight.device
-        if self.activity is None or self.activity.device != device:
-            self.activity = torch.zeros(self.num_experts, device=device, requires_grad=True)
-        return self.activity
+        return None if self._activity is None else self._activity.track(self.up.weight.device)
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        if self.activity is not None:
-            self.track_activity()
-        return self
+    def merge_input(self, rule: str | None = None) -> MergeInput:
+        """What the merge kernel needs of this layer, for several layers to be merged in one launch.
+
+        Raises:
+            ValueError: `rule` is neither "mean" nor "jigsaw".
+        """
+        rule = self.merge_rule if rule is None else rule
+        if rule not in MERGE_RULES:
+            raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
+        w_down: Tensor = self.down.weight
+        w_up: Tensor = self.up.weight
+        initial, factor = self.down.initial, self._merged_scale(rule)
+        if self.sampler.fixed is not None:
+            w_down, w_up = self._pruned(self.down), self._pruned(self.up)
+            initial, factor = None, 1.0
+        return MergeInput(
+            w_down,
+            self.down.bias,
+            w_up,
+            self.up.bias,
+            None if self.norm is None else self.norm.weight,
+            None if self.norm is None else self.norm.bias,
+            self.scale,
+            factor if self.up.assignment is not None else 1.0,
+            initial,
+            factor,
+        )
+
+    def _pruned(self, projection: Projection) -> Tensor:
+        assert projection.assignment is not None
+        return torch.where(projection.assignment.eq(self.sampler.fixed or 0), projection.weight, 0)
+
+    @torch.no_grad()
+    def merge(self, rule: str | None = None) -> DenseAdapter:
+        """The dense adapter for inference (Eq. 7 and 8), in plain PyTorch.
+
+        Args:
+            rule: "mean" or "jigsaw"; None is the layer's `merge_rule`, which evaluation mode computes too.
+
+        Raises:
+            ValueError: `rule` is neither.
+        """
+        return self.dense_from(merge_adapters([self.merge_input(rule)])[0])
+
+    def dense_from(self, merged: MergedWeights) -> DenseAdapter:
+        """A plain adapter shaped like this layer that holds merged weights."""
+        eps = 1e-6 if self.norm is None else self.norm.eps
+        dense = DenseAdapter(self.dim, self.bottleneck, self.activation, self.norm is not None, eps, device="meta")
+        for linear, weight, bias in ((dense.down, merged.w_down, merged.b_down), (dense.up, merged.w_up, merged.b_up)):
+            linear.weight = nn.Parameter(weight)
+            linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        return dense.train(self.training)
 
     def extra_repr(self) -> str:
         scale = "learnable" if isinstance(self.scale, nn.Parameter) else self.scale

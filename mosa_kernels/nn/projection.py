@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mosa_kernels.nn.activity import ExpertActivity
+
 _PROJECTIONS = WeakTensorKeyDictionary()
 
 
@@ -22,13 +24,14 @@ class Projection(nn.Module):
         bias_rows: None for one shared bias [out], or N for one per expert [N, out].
         initial: whether the values at the start are kept as what an expert sees outside its own entries; without it
             an expert sees zeros there.
+        activity: of the adapter that this projection is part of; None where there are no experts.
 
     Attributes:
         weight: [out, in].
         bias: [out] or [N, out].
         assignment: uint8 [out, in], a buffer, or None.
         initial: [out, in], a buffer, or None.
-        activity: float32 [N] whose gradient names the experts that ran, once `track_activity` was called.
+        activity: reports which experts ran, or None.
     """
 
     weight: nn.Parameter
@@ -44,17 +47,18 @@ class Projection(nn.Module):
         *,
         bias_rows: int | None = None,
         initial: bool = False,
+        activity: ExpertActivity | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.activity = activity
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device, dtype=dtype))
         bias_shape = (out_features,) if bias_rows is None else (bias_rows, out_features)
         self.bias = nn.Parameter(torch.zeros(bias_shape, device=device, dtype=dtype))
         self.register_buffer("assignment", None if assignment is None else assignment.to(device))
         self.register_buffer("initial", torch.zeros_like(self.weight) if initial else None)
-        self._register()
 
     def reset_kaiming(self) -> None:
         """Kaiming-uniform (a = sqrt 5) weights, as `torch.nn.Linear`, and zero biases."""
@@ -65,12 +69,19 @@ class Projection(nn.Module):
 
     def _register(self) -> None:
         """Lets `projection_of` find this module by its parameters, also after a copy or a move."""
-        for parameter in (self.weight, self.bias):
-            _PROJECTIONS[parameter] = weakref.ref(self)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                _PROJECTIONS[parameter] = weakref.ref(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._register()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Projection:
         super()._apply(fn, recurse)
         self._register()
+        if self.activity is not None:
+            self.activity.move(self.weight.device)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

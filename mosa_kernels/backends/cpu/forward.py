@@ -50,7 +50,8 @@ def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
         statistics = (
             torch.empty_like(statistics).index_copy_(1, plan.order, statistics) if statistics.numel() else statistics
         )
-    return out.view(args.x.shape), statistics[0], statistics[1]
+    # An operator's outputs may not share memory.
+    return out.view(args.x.shape), statistics[0].clone(), statistics[1].clone()
 
 
 def _add_product(out: Tensor, summands: list[Tensor], a: Tensor, tensors: ExpertTensors, alpha: float) -> None:

@@ -1,0 +1,84 @@
+"""The Triton backend: fused kernels for NVIDIA GPUs of compute capability 8.0 and later.
+
+`TRITON_INTERPRET=1`, set before the first use, runs the same kernels on CPU tensors, slowly, to check them.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
+
+_MAX_WIDTH = 4096
+_MAX_BOTTLENECK = 256
+_MAX_BIAS_ROWS = 64  # the rows of b_up whose gradients one program holds in registers
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@cache
+def available() -> tuple[bool, str]:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return False, f"triton cannot be imported ({error})"
+    if _interpreting():
+        return True, ""
+    if not torch.cuda.is_available():
+        return False, "there is no CUDA device"
+    if torch.version.hip is not None:
+        return False, "the kernels have not been checked on AMD GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return False, f"needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    return True, ""
+
+
+@cache
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
+    x = args.x
+    if not x.is_cuda and not _interpreting():
+        return False, f"x is on {x.device}, not on a CUDA device"
+    if x.numel() == 0:
+        return False, "x is empty"
+    if x.shape[-1] > _MAX_WIDTH:
+        return False, f"x is {x.shape[-1]} wide, at most {_MAX_WIDTH} are taken"
+    if args.w_down.shape[0] > _MAX_BOTTLENECK:
+        return False, f"the bottleneck is {args.w_down.shape[0]} wide, at most {_MAX_BOTTLENECK} are taken"
+    if x.numel() // x.shape[-1] >= 2**31 - 2**10:
+        return False, "x has 2**31 tokens or more"
+    if args.b_up is not None and args.b_up.dim() == 2 and args.b_up.shape[0] > _MAX_BIAS_ROWS:
+        return False, f"b_up has {args.b_up.shape[0]} rows, at most {_MAX_BIAS_ROWS} are taken"
+    if args.matmul_dtype not in _DTYPES:
+        return False, f"products in {args.matmul_dtype} are not taken"
+    for name, tensor in zip(args._fields[:13], args[:13], strict=True):
+        if tensor is None or name == "expert":
+            continue
+        if tensor.dtype not in _DTYPES and name not in ("assignment", "assignment_down"):
+            return False, f"{name} has dtype {tensor.dtype}"
+        if name not in ("x", "residual") and not tensor.is_contiguous():
+            return False, f"{name} is not contiguous"
+    return True, ""
+
+
+def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
+    from mosa_kernels.backends.triton.adapter_forward import adapter_forward
+
+    with torch.cuda.device_of(args.x):
+        return adapter_forward(args)
+
+
+def adapter_backward(
+    args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
+) -> AdapterGradients:
+    from mosa_kernels.backends.triton.adapter_backward import adapter_backward
+
+    with torch.cuda.device_of(args.x):
+        return adapter_backward(args, grad_out, mean, rstd, needs)

@@ -1,0 +1,70 @@
+"""Tile sizes by width, bottleneck, dtype and architecture. Frozen: nothing is measured at run time.
+
+The token count is no key, so that no new kernel is compiled for a new batch. The entries are chosen so that ahead of
+time compilation reports no spilled registers and at most 99 KB of shared memory (what a block may use on the smaller
+GPUs of the 8.x family), which `tests/backends/triton/test_compile.py` holds; their speed has not been measured.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tiles of a kernel."""
+
+    block_t: int  # tokens
+    block_d: int  # columns
+    num_warps: int
+    num_stages: int
+
+
+class Configs(NamedTuple):
+    """The tiles of the three kernels that multiply matrices."""
+
+    forward: Config
+    tokens: Config  # the backward kernel over tokens
+    weights: Config  # the backward kernel over weights
+    programs: int  # how many programs the last one splits its tokens into, about two a multiprocessor
+
+
+def padded(size: int) -> int:
+    """The power of two that a dimension of a matrix product is padded to."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@cache
+def configs(width: int, bottleneck: int, matmul_dtype: torch.dtype, arch: int) -> Configs:
+    """The table. `arch` is 10 times the compute capability."""
+    r = padded(bottleneck)
+    if matmul_dtype == torch.float32:
+        table = _FLOAT32
+    else:
+        table = _HALF_HOPPER if arch >= 90 else _HALF_AMPERE
+    row = table[next(limit for limit in sorted(table) if r <= limit)]
+    columns = padded(width)
+    kernels = (config._replace(block_d=min(config.block_d, columns)) for config in row)
+    return Configs(*kernels, programs=264 if arch >= 90 else 216)
+
+
+_Row = tuple[Config, Config, Config]
+
+# padded bottleneck: forward, backward over tokens, backward over weights
+_HALF_AMPERE: dict[int, _Row] = {
+    64: (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
+    128: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+    256: (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+}
+_HALF_HOPPER: dict[int, _Row] = {
+    64: (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
+    128: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+    256: (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+}
+_FLOAT32: dict[int, _Row] = {
+    64: (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
+    128: (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+    256: (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+}

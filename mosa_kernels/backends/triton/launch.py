@@ -1,0 +1,88 @@
+"""Launching a kernel with little host time: each variant is compiled once and then called without Triton's binder.
+
+Triton's own ``kernel[grid](...)`` inspects every argument at every call to find the variant to run. Here a variant is
+known by what can change: the constants, the dtypes of the tensors, whether their addresses are multiples of 16 bytes,
+and the device. The same description of a launch can be compiled for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint16: "*u16",
+    torch.uint32: "*u32",
+    torch.uint64: "*u64",
+}
+_ALIGNMENT = 16  # bytes of the widest load, and what Triton calls divisible
+
+_compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+def interpreted(function: Any) -> bool:
+    """Whether this kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when it was defined)."""
+    return not isinstance(function, JITFunction)
+
+
+class Launch(NamedTuple):
+    """One launch. The kernel's parameters are the tensors, the scalars and the constants, in this order."""
+
+    function: Any
+    grid: tuple[int, int, int]
+    tensors: Sequence[Tensor | None]
+    scalars: Sequence[int | float]
+    scalar_types: Sequence[str]
+    constants: tuple[Any, ...]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Launches on the current stream of the current device."""
+        if interpreted(self.function):
+            self.function[self.grid](*self.tensors, *self.scalars, *self.constants)
+            return
+        kinds = [None if tensor is None else tensor.dtype for tensor in self.tensors]
+        key = (self.function, *kinds, self._aligned(), self.constants, self.num_warps, torch.cuda.current_device())
+        kernel = _compiled.get(key)
+        if kernel is None:
+            kernel = _compiled[key] = self.compile(triton.runtime.driver.active.get_current_target())
+        kernel[self.grid](*self.tensors, *self.scalars, *self.constants)
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        """This variant's machine code for a target, which need not be present."""
+        names = self.function.arg_names
+        kinds = ["constexpr" if tensor is None else _POINTERS[tensor.dtype] for tensor in self.tensors]
+        kinds += [*self.scalar_types, *("constexpr" for _ in self.constants)]
+        values = [*self.tensors, *self.scalars, *self.constants]
+        signature = dict(zip(names, kinds, strict=True))
+        constants = {(i,): values[i] for i, kind in enumerate(kinds) if kind == "constexpr"}
+        divisible = [["tt.divisibility", _ALIGNMENT]]
+        attributes = {(i,): divisible for i, kind in enumerate(kinds) if kind[0] == "*"} if self._aligned() else {}
+        source = ASTSource(self.function, signature, constants, attributes)
+        return triton.compile(
+            source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages}
+        )
+
+    def _aligned(self) -> bool:
+        addresses = 0
+        for tensor in self.tensors:
+            if tensor is not None:
+                addresses |= tensor.data_ptr()
+        return addresses % _ALIGNMENT == 0

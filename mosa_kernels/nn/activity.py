@@ -1,0 +1,39 @@
+"""How an optimizer learns which experts took part in a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ExpertActivity:
+    """Which experts of one adapter ran, reported by every backward pass; its two projections share one.
+
+    Copies and pickles of it report nothing until they are asked to.
+
+    Attributes:
+        num_experts: N.
+        leaf: float32 [N], receives as its gradient 1 for each expert that ran; None until `track` was called. It stays
+            the same tensor, hooks included, when the module moves to another device.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.leaf: Tensor | None = None
+
+    def track(self, device: torch.device) -> Tensor:
+        """Has each backward pass report from now on, and returns the leaf."""
+        if self.leaf is None:
+            self.leaf = torch.zeros(self.num_experts, device=device, requires_grad=True)
+        self.move(device)
+        return self.leaf
+
+    def move(self, device: torch.device) -> None:
+        if self.leaf is not None and self.leaf.device != device:
+            self.leaf.grad = None
+            self.leaf.data = torch.zeros(self.num_experts, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num_experts": self.num_experts, "leaf": None}

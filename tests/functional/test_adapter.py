@@ -1,0 +1,270 @@
+"""The operator's contract: schema, fake kernels, autograd, autocast, torch.compile, FLOPs and error messages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import adapter_calls
+from hypothesis import assume, given, settings
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import mosa_kernels as mk
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
+from mosa_kernels.backends.choice import choose_adapter_backend
+from mosa_kernels.functional import flops  # noqa: F401  (registers the formulas)
+from mosa_kernels.functional.adapter import AdapterFunction
+
+D, R, N = 24, 6, 3
+
+
+def _weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    shapes = {"w_down": (R, D), "b_down": (R,), "w_up": (D, R), "b_up": (N, D), "norm_weight": (D,), "norm_bias": (D,)}
+    return {name: (torch.randn(shape, dtype=dtype) / 4).requires_grad_() for name, shape in shapes.items()}
+
+
+def _assignment() -> Tensor:
+    return mk.split((D, R), N, generator=torch.Generator().manual_seed(1))
+
+
+@settings(max_examples=20)
+@given(adapter_calls(max_width=24, max_bottleneck=8, max_tokens=12))
+def test_opcheck(args: AdapterArguments) -> None:
+    assume(choose_adapter_backend(args) == "cpu")
+    torch.library.opcheck(torch.ops.mosa_kernels.adapter_forward.default, (*args, "cpu"))
+
+
+@settings(max_examples=10)
+@given(adapter_calls(max_width=24, max_bottleneck=8, max_tokens=12))
+def test_opcheck_backward(args: AdapterArguments) -> None:
+    assume(choose_adapter_backend(args) == "cpu")
+    args = AdapterArguments(*(value.detach() if isinstance(value, Tensor) else value for value in args))
+    out, mean, rstd = torch.ops.mosa_kernels.adapter_forward.default(*args, "cpu")
+    tensors = [args.x, args.w_down, args.b_down, args.w_up, args.b_up, args.norm_weight, args.norm_bias]
+    needs = list(AdapterNeeds(*(tensor is not None for tensor in (*tensors, args.scale_tensor, args.activity))))
+    torch.library.opcheck(
+        torch.ops.mosa_kernels.adapter_backward.default, (torch.randn_like(out), mean, rstd, needs, *args, "cpu")
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_one_graph_serves_every_expert(backend: str) -> None:
+    w, assignment = _weights(), _assignment()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(x: Tensor, expert: Tensor, seed: Tensor) -> Tensor:
+        return mk.mosa_adapter(
+            x, assignment=assignment, expert=expert, dropout_p=0.3, seed=seed, residual=2 * x, backend=backend, **w
+        )
+
+    x = torch.randn(2, 5, D, requires_grad=True)
+    leaves = [x, *w.values()]
+    for number in (*range(N), -1):
+        expert, seed = torch.tensor(number), torch.tensor(number + 17)
+        out = step(x, expert, seed)
+        eager = mk.mosa_adapter(
+            x, assignment=assignment, expert=expert, dropout_p=0.3, seed=seed, residual=2 * x, backend=backend, **w
+        )
+        torch.testing.assert_close(out, eager)
+        weight = torch.randn_like(out)
+        for found, wanted in zip(
+            torch.autograd.grad(out, leaves, weight), torch.autograd.grad(eager, leaves, weight), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+    assert counter.frame_count == 1
+
+
+def test_one_graph_serves_every_token_count() -> None:
+    w, assignment = _weights(), _assignment()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(
+        lambda x, e: mk.mosa_adapter(x, assignment=assignment, expert=e, **w),
+        fullgraph=True,
+        backend=counter,
+        dynamic=True,
+    )
+    compilations = []
+    for batch, length in ((2, 5), (3, 7), (4, 11)):
+        x, expert = torch.randn(batch, length, D), torch.randint(N, (batch,))
+        torch.testing.assert_close(step(x, expert), mk.mosa_adapter(x, assignment=assignment, expert=expert, **w))
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1  # nothing was compiled after the first call
+
+
+def test_inductor_gives_the_same_gradients() -> None:
+    w, assignment = _weights(), _assignment()
+    x, expert = torch.randn(2, 5, D, requires_grad=True), torch.tensor([0, 2])
+
+    def step(x: Tensor) -> Tensor:
+        return mk.mosa_adapter(torch.sin(x), assignment=assignment, expert=expert, **w).square().mean()
+
+    leaves = [x, *w.values()]
+    found = torch.autograd.grad(torch.compile(step, fullgraph=True)(x), leaves)
+    for grad, wanted in zip(found, torch.autograd.grad(step(x), leaves), strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_keeps_the_stream_and_chooses_the_product_dtype(backend: str, dtype: torch.dtype) -> None:
+    w, assignment = _weights(), _assignment()
+    x = torch.randn(2, 5, D, dtype=dtype, requires_grad=True)
+    residual = torch.randn(2, 5, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mk.mosa_adapter(x, assignment=assignment, expert=1, residual=residual, backend=backend, **w)
+    assert out.dtype == torch.float32  # as x + residual
+    full = mk.mosa_adapter(x.float(), assignment=assignment, expert=1, residual=residual, backend="reference", **w)
+    assert 1e-5 < (out - full).abs().max() < 0.05  # products were rounded to bf16, and no more than that
+    grads = torch.autograd.grad(out.sum(), [x, *w.values()])
+    assert [grad.dtype for grad in grads] == [dtype] + [torch.float32] * len(w)
+
+
+def test_autocast_of_the_operator_itself() -> None:
+    w, assignment = _weights(), _assignment()
+    args = AdapterArguments(
+        torch.randn(2, 5, D),
+        None,
+        *(w[name] for name in ("w_down", "b_down", "w_up", "b_up")),
+        assignment,
+        *(None,) * 8,
+        expert_id=2,
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        implicit = torch.ops.mosa_kernels.adapter_forward(*args, "cpu")[0]
+    explicit = torch.ops.mosa_kernels.adapter_forward(*args._replace(compute_dtype=torch.bfloat16), "cpu")[0]
+    assert torch.equal(implicit, explicit)
+    assert not torch.equal(implicit, torch.ops.mosa_kernels.adapter_forward(*args, "cpu")[0])
+
+
+def test_dispatcher_and_direct_calls_agree() -> None:
+    w, assignment = _weights(), _assignment()
+    x = torch.randn(2, 5, D, requires_grad=True)
+    args = AdapterArguments(
+        x,
+        x,
+        *(w[name] for name in ("w_down", "b_down", "w_up", "b_up")),
+        *(assignment, None, None, torch.tensor([1, -1]), w["norm_weight"], w["norm_bias"], None, None, None),
+    )
+    leaves = [x, *w.values()]
+    direct = AdapterFunction.apply(*args, "cpu")[0]
+    dispatched = torch.ops.mosa_kernels.adapter_forward(*args, "cpu")[0]
+    assert torch.equal(direct, dispatched)
+    weight = torch.randn_like(direct)
+    for found, wanted in zip(
+        torch.autograd.grad(direct, leaves, weight), torch.autograd.grad(dispatched, leaves, weight), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_flops_are_counted_by_formula() -> None:
+    w, assignment = _weights(), _assignment()
+    x = torch.randn(2, 5, D, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = mk.mosa_adapter(x, assignment=assignment, expert=1, backend="cpu", **w)
+    assert counter.get_total_flops() == 4 * 10 * D * R
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * 10 * D * R
+
+
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    w = _weights()
+    x = torch.randn(2, 5, D, requires_grad=True)
+    out = mk.mosa_adapter(x, assignment=_assignment(), expert=1, backend="cpu", **w)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_activity_is_reported_through_its_gradient(backend: str) -> None:
+    w, assignment = _weights(), _assignment()
+    activity = torch.zeros(N, requires_grad=True)
+    x = torch.randn(4, 5, D)
+
+    def run(expert: Tensor | int | None) -> Tensor:
+        return mk.mosa_adapter(x, assignment=assignment, expert=expert, activity=activity, backend=backend, **w).sum()
+
+    for expert, wanted in (
+        (1, [0, 1, 0]),
+        (torch.tensor(2), [0, 0, 1]),
+        (torch.tensor([0, 2]), [1, 0, 1]),
+        (torch.tensor([0, -1]), [1, 1, 1]),
+        (None, [1, 1, 1]),
+    ):
+        (grad,) = torch.autograd.grad(run(expert), activity)
+        assert (grad != 0).tolist() == [bool(ran) for ran in wanted]
+    run(0)  # a forward pass without a backward pass reports nothing
+    (run(1) + run(2)).backward()
+    assert activity.grad is not None
+    assert (activity.grad != 0).tolist() == [False, True, True]
+
+
+def _bad(**changed: object) -> dict[str, object]:
+    return {"x": torch.randn(2, 5, D), "assignment": _assignment(), "expert": 0, **_weights(), **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (
+            {"x": torch.ones(2, 5, D, dtype=torch.int64)},
+            TypeError,
+            "x: expected a floating-point tensor, got torch.int64",
+        ),
+        ({"x": torch.tensor(1.0)}, ValueError, "x: expected shape"),
+        ({"x": torch.randn(2, 5, D + 1)}, ValueError, r"w_down: expected shape \[r, 25\].*got \[6, 24\]"),
+        ({"w_down": torch.randn(D)}, ValueError, r"w_down: expected shape .*got \[24\]"),
+        ({"b_down": torch.randn(R + 1)}, ValueError, r"b_down: expected shape \[6\], got \[7\]"),
+        ({"w_up": torch.randn(R, D)}, ValueError, r"w_up: expected shape \[24, 6\], got \[6, 24\]"),
+        ({"b_up": torch.randn(N, R)}, ValueError, r"b_up: expected shape \[24\] or \[N, 24\], got \[3, 6\]"),
+        ({"norm_weight": torch.randn(R)}, ValueError, r"norm_weight: expected shape \[24\], got \[6\]"),
+        ({"norm_weight": None}, ValueError, "norm_bias: expected None without norm_weight"),
+        ({"assignment": _assignment().long()}, TypeError, "assignment: expected torch.uint8, got torch.int64"),
+        ({"assignment": _assignment().t()}, ValueError, r"assignment: expected shape \[24, 6\], got \[6, 24\]"),
+        ({"assignment_down": _assignment().t()}, ValueError, "w_down_init: expected together with assignment_down"),
+        (
+            {"residual": torch.randn(5, D)},
+            ValueError,
+            r"residual: expected the shape of x, \[2, 5, 24\], got \[5, 24\]",
+        ),
+        (
+            {"residual": torch.randn(2, 5, D).half()},
+            TypeError,
+            "residual: expected the dtype of x, .*got torch.float16",
+        ),
+        ({"w_up": torch.randn(D, R).half()}, TypeError, "w_up: expected torch.float32 .*got torch.float16"),
+        ({"w_up": torch.randn(D, R, device="meta")}, ValueError, "w_up: expected on cpu .*got meta"),
+        ({"assignment": _assignment().to("meta")}, ValueError, "assignment: expected on cpu .*got meta"),
+        ({"scale": torch.ones(1)}, ValueError, r"scale: expected a number or a tensor of shape \[\], got \[1\]"),
+        ({"expert": N}, ValueError, r"expert: expected 0 to 2, or -1 for the merged adapter, got \[3\]"),
+        ({"expert": -2}, ValueError, r"expert: expected 0 to 2.*got \[-2\]"),
+        ({"expert": torch.tensor([0, 3])}, ValueError, r"expert: expected 0 to 2.*got \[0, 3\]"),
+        ({"expert": torch.tensor([0, 1, 2])}, ValueError, r"expert: expected shape \[\] or \[G\].*got \[3\]"),
+        ({"expert": torch.tensor(1.0)}, TypeError, "expert: expected an integer tensor, got torch.float32"),
+        ({"activity": torch.zeros(N + 1)}, ValueError, r"activity: expected shape \[3\].*got \[4\]"),
+        ({"activation": "swish"}, ValueError, "activation: expected one of gelu, .*got 'swish'"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 <= p < 1, got 1.0"),
+        ({"norm_eps": -1.0}, ValueError, "norm_eps: expected at least 0, got -1.0"),
+        ({"backend": "tpu"}, ValueError, "backend: expected one of .*got 'tpu'"),
+        ({"x": torch.randn(2, D).double(), "backend": "cpu"}, (TypeError, ValueError), "float64|torch.double|w_down"),
+    ],
+)
+def test_bad_input_is_named(changed: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.mosa_adapter(**_bad(**changed))  # type: ignore[arg-type]
+
+
+def test_nothing_of_the_caller_is_changed() -> None:
+    w, assignment = _weights(), _assignment()
+    x, residual = torch.randn(4, 5, D, requires_grad=True), torch.randn(4, 5, D, requires_grad=True)
+    before = [tensor.detach().clone() for tensor in (x, residual, *w.values())]
+    out = mk.mosa_adapter(x, assignment=assignment, expert=torch.tensor([0, 2]), residual=residual, **w)
+    grad = torch.randn_like(out)
+    kept = grad.clone()
+    out.backward(grad)
+    assert torch.equal(grad, kept)
+    for tensor, value in zip((x, residual, *w.values()), before, strict=True):
+        assert torch.equal(tensor, value)

@@ -1,0 +1,268 @@
+"""The layer: starts as nothing, trains one expert at a time, and merges without changing what it computes."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from oracle import double, oracle_adapter
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mosa_kernels as mk
+from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.nn.projection import projection_of
+from mosa_kernels.nn.sampler import samplers
+
+D, R = 20, 6
+
+
+def _trained(**options: object) -> mk.FusedMoSAAdapter:
+    """A layer whose parameters have all left their initial values, in the entries that its experts own."""
+    layer = mk.FusedMoSAAdapter(D, R, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def _oracle(layer: mk.FusedMoSAAdapter, x: Tensor, expert: int, merged_scale: float) -> Tensor:
+    return oracle_adapter(
+        double(
+            AdapterArguments(
+                x,
+                None,
+                layer.down.weight,
+                layer.down.bias,
+                layer.up.weight,
+                layer.up.bias,
+                layer.up.assignment,
+                layer.down.assignment,
+                layer.down.initial,
+                None,
+                None if layer.norm is None else layer.norm.weight,
+                None if layer.norm is None else layer.norm.bias,
+                layer.scale if isinstance(layer.scale, Tensor) else None,
+                None,
+                None,
+                expert_id=expert,
+                activation=layer.activation,
+                scale=1.0 if isinstance(layer.scale, Tensor) else layer.scale,
+                expert_scale=layer.expert_scale,
+                merged_scale=merged_scale,
+            )
+        )
+    )
+
+
+OPTIONS = [
+    {},
+    {"num_experts": 1},
+    {"num_experts": 3, "sparse": "down"},
+    {"sparse": "both", "expert_bias": False, "norm": False},
+    {"granularity": "row", "activation": "relu", "expert_scale": "N"},
+    {"granularity": "block", "bottleneck": R, "num_experts": 2, "learnable_scale": True},
+    {"merge_rule": "jigsaw", "activation": "silu", "scale": 1.0},
+    {"pruned": True},
+    {"pruned": True, "num_experts": 2, "expert_scale": "N"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fresh_layer_adds_nothing(options: dict) -> None:
+    layer = mk.FusedMoSAAdapter(D, **{"bottleneck": R, **options})
+    x, residual = torch.randn(4, 7, D), torch.randn(4, 7, D)
+    for training in (True, False):
+        layer.train(training)
+        assert torch.equal(layer(x), x)
+        assert torch.equal(layer(x, residual, add_input=False), residual)
+
+
+@pytest.mark.parametrize("rule", ["mean", "jigsaw"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_merged_is_what_evaluation_computes(options: dict, rule: str) -> None:
+    options = {key: value for key, value in options.items() if key != "bottleneck"}
+    layer = _trained(**{**options, "merge_rule": rule}).eval()
+    x, residual = torch.randn(4, 7, D), torch.randn(4, 7, D)
+    merged = layer.merge()
+    assert isinstance(merged, mk.DenseAdapter)
+    torch.testing.assert_close(merged(x, residual), layer(x, residual), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(x, add_input=False), layer(x, add_input=False), rtol=1e-5, atol=1e-5)
+
+    n = layer.num_experts
+    factor = layer.expert_scale / n if rule == "mean" else 1.0
+    expected = _oracle(layer, x, 0 if layer.pruned else -1, factor)
+    torch.testing.assert_close(merged(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rules_agree_when_experts_are_scaled_by_their_number() -> None:
+    layer = _trained(expert_scale="N").eval()
+    x = torch.randn(3, 5, D)
+    torch.testing.assert_close(layer.merge("mean")(x), layer.merge("jigsaw")(x))
+
+
+def test_mean_rule_is_the_expectation_of_a_drawn_expert() -> None:
+    for options in ({}, {"sparse": "down", "activation": "identity"}, {"expert_scale": 2.0}):
+        layer = _trained(**options).eval()
+        x = torch.randn(3, 5, D)
+        mean = torch.stack([layer(x, expert=e) for e in range(layer.num_experts)]).mean(0)
+        torch.testing.assert_close(layer(x), mean, rtol=1e-5, atol=1e-5)
+
+
+def test_training_draws_experts_uniformly_and_from_the_seed() -> None:
+    layer = _trained(num_experts=3).train()
+    x = torch.randn(3000, 1, D)
+    torch.manual_seed(5)
+    out = layer(x)
+    torch.manual_seed(5)
+    assert torch.equal(out, layer(x))
+    single = torch.stack([layer(x, expert=e) for e in range(3)])
+    chosen = (single - out).abs().amax((2, 3)).argmin(0)
+    assert ((single[chosen, torch.arange(3000)] - out).abs() < 1e-5).all()
+    assert (chosen.bincount(minlength=3) - 1000).abs().max() < 5 * (3000 * 2 / 9) ** 0.5
+
+    layer = _trained(num_experts=3, expert_per="batch").train()
+    single = torch.stack([layer(x, expert=e) for e in range(3)])
+    seen = {int((single - layer(x)).abs().amax((1, 2, 3)).argmin()) for _ in range(30)}
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_checkpointing_replays_expert_and_dropout(use_reentrant: bool, per: str) -> None:
+    layers = nn.ModuleList(_trained(dropout=0.4, expert_per=per, seed=seed) for seed in range(3)).train()
+    x = torch.randn(8, 5, D, requires_grad=True)
+    weight = torch.randn_like(x)
+
+    def run(recompute: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        out = x
+        for layer in layers:
+            out = checkpoint(layer, out, use_reentrant=use_reentrant) if recompute else layer(out)
+        for parameter in (x, *layers.parameters()):
+            parameter.grad = None
+        (out * weight).sum().backward()
+        return [parameter.grad.clone() for parameter in (x, *layers.parameters())]
+
+    for found, wanted in zip(run(True), run(False), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("sparse", ["up", "down", "both"])
+def test_only_the_running_experts_entries_get_gradients(sparse: str) -> None:
+    layer = _trained(sparse=sparse).train()
+    layer(torch.randn(4, 5, D), expert=torch.tensor([1, 3, 1, 3])).square().sum().backward()
+    split = {"up": [layer.up], "down": [layer.down], "both": [layer.up, layer.down]}[sparse]
+    for projection in (layer.up, layer.down):
+        grad = projection.weight.grad
+        assert grad is not None
+        if projection not in split:
+            assert projection.assignment is None
+            assert (grad != 0).all()
+            continue
+        assert projection.assignment is not None
+        ran = (projection.assignment == 1) | (projection.assignment == 3)
+        assert (grad[~ran] == 0).all()
+        assert not grad[~ran].signbit().any()
+        assert (grad[ran] != 0).all()
+    assert layer.up.bias.grad is not None
+    assert (layer.up.bias.grad != 0).any(1).tolist() == [False, True, False, True]
+
+
+def test_pruned_layer_keeps_one_fixed_expert() -> None:
+    layer = _trained(pruned=True).train()
+    x = torch.randn(4, 5, D)
+    out = layer(x)
+    layer.eval()
+    assert torch.equal(out, layer(x))
+    assert layer.down.assignment is not None
+    changed = copy.deepcopy(layer)
+    with torch.no_grad():
+        changed.down.weight[layer.down.assignment != 0] = 100.0
+        changed.up.weight[layer.up.assignment != 0] = 100.0
+    assert torch.equal(changed(x), out)
+    assert layer.up.bias.shape == (D,)
+
+
+def test_same_seed_same_split_other_seed_other_split() -> None:
+    first, second, other = (mk.FusedMoSAAdapter(D, R, seed=seed).up.assignment for seed in (1, 1, 2))
+    assert first is not None
+    assert second is not None
+    assert other is not None
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_inference_mechanisms() -> None:
+    layer = _trained().eval()
+    x = torch.randn(64, 2, D)
+    merged = layer(x)
+    with mk.inference_experts(layer, 2):
+        assert torch.equal(layer(x), layer(x, expert=2))
+    with mk.inference_experts(layer, "stochastic"):
+        assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer(x), merged)
+    for bad in ("random", 4, -1):
+        with pytest.raises(ValueError, match="inference: expected"), mk.inference_experts(layer, bad):
+            pass
+
+
+def test_copies_and_moves_keep_what_the_optimizer_needs() -> None:
+    layer = _trained()
+    for again in (layer, copy.deepcopy(layer), _through_pickle(layer), copy.deepcopy(layer).to(torch.float64)):
+        assert projection_of(again.up.weight) is again.up
+        assert projection_of(again.down.bias) is again.down
+        assert samplers(again) == [again.sampler]
+    loaded = mk.FusedMoSAAdapter(D, R, seed=9)
+    loaded.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, D)
+    assert torch.equal(loaded.eval()(x), layer.eval()(x))
+
+
+def _through_pickle(layer: nn.Module) -> mk.FusedMoSAAdapter:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_compiled_layer_is_one_graph_and_draws_anew() -> None:
+    layer = _trained().train()
+    step = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(32, 3, D)
+    single = torch.stack([layer(x, expert=e) for e in range(4)])  # [N, B, T, D]
+    first, second = step(x), step(x)
+    assert not torch.equal(first, second)
+    for out in (first, second):
+        assert ((single - out).abs().amax((2, 3)).amin(0) < 1e-5).all()
+    out.square().sum().backward()
+    assert layer.up.weight.grad is not None
+    torch.testing.assert_close(torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 0}, "dim: expected at least 1, got 0"),
+        ({"bottleneck": 0}, "bottleneck: expected at least 1, got 0"),
+        ({"num_experts": 0}, "num_experts: expected at least 1, got 0"),
+        ({"num_experts": 300}, "num_experts: expected 1 to 255|num_experts: expected at most"),
+        ({"sparse": "none"}, "sparse: expected one of up, down, both, got 'none'"),
+        ({"merge_rule": "sum"}, "merge_rule: expected one of mean, jigsaw, got 'sum'"),
+        ({"dropout": 1.0}, "dropout: expected 0 <= p < 1, got 1.0"),
+        ({"expert_scale": "M"}, "expert_scale: expected a number or 'N', got 'M'"),
+        ({"expert_per": "token"}, "expert_per: expected one of sample, batch, got 'token'"),
+        ({"granularity": "rows"}, "granularity: expected one of"),
+        ({"activation": "swish"}, "activation: expected one of"),
+    ],
+)
+def test_bad_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mk.FusedMoSAAdapter(**{"dim": D, "bottleneck": R, **options})
+
+
+def test_bad_rule_is_named() -> None:
+    with pytest.raises(ValueError, match="rule: expected one of mean, jigsaw, got 'median'"):
+        _trained().merge("median")
