@@ -113,8 +113,7 @@ void bind_merge(py::module_& m) {
       "merge_cpu",
       [](const std::vector<MergeAdapter>& adapters, int threads) {
         py::gil_scoped_release no_gil;
-        merge_in_launches(adapters, "merge_cpu",
-                          [&](const MergeParams& params) { return merge_cpu(params, threads); });
+        merge_in_launches(adapters, "merge_cpu", [&](const MergeParams& params) { return merge_cpu(params, threads); });
       },
       py::arg("adapters"), py::arg("threads"));
 #ifdef MOSA_WITH_CUDA

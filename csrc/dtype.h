@@ -22,7 +22,9 @@ MOSA_HOST_DEVICE inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-MOSA_HOST_DEVICE inline float bfloat16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
+MOSA_HOST_DEVICE inline float bfloat16_to_float(uint16_t bits) {
+  return bits_to_float(static_cast<uint32_t>(bits) << 16);
+}
 
 // Rounds to nearest, ties to even.
 MOSA_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {

@@ -13,12 +13,18 @@ enum Status : int {
 
 inline const char* status_message(int code) {
   switch (code) {
-    case kOk: return "success";
-    case kTooManyAdapters: return "more adapters than one launch takes";
-    case kNegativeSize: return "a negative size";
-    case kUnknownDType: return "an unknown dtype code";
-    case kMissingPointer: return "a required tensor without an address";
-    default: return "an unknown error code";
+    case kOk:
+      return "success";
+    case kTooManyAdapters:
+      return "more adapters than one launch takes";
+    case kNegativeSize:
+      return "a negative size";
+    case kUnknownDType:
+      return "an unknown dtype code";
+    case kMissingPointer:
+      return "a required tensor without an address";
+    default:
+      return "an unknown error code";
   }
 }
 

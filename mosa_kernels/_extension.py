@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -57,3 +58,32 @@ def extension() -> Extension:
         return Extension(module, None, None)
     recorded = _build_record().get("cuda") or "nvcc was not found"
     return Extension(module, None, f"the CUDA kernels were not built: {recorded}")
+
+
+def has_code_for(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs the CUDA kernels that were built."""
+    module = extension().module
+    built_for = "" if module is None else module.build_info["cuda_architectures"]
+    return runs_on(capability, built_for.split())
+
+
+def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether a GPU runs code built for these architectures, spelled as CMake does (80-real, 120-virtual).
+
+    Machine code runs on the same major version from its minor version on; PTX runs on everything newer.
+    """
+    for architecture in architectures:
+        match = re.fullmatch(r"(\d+)(\d)([af]?)-(real|virtual)", architecture)
+        if match is None:
+            continue
+        built, specific = (int(match[1]), int(match[2])), match[3]
+        same_family = built[0] == capability[0] and built[1] <= capability[1]
+        if specific == "a":
+            runs = built == capability
+        elif specific == "f" or match[4] == "real":
+            runs = same_family
+        else:
+            runs = built <= capability
+        if runs:
+            return True
+    return False

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension
+from mosa_kernels._extension import extension, has_code_for
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The element types of the compiled kernels, as csrc/dtype.h numbers them."""
@@ -86,6 +86,11 @@ def supports_compiled(adapters: Sequence[MergeInput], dtype: torch.dtype | None,
     reason = built.reason if device_type == "cpu" else built.cuda_reason
     if reason is not None:
         return False, reason
+    if device_type == "cuda":
+        for device in {a.w_down.device for a in adapters if a.w_down.is_cuda}:
+            capability = torch.cuda.get_device_capability(device)
+            if not has_code_for(capability):
+                return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
     if dtype is not None and dtype not in DTYPE_CODES:
         return False, f"the kernels write {_dtype_names()}, not {dtype}"
     for n, adapter in enumerate(adapters):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import platform
-import re
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
-from mosa_kernels._extension import extension
+from mosa_kernels._extension import extension, has_code_for
 from mosa_kernels.version import __version__
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "accelerate", "safetensors", "numpy")
@@ -86,7 +85,7 @@ def _examine_gpus(compiled: dict[str, Any]) -> dict[str, Any]:
         found["no_gpu_because"] = None
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            serves = has_code_for((major, minor), compiled["cuda_architectures"] or [])
+            serves = has_code_for((major, minor))
             gpu = {
                 "name": torch.cuda.get_device_name(index),
                 "capability": f"{major}.{minor}",
@@ -100,28 +99,6 @@ def _examine_gpus(compiled: dict[str, Any]) -> dict[str, Any]:
     else:
         found["no_gpu_because"] = "PyTorch sees no CUDA device"
     return found
-
-
-def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether a GPU runs code built for these architectures, given as CMake spells them (80-real, 120-virtual).
-
-    Machine code runs on the same major version from its minor version on; PTX runs on everything newer.
-    """
-    for architecture in architectures:
-        match = re.fullmatch(r"(\d+)(\d)([af]?)-(real|virtual)", architecture)
-        if match is None:
-            continue
-        built, specific = (int(match[1]), int(match[2])), match[3]
-        same_family = built[0] == capability[0] and built[1] <= capability[1]
-        if specific == "a":
-            runs = built == capability
-        elif specific == "f" or match[4] == "real":
-            runs = same_family
-        else:
-            runs = built <= capability
-        if runs:
-            return True
-    return False
 
 
 def _print(report: dict[str, Any]) -> None:

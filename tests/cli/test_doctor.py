@@ -75,7 +75,7 @@ def test_an_unusable_package_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_which_gpu_runs_which_code(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:
-    assert doctor.has_code_for(capability, architectures) is runs
+    assert _extension.runs_on(capability, architectures) is runs
 
 
 def test_a_module_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

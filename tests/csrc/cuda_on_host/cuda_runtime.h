@@ -2,8 +2,8 @@
 //
 // Every CUDA thread of a block is a fiber with its own stack. Fibers run one at a time, in the order of their thread
 // index, until they reach a barrier or a warp-wide operation; there they yield until all that take part have come.
-// A kernel that reads what a later thread writes without a barrier in between therefore sees stale values, and a barrier
-// that some thread never reaches is reported as a deadlock. Blocks run one after the other.
+// A kernel that reads what a later thread writes without a barrier in between therefore sees stale values, and a
+// barrier that some thread never reaches is reported as a deadlock. Blocks run one after the other.
 #pragma once
 
 #include <ucontext.h>
@@ -108,7 +108,7 @@ inline void yield() { swapcontext(&self().context, &block->scheduler); }
 }
 
 // Waits until every fiber in [first, last) has counted as many barriers as this one.
-inline void wait(size_t first, size_t last, long Fiber::*count, const char* where) {
+inline void wait(size_t first, size_t last, long Fiber::* count, const char* where) {
   Fiber& me = self();
   const long target = ++(me.*count);
   block->progress = true;
