@@ -21,6 +21,7 @@ CLASSES = tuple(str(digit) for digit in range(10))
 TRAINING_POOL, VALIDATION_POOL = 60, 30  # originals a class; the remaining 84 to 93 are for testing
 LABEL_PRESERVING = frozenset({"shift", "colour"})  # a mirrored digit is another sign
 _CHUNK = 128
+RADIUS, TURN, SHIFT = (0.5, 0.9), np.pi / 6, 0.3  # half the scan's side, radians, in units of half the image
 SCENERY = Scenery(background=0.5, clutter=5, noise=0.08, candidates=2)
 
 
@@ -89,9 +90,9 @@ def paint(draws: Draws, scans: NDArray[np.float32], size: int = 32, scenery: Sce
     """Draws each scan [B, 8, 8] once, uint8 [B, size, size, 3]."""
     images, behind = canvas.background(draws, size, scenery.background)
     canvas.clutter(draws, images, scenery.clutter)
-    radius = draws.uniform(0.5, 0.9)
-    angle = draws.uniform(-np.pi / 6, np.pi / 6)
-    u, v = canvas.place(size, draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3), angle, radius)
+    radius = draws.uniform(*RADIUS)
+    angle = draws.uniform(-TURN, TURN)
+    u, v = canvas.place(size, draws.uniform(-SHIFT, SHIFT), draws.uniform(-SHIFT, SHIFT), angle, radius)
     # The scans' soft grey edges become a stroke whose edge is about a pixel wide.
     alpha = np.clip((ink_at(scans, u, v) - np.float32(0.4)) * np.float32(3) + np.float32(0.5), 0, 1)
     canvas.blend(images, canvas.colour_apart(draws, behind[:, None], scenery.candidates), alpha)

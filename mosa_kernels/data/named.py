@@ -48,11 +48,25 @@ def _as_label(label: Any, name: str, index: int) -> int:
 
 def labels_of(dataset: RGBDataset) -> NDArray[np.int64]:
     """All labels, int64 [n]: from the data set's own list where it has one, else by reading every item."""
-    for attribute in ("targets", "labels", "_labels"):
-        listed = getattr(dataset.dataset, attribute, None)
-        if listed is not None and len(listed) == len(dataset):
-            return np.array([_as_label(label, dataset.name, i) for i, label in enumerate(listed)], dtype=np.int64)
+    listed = _listed_labels(dataset.dataset)
+    if listed is not None and len(listed) == len(dataset):
+        return np.array([_as_label(label, dataset.name, i) for i, label in enumerate(listed)], dtype=np.int64)
     return np.array([dataset[i][1] for i in range(len(dataset))], dtype=np.int64)
+
+
+def _listed_labels(dataset: Any) -> Any:
+    """The label list that the library keeps, if it does: reading every image for its label can take an hour."""
+    for attribute in ("targets", "labels", "_labels", "y"):
+        if hasattr(dataset, attribute):
+            return getattr(dataset, attribute)
+    reader = getattr(dataset, "reader", None)  # timm's
+    if hasattr(reader, "label_key") and hasattr(reader, "dataset"):
+        return reader.dataset[reader.label_key]
+    for holder, attribute in ((dataset, "samples"), (dataset, "_samples"), (reader, "samples")):
+        pairs = getattr(holder, attribute, None)
+        if pairs is not None and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            return [label for _, label in pairs]
+    return None
 
 
 def open_torchvision(

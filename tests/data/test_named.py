@@ -1,0 +1,146 @@
+"""Data sets by name, on small stand-ins written in the formats that torchvision and timm read."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from mosa_kernels.data import open_data
+from mosa_kernels.data.named import RGBDataset, labels_of
+
+
+def write_cifar(root: Path) -> None:
+    """CIFAR-10's files with 20 images a batch (torchvision checks their hashes, which the test switches off)."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {
+            "data": generator.integers(0, 256, (20, 3072), dtype=np.uint8),
+            "labels": [i % 10 for i in range(20)],
+        }
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = [f"kind {i}" for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_cifar(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["torchvision:CIFAR10", "timm:torch/cifar10"])
+def test_a_train_and_a_test_set(cifar: Path, name: str) -> None:
+    splits = open_data(name, root=cifar, seed=1, validation_share=0.2)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (80, 20, 20)
+    assert splits.num_classes == 10
+    assert splits.classes[3] == "kind 3"
+    image, label = splits.test[13]
+    assert isinstance(image, Image.Image)
+    assert (image.mode, image.size, label) == ("RGB", (32, 32), 3)
+    train, validation, test = (
+        {np.asarray(d[i][0]).tobytes() for i in range(len(d))} for d in (splits.train, splits.validation, splits.test)
+    )
+    assert len(train | validation | test) == 120
+    assert "validation (0.2) held out of its training set with seed 1" in splits.note
+
+
+def test_named_splits_are_taken_as_asked(cifar: Path) -> None:
+    splits = open_data("timm:torch/cifar10", root=cifar, split_names={"validation": "test", "test": "test"})
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (100, 20, 20)
+    assert "its own train, validation and test sets" in splits.note
+
+
+def test_a_data_set_without_splits_is_divided() -> None:
+    splits = open_data("torchvision:FakeData", seed=2)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == pytest.approx((700, 100, 200), abs=10)
+
+
+def test_usual_split_names_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Flowers(datasets.VisionDataset):
+        def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+            asked.append(split)
+            if split not in ("train", "val", "test"):
+                raise ValueError(f"unknown split {split}")
+            self._labels = [0, 1, 2] * {"train": 3, "val": 2, "test": 4}[split]
+
+        def __len__(self) -> int:
+            return len(self._labels)
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new("L", (4, 4)), self._labels[index]
+
+    monkeypatch.setattr(datasets, "Flowers102", Flowers)
+    splits = open_data("torchvision:Flowers102", root="somewhere")
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (9, 6, 12)
+    assert splits.train[0][0] is not None
+    swapped = open_data("torchvision:Flowers102", root="somewhere", split_names={"train": "test", "test": "train"})
+    assert (len(swapped.train), len(swapped.test)) == (12, 9)
+    with pytest.raises(ValueError, match="unknown split exam"):
+        open_data("torchvision:Flowers102", root="somewhere", split_names={"test": "exam"})
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"torchvision has no data set 'Cifar100'; did you mean 'CIFAR100'\?"):
+        open_data("torchvision:Cifar100", root=tmp_path)
+    with pytest.raises(ValueError, match=r"torchvision has no data set 'folder'"):
+        open_data("torchvision:folder", root=tmp_path)
+    with pytest.raises(ValueError, match=r"root: expected the folder of torchvision:CIFAR10, got None"):
+        open_data("torchvision:CIFAR10")
+    with pytest.raises(RuntimeError, match=r"torchvision:CIFAR10 in .*: .*with download=True it is fetched"):
+        open_data("torchvision:CIFAR10", root=tmp_path)
+    with pytest.raises(ValueError, match=r"timm:torch/nonsense"):
+        open_data("timm:torch/nonsense", root=tmp_path)
+
+
+def test_only_one_integer_an_image_is_a_label() -> None:
+    detection = RGBDataset([(Image.new("RGB", (4, 4)), {"boxes": []})], "boxes")
+    with pytest.raises(ValueError, match=r"boxes: item 0 has a label of type dict; only classification"):
+        labels_of(detection)
+    arrays = RGBDataset([(np.zeros((4, 4, 3)), 0)], "arrays")
+    with pytest.raises(ValueError, match=r"arrays: expected a PIL image for item 0, got ndarray"):
+        arrays[0]
+
+
+@pytest.mark.parametrize("kept_as", ["targets", "_labels", "samples", "reader", "hub", "nothing"])
+def test_labels_are_read_from_lists_without_reading_images(kept_as: str) -> None:
+    labels = [2, 0, 1]
+    dataset = CountingDataset(labels)
+    if kept_as in ("targets", "_labels"):
+        setattr(dataset, kept_as, torch.tensor(labels))
+    elif kept_as == "samples":
+        dataset.samples = [(f"{label}.png", label) for label in labels]
+    elif kept_as == "reader":
+        dataset.reader = SimpleNamespace(samples=[(f"{label}.png", label) for label in labels])
+    elif kept_as == "hub":
+        dataset.reader = SimpleNamespace(label_key="label", dataset={"label": labels})
+    assert labels_of(RGBDataset(dataset, "counting")).tolist() == labels
+    assert dataset.reads == (3 if kept_as == "nothing" else 0)
+
+
+class CountingDataset:
+    """Counts how often an image is read."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self._answers = labels
+        self.reads = 0
+        self.samples: object = None
+        self.reader: object = None
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.reads += 1
+        return Image.new("RGB", (2, 2)), self._answers[index]
