@@ -59,7 +59,7 @@ def _listed_labels(dataset: Any) -> Any:
     for attribute in ("targets", "labels", "_labels", "y"):
         if hasattr(dataset, attribute):
             return getattr(dataset, attribute)
-    reader = getattr(dataset, "reader", None)  # timm's
+    reader: Any = getattr(dataset, "reader", None)  # timm's
     if hasattr(reader, "label_key") and hasattr(reader, "dataset"):
         return reader.dataset[reader.label_key]
     for holder, attribute in ((dataset, "samples"), (dataset, "_samples"), (reader, "samples")):
