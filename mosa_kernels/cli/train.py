@@ -1,0 +1,214 @@
+"""`mosa-kernels train`: one run, from data to a tested adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mosa_kernels.cli.errors import Fault, plain_errors
+from mosa_kernels.train.folder import RunFolder
+from mosa_kernels.train.job import Job
+from mosa_kernels.train.loop import NonFiniteError
+from mosa_kernels.train.methods import METHODS, AdapterOptions
+from mosa_kernels.train.progress import make_reporter
+from mosa_kernels.train.recipe import RECIPES, Recipe, make_recipe
+from mosa_kernels.train.settings import Settings
+
+DEFAULT_MODEL = "vit_offline_patch8_32"
+ADAPTER = frozenset(field.name for field in dataclasses.fields(AdapterOptions))
+RECIPE = frozenset(field.name for field in dataclasses.fields(Recipe)) | {"lr"}
+
+
+def train(
+    output: Annotated[Path, typer.Option(help="Folder of the run; has to be new, unless --resume.")],
+    model: Annotated[str | None, typer.Option(help=f"Name of a timm model; by default {DEFAULT_MODEL}.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder of images, offline:digits, torchvision:CIFAR100, timm:<name>, ..."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}; by default mosa.")] = None,
+    recipe: Annotated[str | None, typer.Option(help=f"{', '.join(RECIPES)}; other options override it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights of the backbone: .safetensors, .npz, .pth.")] = None,
+    pretrained: Annotated[bool | None, typer.Option(help="--no-pretrained starts from random weights.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels, where it is not the model's own.")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
+    download: Annotated[bool | None, typer.Option(help="Fetch missing files of a named data set.")] = None,
+    data_seed: Annotated[int | None, typer.Option(help="Seed of drawn images and of held-out parts.")] = None,
+    labels_per_class: Annotated[int | None, typer.Option(help="Training images a class of offline:digits.")] = None,
+    style: Annotated[str | None, typer.Option(help="Where adapters sit: adaptformer, pfeiffer, ...")] = None,
+    bottleneck: Annotated[int | None, typer.Option(help="Width r of the bottleneck.")] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Number N of experts.")] = None,
+    sparse: Annotated[str | None, typer.Option(help="Which projection is split: up, down, both.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="element, row, column, block, ...")] = None,
+    activation: Annotated[str | None, typer.Option(help="gelu, relu, silu, identity.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor on the adapter's output.")] = None,
+    norm: Annotated[bool | None, typer.Option(help="LayerNorm of the adapter's own.")] = None,
+    expert_bias: Annotated[bool | None, typer.Option(help="A bias per expert, or one for all.")] = None,
+    expert_scale: Annotated[str | None, typer.Option(help="Factor on the active expert in training; N for N.")] = None,
+    anchored: Annotated[bool | None, typer.Option(help="First pass merged, second pass held to it.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Numbers of the blocks with adapters, as 0,1,5.")] = None,
+    expert_per: Annotated[str | None, typer.Option(help="Draw an expert per batch or per sample.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="On the bottleneck.")] = None,
+    merge_rule: Annotated[str | None, typer.Option(help="mean or jigsaw.")] = None,
+    passes: Annotated[int | None, typer.Option(help="Forward passes of each batch: 1 or 2.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the consistency of two passes.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the alignment of features.")] = None,
+    align: Annotated[str | None, typer.Option(help="none, shallow, deep, all.")] = None,
+    detach: Annotated[bool | None, typer.Option(help="Hold the targets of the consistency constant.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="mosa: only active experts move; or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    base_lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate at a batch of 256, scaled to yours.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Length; the warm-up keeps its share of it.")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(help="Part of it that warms up.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images an update, over all processes.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches of which an update is made.")] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, light, paper, official.")] = None,
+    select: Annotated[str | None, typer.Option(help="best validation accuracy, or last epoch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random but the data.")] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, bf16, fp16.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Use torch.compile.")] = None,
+    cpu: Annotated[bool | None, typer.Option(help="Do not use a GPU.")] = None,
+) -> None:
+    """Fine-tune a timm model with MoSA or a baseline, choose weights on validation data, and test them once."""
+    options = {key: value for key, value in locals().items() if value is not None}
+    options.pop("resume")
+    del options["output"]
+    console = Console()
+    with plain_errors():
+        settings = settings_of(options, RunFolder(output).read_config()["settings"] if resume else None)
+        reporter = make_reporter(settings.recipe.epochs, console)
+        job = Job(settings, output, resume, reporter)
+        if job.accelerator.is_main_process:
+            introduce(job, console)
+        again = f"mosa-kernels train --output {shlex.quote(str(output))} --resume"
+        try:
+            result = job.run()
+        except NonFiniteError as error:
+            raise Fault(f"{error}. The last good state is in {output}.") from error
+        except KeyboardInterrupt:
+            done = job.trainer.progress.epochs_done
+            console.print(
+                f"\nStopped; {done} of {settings.recipe.epochs} epochs are complete and kept. Go on with:\n  {again}"
+            )
+            raise typer.Exit(130) from None
+        if job.accelerator.is_main_process:
+            conclude(result, output, console)
+
+
+def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Settings:
+    """Settings from the options that a user gave, over those of a stored run or the defaults.
+
+    Raises:
+        ValueError: an option is out of range, or needs another one.
+    """
+    given = dict(given)
+    if "layers" in given:
+        given["layers"] = _numbers(given["layers"])
+    if "expert_scale" in given and given["expert_scale"] != "N":
+        given["expert_scale"] = _number("expert_scale", given["expert_scale"])
+    adapter = {key: value for key, value in given.items() if key in ADAPTER}
+    numbers = {key: value for key, value in given.items() if key in RECIPE}
+    rest = {key: value for key, value in given.items() if key not in ADAPTER | RECIPE | {"recipe"}}
+    if stored is None:
+        if "data" not in given:
+            raise ValueError("data: expected a folder of images or a name such as offline:digits; give --data")
+        return Settings(
+            **{"model": DEFAULT_MODEL, **rest},
+            adapter=AdapterOptions(**adapter),
+            recipe=make_recipe(given.get("recipe", "paper"), **numbers),
+        )
+    before = Settings.from_dict(stored)
+    recipe = before.recipe if "recipe" not in given else make_recipe(given["recipe"])
+    if "lr" in numbers:
+        if numbers["lr"] == recipe.lr:
+            del numbers["lr"]
+        else:
+            numbers |= {"base_lr": numbers.pop("lr"), "lr_scaled": False}
+    return dataclasses.replace(
+        before,
+        **rest,
+        adapter=dataclasses.replace(before.adapter, **adapter),
+        recipe=dataclasses.replace(recipe, **numbers),
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"layers: expected numbers of blocks such as 0,1,5, got {text!r}") from None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}: expected a number or N, got {text!r}") from None
+
+
+def introduce(job: Job, console: Console) -> None:
+    """Says what is about to be done, with every number of the recipe."""
+    from mosa_kernels.train.backbones import paper_hint
+
+    s, prepared = job.settings, job.prepared
+    table = Table(title=job.title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    data = prepared.splits
+    table.add_row(
+        "data",
+        f"{data.name}: {data.num_classes} classes, {len(data.train)} training, {len(data.validation)} validation, "
+        f"{len(data.test)} test images ({data.note})",
+    )
+    source = s.checkpoint or ("timm's weights" if s.pretrained else "RANDOM WEIGHTS")
+    table.add_row("backbone", f"{s.model} from {source}, sha256 {prepared.backbone['sha256'][:12]}")
+    table.add_row("normalisation", ", ".join(f"{key} {value}" for key, value in prepared.normalisation.items()))
+    table.add_row("parameters", str(job.parameters))
+    if s.method != "linear":
+        table.add_row("adapter", _listing(dataclasses.asdict(s.adapter)) + f", passes {s.passes}")
+    table.add_row(f"recipe {s.recipe.name}", _listing({"lr": s.recipe.lr, **s.recipe.as_dict()}, leave=("name",)))
+    table.add_row(
+        "computing",
+        f"{job.device}, precision {s.mixed_precision}, optimizer {s.optimizer}, {job.accelerator.num_processes} process(es)",
+    )
+    console.print(table)
+    hint = paper_hint(s.model)
+    if hint is not None and s.recipe.name == "paper" and s.checkpoint is None:
+        console.print(f"note: {hint}")
+
+
+def _listing(record: dict[str, Any], leave: tuple[str, ...] = ()) -> str:
+    shown = {key: value for key, value in record.items() if key not in leave and value is not None}
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+    )
+
+
+def conclude(result: dict[str, Any], output: Path, console: Console) -> None:
+    """The result: what is reported and, beside it, what else was measured."""
+    table = Table(title=f"test, weights of epoch {result['epoch']} ({result['selection']})", title_justify="left")
+    for heading in ("inference", "accuracy %", "NLL", "validation %"):
+        table.add_column(heading, justify="left" if heading == "inference" else "right")
+    for name, row in result["test"].items():
+        reported = " (reported)" if name == result["reported"] else ""
+        merged = "merged by " if name in ("mean", "jigsaw") else ""
+        table.add_row(
+            f"{merged}{name}{reported}",
+            f"{row['accuracy']:.2f}",
+            f"{row['nll']:.3f}",
+            f"{result['validation'][name]['accuracy']:.2f}",
+        )
+    console.print(table)
+    console.print(f"{result['seconds']:.0f} s of training; everything is in {output}", highlight=False)

@@ -1,0 +1,182 @@
+"""Several methods on the same data and seeds, by the one training loop: what `mosa-kernels demo` shows.
+
+Each contender's learning rate (and dropout) was chosen beforehand on validation data of other seeds by
+`scripts/tune_demo.py`; `assets/demo_settings.json` holds the choice and everything that was tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mosa_kernels.data.splits import DataSplits
+from mosa_kernels.peft import trainable_parameters
+from mosa_kernels.train.evaluate import MECHANISMS, evaluate
+from mosa_kernels.train.loop import Row
+from mosa_kernels.train.methods import AdapterOptions
+from mosa_kernels.train.progress import Reporter
+from mosa_kernels.train.recipe import Recipe
+from mosa_kernels.train.settings import Settings
+from mosa_kernels.train.setup import make_accelerator, make_trainer, open_splits, prepare
+
+MODEL, DATA, IMAGE_SIZE, LABELS_PER_CLASS = "vit_offline_patch8_32", "offline:digits", 32, 20
+CHOSEN = Path(__file__).resolve().parent.parent / "assets" / "demo_settings.json"
+# 200 images in batches of 100: 250 updates, the first tenth of them warming up. One cosine, no crop, no early stop.
+DEMO = Recipe(
+    name="demo",
+    lr_scaled=False,
+    epochs=125,
+    warmup_epochs=12.5,
+    batch_size=100,
+    augment="none",
+    select="last",
+)
+INITIAL_SEED = 1000  # added to the data's seed: initial weights, splits, experts and order have seeds of their own
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method in the comparison.
+
+    Attributes:
+        key: in files.
+        title: for people.
+        method, passes, overrides: as in `Settings` and `Recipe`.
+        tuned: which numbers of the recipe were chosen on validation data.
+    """
+
+    key: str
+    title: str
+    method: str
+    passes: int = 1
+    overrides: dict[str, Any] = field(default_factory=dict)
+    tuned: tuple[str, ...] = ("base_lr",)
+
+
+CONTENDERS = (
+    Contender("linear", "linear probing", "linear"),
+    Contender("adaptformer", "AdaptFormer", "adaptformer"),
+    Contender("dropout", "AdaptFormer + dropout", "adaptformer", tuned=("base_lr", "dropout")),
+    Contender(
+        "dropout-two-pass",
+        "AdaptFormer + dropout, two passes + KL",
+        "adaptformer",
+        passes=2,
+        overrides={"align": "none", "beta": 0.0},
+        tuned=("base_lr", "dropout"),
+    ),
+    Contender("mosa-batch", "MoSA, expert per batch (paper)", "mosa", 2, {"expert_per": "batch"}),
+    Contender("mosa-sample", "MoSA, expert per sample", "mosa", 2, {"expert_per": "sample"}),
+)
+
+
+@dataclass
+class Outcome:
+    """One contender at one seed.
+
+    Attributes:
+        measured: by mechanism, accuracy (percent) and negative log-likelihood (nats), see `evaluate`.
+        reported: the mechanism that counts as the contender's accuracy.
+        parameters: trained and stored, by kind.
+        seconds: of training.
+        rows: the training curve, a row an epoch.
+        model, splits: not kept in records.
+    """
+
+    contender: Contender
+    seed: int
+    measured: dict[str, dict[str, float]]
+    reported: str
+    parameters: dict[str, Any]
+    seconds: float
+    rows: list[Row]
+    model: nn.Module
+    splits: DataSplits
+
+    @property
+    def accuracy(self) -> float:
+        return self.measured[self.reported]["accuracy"]
+
+    @property
+    def nll(self) -> float:
+        return self.measured[self.reported]["nll"]
+
+
+def chosen_numbers(path: Path = CHOSEN) -> dict[str, dict[str, float]]:
+    """The tuned numbers of each contender, by key.
+
+    Raises:
+        FileNotFoundError: the record is missing from the installation.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the record of the demo's settings is missing: reinstall the package")
+    record: dict[str, dict[str, float]] = json.loads(path.read_text())["chosen"]
+    return record
+
+
+def demo_settings(contender: Contender, numbers: dict[str, float], seed: int, epochs: int | None = None) -> Settings:
+    """The settings of one run.
+
+    Args:
+        contender: the method.
+        numbers: its tuned numbers.
+        seed: of the data; all else is drawn from `seed + INITIAL_SEED`.
+        epochs: fewer than the demo's, for a quick look.
+    """
+    recipe = dataclasses.replace(DEMO, **contender.overrides, **numbers, seed=seed + INITIAL_SEED)
+    if epochs is not None:
+        recipe = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=epochs / 10)
+    return Settings(
+        model=MODEL,
+        data=DATA,
+        data_seed=seed,
+        labels_per_class=LABELS_PER_CLASS,
+        method=contender.method,
+        adapter=AdapterOptions(bottleneck=64, num_experts=4),
+        passes=contender.passes,
+        recipe=recipe,
+    )
+
+
+def demo_splits(seed: int) -> DataSplits:
+    """The demo's data: 20 labels a class, 1000 validation and 3000 test images."""
+    settings = Settings(model=MODEL, data=DATA, data_seed=seed, labels_per_class=LABELS_PER_CLASS)
+    return open_splits(settings, IMAGE_SIZE)
+
+
+def run_contender(
+    contender: Contender, settings: Settings, splits: DataSplits, *, test: bool, reporter: Reporter | None = None
+) -> Outcome:
+    """Trains one contender and measures it once, at the end.
+
+    Args:
+        contender: for the record.
+        settings: from `demo_settings`.
+        splits: from `demo_splits`.
+        test: measure on test images, by every mechanism; else on validation images, merged only.
+        reporter: shows what happens.
+    """
+    accelerator = make_accelerator(settings)
+    prepared = prepare(settings, accelerator.num_processes, splits)
+    parameters = trainable_parameters(prepared.model)
+    trainer = make_trainer(settings, prepared, accelerator, reporter or Reporter())
+    trainer.validate = False
+    began = time.perf_counter()
+    rows = trainer.fit()
+    seconds = time.perf_counter() - began
+    measured = evaluate(
+        trainer.runner,
+        trainer.test_loader if test else trainer.validation_loader,
+        MECHANISMS if test else ("merged",),
+        rules=("mean", "jigsaw") if test else (settings.recipe.merge_rule,),
+        seed=settings.recipe.seed,
+        accelerator=accelerator,
+    )
+    reported = settings.recipe.merge_rule if "plain" not in measured else "plain"
+    return Outcome(contender, settings.data_seed, measured, reported, parameters, seconds, rows, prepared.model, splits)

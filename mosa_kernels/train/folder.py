@@ -1,0 +1,174 @@
+"""A run's folder: what was asked for, what happened, and the result, each file complete or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+CONFIG, METRICS, RESULT, CURVE = "config.json", "metrics.jsonl", "result.json", "curve.png"
+PACKAGES = ("torch", "timm", "accelerate", "numpy", "safetensors")
+
+
+class RunExistsError(ValueError):
+    """The folder holds a run already."""
+
+
+class SettingsDifferError(ValueError):
+    """A run cannot be continued with other settings than it began with."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes JSON that any reader takes: numbers that are not finite become null."""
+    write_text(path, json.dumps(_finite(record), indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got something else at line {error.lineno}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and what decides its numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from mosa_kernels.version import __version__
+
+    found = {"python": platform.python_version(), "mosa_kernels": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class RunFolder:
+    """The files of one run.
+
+        config.json     everything needed to run it again
+        metrics.jsonl   one line an epoch
+        curve.png       loss and accuracy over the epochs
+        adapter/best, adapter/last
+        state/          the full training state after the last complete epoch
+        result.json     at the end: the test accuracy and how it was chosen
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def result(self) -> Path:
+        return self.path / RESULT
+
+    @property
+    def curve(self) -> Path:
+        return self.path / CURVE
+
+    @property
+    def best(self) -> Path:
+        return self.path / "adapter" / "best"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "adapter" / "last"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    def require_new(self) -> None:
+        """Raises a RunExistsError where there is a run, or something else, in the folder."""
+        if self.config.exists():
+            raise RunExistsError(f"output {self.path}: it holds a run; go on with --resume, or choose another folder")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunExistsError(f"output {self.path}: expected a new or empty folder, it holds other things")
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Makes a new folder with its config; see `require_new`."""
+        self.require_new()
+        write_json(self.config, config)
+
+    def read_config(self) -> dict[str, Any]:
+        """The config of the run.
+
+        Raises:
+            FileNotFoundError: there is no run in the folder.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(f"output {self.path}: there is no run to resume or read (no {CONFIG})")
+        return read_json(self.config)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a line cut short by a crash is left away."""
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+
+    def forget_after(self, epochs: int) -> list[dict[str, Any]]:
+        """Drops the lines of epochs that the training state does not know, and returns the rest."""
+        rows = [row for row in self.rows() if row["epoch"] <= epochs]
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+
+def require_same(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """Raises a SettingsDifferError that names every difference between two flat records."""
+    differences = [
+        f"{key}: the run has {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise SettingsDifferError(f"resume: other {what} than the run began with: {'; '.join(differences)}")

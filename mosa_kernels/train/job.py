@@ -1,0 +1,221 @@
+"""A whole run: prepare, train with a folder that survives crashes, choose on validation, test once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mosa_kernels.peft import load_adapter, save_adapter, trainable_parameters
+from mosa_kernels.train import state as training_state
+from mosa_kernels.train.evaluate import evaluate, number_of_experts, warn_of_merge_loss
+from mosa_kernels.train.folder import RunFolder, read_json, require_same, versions, write_json
+from mosa_kernels.train.loop import Row, Trainer
+from mosa_kernels.train.plots import plot_curve
+from mosa_kernels.train.progress import Reporter
+from mosa_kernels.train.settings import Settings
+from mosa_kernels.train.setup import Prepared, make_accelerator, make_trainer, prepare
+
+SELECTION = {
+    "best": "weights of the epoch with the highest validation accuracy, the earliest of equals; test touched once",
+    "last": "weights of the last epoch; test touched once",
+}
+
+
+@dataclass
+class Job:
+    """One run in its folder.
+
+    Args:
+        settings: what to do.
+        output: the run's folder.
+        resume: go on with the run that is in the folder.
+        reporter: shows what happens.
+
+    Raises:
+        RunExistsError: the folder holds a run and `resume` is False.
+        SettingsDifferError: `resume` with other settings, data or weights than the run began with.
+    """
+
+    settings: Settings
+    output: Path
+    resume: bool
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        self.folder = RunFolder(self.output)
+        if self.resume:
+            stored = self.folder.read_config()
+            require_same(Settings.from_dict(stored["settings"]).flat(), self.settings.flat(), "settings")
+        elif self.output.exists():
+            self.folder.require_new()
+        self.accelerator: Accelerator = make_accelerator(self.settings)
+        self.prepared: Prepared = prepare(self.settings, self.accelerator.num_processes)
+        self.parameters = trainable_parameters(self.prepared.model)
+        self.rows: list[Row] = []
+        self.trainer: Trainer = make_trainer(self.settings, self.prepared, self.accelerator, self.reporter)
+        config = self._config()
+        if self.resume:
+            stored = self.folder.read_config()
+            for what in ("backbone", "data", "normalisation"):
+                require_same(_flat(stored[what]), _flat(_plain(config[what])), what)
+            self._warn_of_versions(stored["versions"], config["versions"])
+            self._restore()
+        elif self.accelerator.is_main_process:
+            self.folder.begin(config)
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is left, tests once, and returns the content of result.json.
+
+        Raises:
+            NonFiniteError: the loss is not finite any more; the state of the last good epoch stays in the folder.
+            KeyboardInterrupt: as the user wished; the state of the last complete epoch stays in the folder.
+        """
+        if self.folder.result.is_file():
+            return read_json(self.folder.result)
+        if self.trainer.progress.epochs_done < self.settings.recipe.epochs:
+            self.trainer.fit(self._save_epoch)
+        return self._test()
+
+    def _config(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "settings": settings.as_dict(),
+            "lr": settings.recipe.lr,
+            "selection": SELECTION[settings.recipe.select],
+            "backbone": self.prepared.backbone,
+            "data": self.prepared.splits.summary(),
+            "normalisation": self.prepared.normalisation,
+            "parameters": _plain(self.parameters),
+            "device": self.device,
+            "processes": self.accelerator.num_processes,
+            "versions": versions(),
+            "command": sys.argv[1:],
+        }
+
+    @property
+    def device(self) -> str:
+        """What the run computes on, in words."""
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+
+    def _warn_of_versions(self, before: dict[str, str], now: dict[str, str]) -> None:
+        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        if changed:
+            self.reporter.message(f"note: versions have changed since the run began: {', '.join(changed)}")
+
+    def _part(self) -> str:
+        return f"process-{self.accelerator.process_index}"
+
+    def _save_epoch(self, row: Row) -> None:
+        """Metrics, then the state, then the adapters: what a crash leaves half done is mended on resuming."""
+        accelerator, folder, epoch = self.accelerator, self.folder, row["epoch"]
+        partial = training_state.unfinished(folder.state, epoch)
+        if accelerator.is_main_process:
+            folder.append(row)
+            self.rows.append(row)
+            shutil.rmtree(partial, ignore_errors=True)
+            training_state.write_part(partial, "run", self.trainer.state())
+        accelerator.wait_for_everyone()
+        training_state.write_part(partial, self._part(), {"generators": training_state.random_state()})
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            training_state.publish(folder.state, epoch)
+            self._save_adapters()
+            plot_curve(self.rows, folder.curve, self.title)
+        accelerator.wait_for_everyone()
+
+    def _save_adapters(self) -> None:
+        model, progress = self.prepared.model, self.trainer.progress
+        if progress.best_epoch == progress.epochs_done:
+            _replace(self.folder.best, lambda target: save_adapter(model, target))
+        _replace(self.folder.last, lambda target: save_adapter(model, target))
+
+    def _restore(self) -> None:
+        found = training_state.latest(self.folder.state)
+        done = 0
+        if found is not None:
+            done, path = found
+            own = training_state.read_part(path, self._part())
+            self.trainer.load_state(training_state.read_part(path, "run"), own["generators"])
+        if self.accelerator.is_main_process:
+            self.rows = self.folder.forget_after(done)
+            if done:
+                self._save_adapters()
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def title(self) -> str:
+        """The run in a few words."""
+        s = self.settings
+        return f"{s.method} on {s.data}, {s.model}, recipe {s.recipe.name}, lr {s.recipe.lr:g}, seed {s.recipe.seed}"
+
+    def _test(self) -> dict[str, Any]:
+        settings, recipe, progress = self.settings, self.settings.recipe, self.trainer.progress
+        chosen = progress.best_epoch if recipe.select == "best" else progress.epochs_done
+        load_adapter(self.prepared.model, self.folder.best if recipe.select == "best" else self.folder.last)
+        runner, accelerator = self.trainer.runner, self.accelerator
+        validation = evaluate(runner, self.trainer.validation_loader, accelerator=accelerator, seed=recipe.seed)
+        test = evaluate(runner, self.trainer.test_loader, accelerator=accelerator, seed=recipe.seed)
+        reported = recipe.merge_rule if number_of_experts(runner) > 1 else "plain"
+        warning = warn_of_merge_loss(test, reported)
+        if warning is not None:
+            self.reporter.message(f"warning: {warning}")
+        result = {
+            "method": settings.method,
+            "model": settings.model,
+            "data": self.prepared.splits.name,
+            "recipe": recipe.name,
+            "lr": recipe.lr,
+            "seed": recipe.seed,
+            "selection": SELECTION[recipe.select],
+            "epoch": chosen,
+            "reported": reported,
+            "accuracy": test[reported]["accuracy"],
+            "nll": test[reported]["nll"],
+            "test": test,
+            "validation": validation,
+            "warning": warning,
+            "parameters": _plain(self.parameters),
+            "seconds": progress.seconds,
+            "normalisation": self.prepared.normalisation,
+            "data_fingerprint": self.prepared.splits.fingerprint,
+            "backbone_sha256": self.prepared.backbone["sha256"],
+            "device": self.device,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "versions": versions(),
+        }
+        if accelerator.is_main_process:
+            write_json(self.folder.result, result)
+        return result
+
+
+def _replace(directory: Path, write: Any) -> None:
+    """Has a folder written under another name, then put in the place of the old one."""
+    partial, old = directory.with_name(f".{directory.name}.partial"), directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    write(partial)
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}

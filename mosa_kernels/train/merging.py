@@ -1,0 +1,94 @@
+"""Merging for inference, with the check that it changed nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mosa_kernels.peft import merge_and_unload
+from mosa_kernels.train.evaluate import Predictions, merged_by, predict
+from mosa_kernels.train.folder import write_json
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """Merged model against the same adapters in evaluation mode.
+
+    Attributes:
+        images: how many were compared.
+        largest_difference: between two logits of an image.
+        largest_logit: the largest magnitude among them, for scale.
+        same_predictions: of how many images.
+        before, after: predictions; their accuracies mean something where the labels do.
+    """
+
+    images: int
+    largest_difference: float
+    largest_logit: float
+    same_predictions: int
+    before: Predictions
+    after: Predictions
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether logits agree to 1e-4 of the largest (rounding of fp32) and all predictions are the same."""
+        close = self.largest_difference <= 1e-4 * max(1.0, self.largest_logit)
+        return close and self.same_predictions == self.images
+
+    def sentence(self) -> str:
+        """The finding in words."""
+        verdict = "merging changed nothing" if self.unchanged else "MERGING CHANGED THE MODEL"
+        return (
+            f"{verdict}: largest logit difference {self.largest_difference:.1e} (logits up to {self.largest_logit:.1f}), "
+            f"{self.same_predictions} of {self.images} predictions identical"
+        )
+
+
+def merged_copy(model: nn.Module, rule: str | None = None) -> nn.Module:
+    """A merged copy in evaluation mode, plain PyTorch; the model itself stays as it is."""
+    return merge_and_unload(copy.deepcopy(model), rule=rule).eval()
+
+
+def check_merge(model: nn.Module, merged: nn.Module, loader: Iterable[Any], rule: str | None = None) -> MergeCheck:
+    """Compares a model whose evaluation merges by `rule` with its merged copy.
+
+    Args:
+        model: with adapters.
+        merged: from `merged_copy`.
+        loader: of (images, labels).
+        rule: the rule that `merged` was made by; None for the model's own.
+    """
+    if rule is None:
+        before = predict(model, loader)
+    else:
+        with merged_by(model, rule):
+            before = predict(model, loader)
+    after = predict(merged, loader)
+    difference = (before.logits - after.logits).abs().max().item()
+    same = int((before.logits.argmax(1) == after.logits.argmax(1)).sum())
+    return MergeCheck(len(before.labels), difference, before.logits.abs().max().item(), same, before, after)
+
+
+def random_images(size: tuple[int, ...], count: int = 32, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """A batch of normally distributed images [count, *size] with meaningless labels, for a check without data."""
+    generator = torch.Generator().manual_seed(seed)
+    yield torch.randn(count, *size, generator=generator), torch.zeros(count, dtype=torch.int64)
+
+
+def write_merged(model: nn.Module, path: Path, card: dict[str, Any]) -> None:
+    """Writes a plain state dict as safetensors, and beside it a JSON file that says what it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, partial, {"format": "pt", "mosa_kernels": json.dumps({"rule": card.get("rule")})})
+    os.replace(partial, path)
+    write_json(path.with_suffix(".json"), card)

@@ -1,0 +1,135 @@
+"""Training recipes: every number that decides how a run goes, in one dataclass (arXiv 2312.02923, Table 12)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+OPTIMIZERS = ("mosa", "adamw")
+ALIGNMENTS = ("none", "shallow", "deep", "all")
+SELECTIONS = ("best", "last")
+
+
+def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
+    if value not in expected:
+        raise ValueError(f"{name}: expected one of {', '.join(expected)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; what is adapted is the business of `methods.py`.
+
+    Attributes:
+        name: "paper", "official" or what a caller calls its own.
+        base_lr: learning rate at a batch of 256, or the learning rate itself where `lr_scaled` is False.
+        lr_scaled: whether lr = base_lr * batch / 256 (the linear scaling rule of appendix B).
+        epochs, warmup_epochs: length, and the part of it that warms up linearly from zero; then half a cosine to zero.
+        lr_per_epoch: the learning rate changes between epochs only, so that the first epoch of a warm-up runs at zero.
+        batch_size: images an update, over all processes and accumulation steps.
+        weight_decay, betas, eps: of AdamW.
+        clip_norm: largest norm of the gradient, or None.
+        augment: "none", "light", "paper" or "official" (see `mosa_kernels.data.transforms`).
+        alpha, beta: weights of consistency and alignment in Eq. 6.
+        align: which blocks are aligned: "none", "shallow", "deep" or "all".
+        detach: whether the target of each consistency term is held constant.
+        expert_per: an expert per "batch" or per "sample".
+        dropout: on the adapters' bottleneck.
+        merge_rule: "mean" or "jigsaw"; validation runs the adapter merged by it.
+        select: "best" validation accuracy (the earliest of equals) or the "last" epoch.
+        seed: of everything random, unless the user gives one.
+    """
+
+    name: str
+    base_lr: float = 1e-3
+    lr_scaled: bool = True
+    epochs: int = 100
+    warmup_epochs: float = 10.0
+    lr_per_epoch: bool = False
+    batch_size: int = 128
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float | None = None
+    augment: str = "paper"
+    alpha: float = 1.0
+    beta: float = 1.0
+    align: str = "shallow"
+    detach: bool = False
+    expert_per: str = "batch"
+    dropout: float = 0.0
+    merge_rule: str = "mean"
+    select: str = "best"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists only
+        _choice("augment", self.augment, ("none", "light", "paper", "official"))
+        _choice("align", self.align, ALIGNMENTS)
+        _choice("expert_per", self.expert_per, ("sample", "batch"))
+        _choice("merge_rule", self.merge_rule, ("mean", "jigsaw"))
+        _choice("select", self.select, SELECTIONS)
+        for name, at_least in (("epochs", 1), ("batch_size", 1)):
+            if getattr(self, name) < at_least:
+                raise ValueError(f"{name}: expected at least {at_least}, got {getattr(self, name)}")
+        for name in ("base_lr", "weight_decay", "alpha", "beta", "eps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: expected a positive number or None, got {self.clip_norm}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs: expected at least 0 and less than the {self.epochs} epochs, got {self.warmup_epochs}"
+            )
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate."""
+        return self.base_lr * self.batch_size / 256 if self.lr_scaled else self.base_lr
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers and the learning rate that follows, ready for JSON."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+
+PAPER = Recipe(name="paper")
+# Facts about the released code; it differs from the paper's text in each of these.
+OFFICIAL = Recipe(
+    name="official",
+    lr_scaled=False,
+    lr_per_epoch=True,
+    eps=1e-6,
+    augment="official",
+    align="none",
+    detach=True,
+    dropout=0.1,
+    seed=3407,
+)
+RECIPES = {recipe.name: recipe for recipe in (PAPER, OFFICIAL)}
+
+
+def make_recipe(name: str = "paper", **overrides: Any) -> Recipe:
+    """A named recipe with some numbers replaced; an override of None is no override.
+
+    `lr` sets the peak learning rate itself. With other `epochs` the warm-up keeps its share of them.
+
+    Raises:
+        ValueError: an unknown recipe or number, both `lr` and `base_lr`, or a value out of range.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if "lr" in given:
+        if "base_lr" in given:
+            raise ValueError("lr, base_lr: expected one of them, got both")
+        given |= {"base_lr": given.pop("lr"), "lr_scaled": False}
+    known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"recipe: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    base = RECIPES[name]
+    if "epochs" in given and "warmup_epochs" not in given:
+        given["warmup_epochs"] = base.warmup_epochs * given["epochs"] / base.epochs
+    return dataclasses.replace(base, **given)

@@ -1,0 +1,158 @@
+"""From settings to a model with adapters, its data, and a trainer."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from mosa_kernels.data.loaders import Loaders, make_loaders
+from mosa_kernels.data.open import open_data
+from mosa_kernels.data.splits import DataSplits
+from mosa_kernels.losses import MoSALoss
+from mosa_kernels.train.backbones import create_backbone, require_known, state_hash
+from mosa_kernels.train.loop import Trainer
+from mosa_kernels.train.methods import adapt, find_method, make_optimizer
+from mosa_kernels.train.objective import Objective
+from mosa_kernels.train.progress import Reporter
+from mosa_kernels.train.settings import Settings
+
+NORMALISATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+@dataclass
+class Prepared:
+    """A model ready to train, with what a record says of it.
+
+    Attributes:
+        model: with adapters, on the CPU.
+        splits, loaders: the data.
+        backbone: name, source and hash of the frozen weights.
+        normalisation: size, mean, standard deviation and resizing that the model's images go through.
+    """
+
+    model: nn.Module
+    splits: DataSplits
+    loaders: Loaders
+    backbone: dict[str, Any]
+    normalisation: dict[str, Any]
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the generators of Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """An accelerator of this precision, whatever an earlier run in this process used.
+
+    Raises:
+        ValueError: fp16 without a GPU.
+    """
+    if settings.mixed_precision == "fp16" and (settings.cpu or not torch.cuda.is_available()):
+        raise ValueError("mixed_precision: fp16 needs a GPU; on a CPU use bf16 or no")
+    AcceleratorState._reset_state(reset_partial_state=settings.cpu != _on_cpu())
+    return Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.accumulate,
+        cpu=settings.cpu,
+    )
+
+
+def _on_cpu() -> bool:
+    return AcceleratorState._shared_state != {} and bool(AcceleratorState().cpu)
+
+
+def open_splits(settings: Settings, image_size: int) -> DataSplits:
+    """The data that the settings name."""
+    return open_data(
+        settings.data,
+        root=settings.data_root,
+        seed=settings.data_seed,
+        image_size=image_size,
+        labels_per_class=settings.labels_per_class,
+        download=settings.download,
+    )
+
+
+def native_size(settings: Settings) -> int:
+    """Pixels of the images that the backbone takes."""
+    if settings.image_size is not None:
+        return settings.image_size
+    config = timm.get_pretrained_cfg(settings.model, allow_unregistered=True)
+    return 224 if config is None else int(config.input_size[-1])
+
+
+def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = None) -> Prepared:
+    """Opens the data, builds the model, and puts the adapters in; every random number follows from the seeds.
+
+    Args:
+        settings: the run's.
+        processes: over which the batches are divided.
+        splits: the data, where a caller has opened them already.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: what is wrong with the data, the model or an option, by name.
+    """
+    require_known(settings.model)
+    if splits is None:
+        splits = open_splits(settings, native_size(settings))
+    seed_everything(settings.recipe.seed)
+    model = create_backbone(
+        settings.model,
+        splits.num_classes,
+        checkpoint=settings.checkpoint,
+        pretrained=settings.pretrained,
+        image_size=settings.image_size,
+    )
+    backbone = {
+        "name": settings.model,
+        "checkpoint": settings.checkpoint,
+        "pretrained": settings.pretrained or settings.checkpoint is not None,
+        "sha256": state_hash(model),
+    }
+    adapt(model, find_method(settings.method), settings.adapter, settings.recipe, settings.recipe.seed)
+    config = timm.data.resolve_model_data_config(model)
+    parts = settings.accumulate * processes
+    if settings.recipe.batch_size % parts:
+        raise ValueError(
+            f"batch_size: {settings.recipe.batch_size} images cannot be divided over {processes} processes and "
+            f"{settings.accumulate} accumulated batches"
+        )
+    loaders = make_loaders(
+        splits,
+        config,
+        settings.recipe.batch_size // parts,
+        workers=settings.workers,
+        seed=settings.recipe.seed,
+        augment=settings.recipe.augment,  # type: ignore[arg-type]  # checked by the recipe
+    )
+    normalisation = {name: config[name] for name in NORMALISATION if name in config}
+    return Prepared(model, splits, loaders, backbone, normalisation)
+
+
+def make_trainer(settings: Settings, prepared: Prepared, accelerator: Accelerator, reporter: Reporter) -> Trainer:
+    """The one training loop, configured."""
+    recipe = settings.recipe
+    criterion = None
+    if settings.passes == 2:
+        criterion = MoSALoss(alpha=recipe.alpha, beta=recipe.beta, align=recipe.align)
+    return Trainer(
+        model=prepared.model,
+        objective=Objective(settings.passes or 1, criterion),
+        optimizer=make_optimizer(prepared.model, recipe, settings.optimizer or "adamw"),
+        loaders=prepared.loaders,
+        recipe=recipe,
+        accelerator=accelerator,
+        reporter=reporter,
+        compile_model=settings.compile,
+    )

@@ -1,0 +1,97 @@
+"""Recipes and the learning rate over a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mosa_kernels.train.recipe import OFFICIAL, PAPER, Recipe, make_recipe
+from mosa_kernels.train.schedule import Schedule
+
+
+def test_paper_recipe_is_table_12():
+    assert (PAPER.epochs, PAPER.warmup_epochs, PAPER.batch_size) == (100, 10, 128)
+    assert (PAPER.alpha, PAPER.beta, PAPER.align, PAPER.expert_per) == (1, 1, "shallow", "batch")
+    assert PAPER.lr == pytest.approx(PAPER.base_lr * 128 / 256)
+
+
+def test_official_recipe_is_not_scaled_and_begins_with_an_epoch_at_zero():
+    assert OFFICIAL.lr == OFFICIAL.base_lr
+    assert (OFFICIAL.eps, OFFICIAL.dropout, OFFICIAL.seed, OFFICIAL.detach) == (1e-6, 0.1, 3407, True)
+    rates = rates_of(OFFICIAL, updates_per_epoch=3)
+    assert rates[:3] == [0, 0, 0]
+    assert rates[3:6] == [rates[3]] * 3
+    assert rates[3] > 0
+
+
+def rates_of(recipe: Recipe, updates_per_epoch: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=recipe.lr)
+    schedule = Schedule(optimizer, recipe, updates_per_epoch)
+    rates = []
+    for update in range(recipe.epochs * updates_per_epoch):
+        schedule.set(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@given(
+    epochs=st.integers(2, 30),
+    share=st.floats(0, 0.9),
+    updates=st.integers(1, 7),
+    lr=st.floats(1e-5, 1.0),
+)
+def test_schedule_is_the_formula(epochs: int, share: float, updates: int, lr: float):
+    recipe = make_recipe("paper", lr=lr, epochs=epochs, warmup_epochs=share * epochs)
+    total, warm = epochs * updates, round(share * epochs * updates)
+    expected = [
+        lr * t / warm if t < warm else lr * (1 + math.cos(math.pi * (t - warm) / (total - warm))) / 2
+        for t in range(total)
+    ]
+    assert rates_of(recipe, updates) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_schedule_may_be_entered_anywhere():
+    recipe = make_recipe("paper", epochs=8)
+    whole = rates_of(recipe, 5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=recipe.lr)
+    schedule = Schedule(optimizer, recipe, 5)
+    schedule.set(27)
+    assert optimizer.param_groups[0]["lr"] == whole[27]
+
+
+def test_overrides():
+    recipe = make_recipe("paper", epochs=20, batch_size=64, base_lr=0.01, dropout=None)
+    assert recipe.warmup_epochs == 2
+    assert recipe.lr == pytest.approx(0.0025)
+    assert recipe.dropout == PAPER.dropout
+    assert make_recipe("paper", lr=0.3, batch_size=64).lr == 0.3
+
+
+def test_a_recipe_survives_json():
+    for recipe in (PAPER, OFFICIAL, make_recipe("paper", lr=0.1, clip_norm=1.0)):
+        assert Recipe(**recipe.as_dict()) == recipe
+        assert {field.name for field in dataclasses.fields(Recipe)} == set(recipe.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("papre", {}, "recipe: expected one of paper, official, got 'papre'"),
+        ("paper", {"lr": 1.0, "base_lr": 1.0}, "lr, base_lr: expected one of them, got both"),
+        ("paper", {"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ("paper", {"epochs": 5, "warmup_epochs": 5}, "warmup_epochs: expected at least 0 and less than the 5 epochs"),
+        ("paper", {"dropout": 1.0}, "dropout: expected 0 <= p < 1"),
+        ("paper", {"align": "top"}, "align: expected one of none, shallow, deep, all, got 'top'"),
+        ("paper", {"base_lr": float("nan")}, "base_lr: expected a number of at least 0, got nan"),
+        ("paper", {"momentum": 0.9}, "got momentum"),
+        ("paper", {"clip_norm": 0.0}, "clip_norm: expected a positive number"),
+    ],
+)
+def test_bad_numbers_are_refused_by_name(name: str, overrides: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        make_recipe(name, **overrides)
