@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mosa_kernels.backends.arguments import MERGED
+from mosa_kernels.nn.streams import derived_seed, read_mark
+
 EXPERT_PER = ("sample", "batch")
 
 
@@ -33,6 +36,8 @@ class ExpertSampler(nn.Module):
 
     Attributes:
         plan: draws made beforehand that the next forward passes use, or None (see `two_pass`).
+        index: the number of this adapter among those of a model, by which its draws differ from theirs in `two_pass`.
+        anchored: whether the first pass of `two_pass` runs the merged adapter.
         inference: in evaluation mode, None for the merged adapter, "stochastic", or the number of an expert.
     """
 
@@ -44,6 +49,8 @@ class ExpertSampler(nn.Module):
         self.expert_per = expert_per
         self.fixed = fixed
         self.plan: Draw | None = None
+        self.index = 0
+        self.anchored = False
         self.inference: str | int | None = None
 
     def draw(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
@@ -55,10 +62,35 @@ class ExpertSampler(nn.Module):
         seed = torch.randint(2**63 - 1, (), device=device) if dropout else None
         return Draw(expert, seed)
 
+    def draw_passes(
+        self, stream: int, passes: tuple[int, ...], batch_size: int, device: torch.device, dropout: bool
+    ) -> Draw:
+        """Draws for passes of Eq. 6, each over an equal run of the `batch_size` samples, from a stream of their own.
+
+        What pass h draws does not depend on whether the other one runs beside it.
+        """
+        samples = batch_size // len(passes)
+        shape = (samples,) if self.expert_per == "sample" else (1,)
+        experts, seeds = [], []
+        for number in passes:
+            generator = torch.Generator(device).manual_seed(derived_seed(stream, number, self.index))
+            if self.anchored and number == 0:
+                experts.append(torch.full(shape, MERGED, device=device))
+            else:
+                experts.append(torch.randint(self.num_experts, shape, device=device, generator=generator))
+            seeds.append(torch.randint(2**63 - 1, (1,), device=device, generator=generator))
+        expert = self.fixed if self.fixed is not None or self.num_experts == 1 else torch.cat(experts)
+        return Draw(expert, torch.cat(seeds) if dropout else None)
+
     def forward(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
         """The draw that holds for this pass: planned, drawn, or what inference asks for."""
         if self.training:
-            return self.plan if self.plan is not None else self.draw(batch_size, device, dropout)
+            if self.plan is not None:
+                return self.plan
+            mark = None if torch.compiler.is_compiling() else read_mark(device)
+            if mark is not None:  # activation checkpointing runs a block of `two_pass` again
+                return self.draw_passes(*mark, batch_size, device, dropout)
+            return self.draw(batch_size, device, dropout)
         if self.inference == "stochastic":
             return self.draw(batch_size, device, dropout=False)
         if isinstance(self.inference, int) and self.fixed is None:

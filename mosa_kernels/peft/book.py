@@ -1,0 +1,110 @@
+"""What a model with adapters knows about them: their names and configurations, and a head for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.peft.block import SLOT, AdapterSlot, adapters_in
+from mosa_kernels.peft.config import MoSAConfig
+from mosa_kernels.peft.head import Head, head_paths
+
+BOOK = "mosa"
+"""The attribute of a model that holds its `AdapterBook`."""
+
+
+class AdapterBook(nn.Module):
+    """The model's adapters by name. The weights live in the blocks; the heads that are not in use live here.
+
+    The backbone stays in evaluation mode while the model trains: its dropout, its stochastic depth and the running
+    statistics of any BatchNorm stand still, for it is frozen (arXiv 2312.02923, section 3.4: two passes have to differ by
+    their experts alone). `model.train()` reaches this module last, after the blocks, and it sets them back.
+
+    Attributes:
+        configs: adapter name -> configuration, in the order of injection.
+        active: the adapter that runs, or None within `disable_adapter`.
+        trainable: the parameters that were trainable before the first adapter came.
+        backbone_head: the classifier that the backbone came with, frozen; None while it is in use.
+        heads: the classifiers of the adapters that are not active.
+    """
+
+    backbone_head: Head | None
+
+    def __init__(self, model: nn.Module, blocks: list[str], trainable: frozenset[str]) -> None:
+        super().__init__()
+        self.configs: dict[str, MoSAConfig] = {}
+        self.active: str | None = None
+        self.blocks = blocks
+        self.trainable = trainable
+        self.backbone_head = None
+        self.heads = nn.ModuleDict()
+        self._model = (model,)  # in a tuple, so that the model does not become its own grandchild
+
+    def train(self, mode: bool = True) -> AdapterBook:
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.training = False
+        return self
+
+    def frozen_modules(self) -> Iterator[nn.Module]:
+        """The backbone's modules but the model itself, its containers and its classifier."""
+        (model,) = self._model
+        own = {id(module) for slot in self.slots() for module in slot.modules()}
+        own |= {id(module) for module in self.modules()}
+        own |= {id(module) for path in head_paths(model) for module in model.get_submodule(path).modules()}
+        for path, module in model.named_modules():
+            if path and id(module) not in own:
+                yield module
+
+    def slots(self) -> list[AdapterSlot]:
+        """The slot of every block, in order."""
+        (model,) = self._model
+        return [model.get_submodule(f"{path}.{SLOT}") for path in self.blocks]  # type: ignore[misc]
+
+    def adapters(self, name: str) -> Iterator[tuple[str, str, FusedMoSAAdapter]]:
+        """(path of the block, site, adapter) for all adapters of a name, in the order of the blocks."""
+        for path, slot in zip(self.blocks, self.slots(), strict=True):
+            for site, adapter in adapters_in(slot, name):
+                yield path, site, adapter
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def find_book(model: nn.Module) -> AdapterBook | None:
+    """The model's book, or None for a model without adapters."""
+    book = getattr(unwrap(model), BOOK, None)
+    return book if isinstance(book, AdapterBook) else None
+
+
+def book_of(model: nn.Module) -> AdapterBook:
+    """The model's book.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    book = find_book(model)
+    if book is None:
+        raise ValueError(
+            f"model: expected one with adapters (see inject_adapter), got a plain {type(unwrap(model)).__name__}"
+        )
+    return book
+
+
+def check_known(book: AdapterBook, name: str) -> None:
+    """
+    Raises:
+        ValueError: no adapter has this name.
+    """
+    if name not in book.configs:
+        raise ValueError(f"adapter_name: expected one of {', '.join(map(repr, book.configs))}, got {name!r}")

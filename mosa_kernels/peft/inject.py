@@ -1,0 +1,180 @@
+"""Putting adapters into timm models, in place, and taking them out."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.nn.streams import derived_seed
+from mosa_kernels.peft.block import AdapterSlot, give_slot, take_slot
+from mosa_kernels.peft.book import BOOK, AdapterBook, book_of, check_known, find_book, unwrap
+from mosa_kernels.peft.config import MoSAConfig
+from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
+from mosa_kernels.peft.placement import FoundBlock, block_width, find_blocks, forward_class, select_layers
+from mosa_kernels.peft.switch import set_adapter
+
+
+def inject_adapter(
+    model: nn.Module, config: MoSAConfig, adapter_name: str = "default", *, num_classes: int | None = None
+) -> nn.Module:
+    """Puts adapters into the blocks of a timm ViT or Swin, in place, and makes them the ones that run and train.
+
+    The backbone is frozen, and stays in evaluation mode when the model trains: no dropout, no stochastic depth, no running
+    statistics. The head trains. The output does not change: a fresh adapter adds nothing. Several adapters, each with
+    its own head, share one backbone: the first takes the model's head, the others start from a copy of the head that the
+    model came with.
+
+    Args:
+        model: of `timm.create_model`; its blocks keep the names of their modules and parameters.
+        config: what to put in.
+        adapter_name: letters, digits, "-" and "_".
+        num_classes: gives this adapter a fresh head for that many classes.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `config` is no MoSAConfig, or the model no timm model.
+        UnknownModelError: the model is not a ViT or Swin whose blocks are known; it is left as it was.
+        ValueError: the name is taken or unfit, a layer is out of range, or the style does not fit the blocks.
+    """
+    if not isinstance(config, MoSAConfig):
+        raise TypeError(f"config: expected a MoSAConfig, got {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a timm model, got {type(model).__name__}")
+    model = unwrap(model)
+    book = find_book(model)
+    _check_name(adapter_name, book)
+    blocks = find_blocks(model)
+    layers = select_layers(config.layers, len(blocks))
+    _check_style(config, [blocks[index] for index in layers])
+    if num_classes is not None and (
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0
+    ):
+        raise ValueError(f"num_classes: expected None or a number from 0, got {num_classes!r}")
+    own_head = current_head(model)
+
+    made = {index: _make_adapters(config, blocks[index], index) for index in layers}
+    if book is None:
+        book = _open_book(model, blocks)
+        head = own_head
+        book.backbone_head = copy_head(head).requires_grad_(False)
+    else:
+        head = copy_head(own_head if book.backbone_head is None else book.backbone_head)
+    if num_classes is not None:
+        head = fresh_head(model, num_classes)
+    for index, adapters in made.items():
+        slot = book.slots()[index]
+        slot[adapter_name] = adapters
+    book.configs[adapter_name] = config
+    book.heads[adapter_name] = head
+    return set_adapter(model, adapter_name).train(model.training)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
+    """Removes the adapters and the head of a name, in place; of the active one, the first other becomes active.
+
+    With the last one gone the model is what it was before: its own head, its own trainable parameters, plain blocks.
+
+    Raises:
+        ValueError: the model has no adapter of this name.
+    """
+    book = book_of(model)
+    check_known(book, adapter_name)
+    model = unwrap(model)
+    others = [name for name in book.configs if name != adapter_name]
+    if not others:
+        return remove_all(model)
+    if book.active == adapter_name:
+        set_adapter(model, others[0])
+    for slot in book.slots():
+        if adapter_name in slot:
+            del slot[adapter_name]
+    del book.configs[adapter_name]
+    del book.heads[adapter_name]
+    return model
+
+
+def remove_all(model: nn.Module, keep_head: bool = False) -> nn.Module:
+    """Takes out every adapter, in place; with `keep_head` the active head stays in the model."""
+    book = book_of(model)
+    model = unwrap(model)
+    if not keep_head and book.active is not None:
+        assert book.backbone_head is not None
+        install_head(model, book.backbone_head)
+    for path in book.blocks:
+        take_slot(model.get_submodule(path))
+    delattr(model, BOOK)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in book.trainable)
+    return model.train(model.training)
+
+
+def _check_name(name: str, book: AdapterBook | None) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(AdapterSlot(0), name):
+        raise ValueError(
+            f"adapter_name: expected letters, digits, '-' and '_', and no word that nn.Module uses, got {name!r}"
+        )
+    if book is not None and name in book.configs:
+        raise ValueError(f"adapter_name: expected a new name, got {name!r}, which the model already has")
+
+
+def _check_style(config: MoSAConfig, blocks: list[FoundBlock]) -> None:
+    for path, block, kind in blocks:
+        for site in config.placement.sites:
+            if (site == "after_ffn" and kind.ffn is None) or (site == "after_attention" and kind.attention is None):
+                raise ValueError(
+                    f"style: {config.style!r} needs attention and FFN as modules of their own, which "
+                    f"{forward_class(block).__name__} at {path} does not have; expected 'adaptformer'"
+                )
+
+
+def _make_adapters(config: MoSAConfig, found: FoundBlock, index: int) -> nn.ModuleDict:
+    """One adapter for each site of a block, where the block is and in its dtype."""
+    full = config.resolved()
+    assert full.activation is not None
+    assert full.scale is not None
+    assert full.norm is not None
+    reference = next(found.block.parameters())
+    adapters = nn.ModuleDict()
+    for number, site in enumerate(config.placement.sites):
+        adapter = FusedMoSAAdapter(
+            block_width(found.block),
+            full.bottleneck,
+            1 if full.mode == "dense" else full.num_experts,
+            full.activation,
+            full.scale,
+            full.norm,
+            full.dropout,
+            full.sparse,
+            full.granularity,
+            full.expert_bias,
+            derived_seed(full.seed, index, number),
+            merge_rule=full.merge_rule,
+            expert_per=full.expert_per,
+            expert_scale=full.expert_scale,
+            learnable_scale=full.learnable_scale,
+            pruned=full.mode == "pruned",
+            device=reference.device,
+            dtype=reference.dtype,
+        )
+        adapter.sampler.anchored = full.anchored
+        adapters[site] = adapter
+    return adapters
+
+
+def _open_book(model: nn.Module, blocks: list[FoundBlock]) -> AdapterBook:
+    if hasattr(model, BOOK):
+        raise ValueError(f"model: it has an attribute {BOOK!r} already, which mosa_kernels needs for its own")
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    for index, (_, block, kind) in enumerate(blocks):
+        give_slot(block, kind, index)
+    book = AdapterBook(model, [path for path, _, _ in blocks], trainable)
+    model.add_module(BOOK, book)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    return book

@@ -1,0 +1,138 @@
+"""Which timm blocks are known, and where in them the residual stream meets the FFN."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+
+class BlockKind(NamedTuple):
+    """What has to be known of one class of transformer block.
+
+    Attributes:
+        branch: what the block applies to its residual stream x before it adds the result to x, in order. The first
+            one's input is x as it enters the FFN's branch. "" is the block as a whole, a name ending in "[]" a list of
+            branches, whose first one counts.
+        ends_at: the module that takes the sum, where something follows it in the block; None: the sum is the output.
+        attention: what attention's output comes from, with one token per position; None: nothing that can be told apart.
+    """
+
+    branch: tuple[str, ...]
+    ends_at: str | None = None
+    attention: str | None = "attn"
+
+    @property
+    def ffn(self) -> str | None:
+        """The module whose output is the FFN's, or None where that cannot be told apart."""
+        return "mlp" if "mlp" in self.branch else None
+
+
+_PRE_NORM = BlockKind(("norm2", "mlp", "ls2"))
+_PRE_NORM_GAMMA = BlockKind(("norm2", "mlp", "gamma_2"))
+_POST_NORM = BlockKind(("mlp", "norm2"))
+_FUSED = BlockKind(("",), attention=None)  # one projection serves attention and FFN
+
+KINDS: dict[str, BlockKind] = {
+    "vision_transformer.Block": _PRE_NORM,
+    "vision_transformer.ResPostBlock": _POST_NORM,
+    "vision_transformer.ParallelScalingBlock": _FUSED,
+    "vision_transformer.DiffParallelScalingBlock": _FUSED,
+    "vision_transformer.ParallelThingsBlock": BlockKind(("ffns[]",), attention=None),
+    "vision_transformer_relpos.RelPosBlock": _PRE_NORM,
+    "vision_transformer_relpos.ResPostRelPosBlock": _POST_NORM,
+    "vision_transformer_sam.Block": _PRE_NORM._replace(attention=None),  # attends within windows, pads them
+    "beit.Block": _PRE_NORM_GAMMA,
+    "eva.EvaBlock": _PRE_NORM_GAMMA,
+    "eva.EvaBlockPostNorm": _POST_NORM,
+    "swin_transformer.SwinTransformerBlock": BlockKind(("norm2", "mlp"), attention="_attn"),
+    "swin_transformer_v2.SwinTransformerV2Block": _POST_NORM._replace(attention="_attn"),
+    "swin_transformer_v2_cr.SwinTransformerV2CrBlock": BlockKind(
+        ("mlp", "norm2"), ends_at="norm3", attention="_shifted_window_attn"
+    ),
+}
+"""timm's blocks, by module and class."""
+
+_PATHS = re.compile(r"(blocks\.\d+|(layers|stages|transformers)\.\d+\.blocks\.\d+)")
+
+
+_EXPECTED = "a timm ViT (vit, deit, deit3, beit, eva02, dinov2, dinov3, pit, samvit, naflexvit) or Swin (v1, v2, v2_cr)"
+
+
+class FoundBlock(NamedTuple):
+    path: str  # in the model
+    block: nn.Module
+    kind: BlockKind
+
+
+class UnknownModelError(ValueError):
+    """The model is no timm ViT or Swin whose blocks are known."""
+
+
+def forward_class(block: nn.Module) -> type[nn.Module]:
+    """The class of timm whose `forward` a block runs, with adapters or without."""
+    return next(cls for cls in type(block).__mro__ if "forward" in vars(cls) and "carries_adapters" not in vars(cls))
+
+
+def block_kind(block: nn.Module) -> BlockKind | None:
+    """What is known of a block, by the class that its `forward` comes from; None: nothing."""
+    cls = forward_class(block)
+    module = cls.__module__.removeprefix("timm.models.")
+    return KINDS.get(f"{module}.{cls.__qualname__}") if module != cls.__module__ else None
+
+
+def block_width(block: nn.Module) -> int:
+    """The number of channels of a known block's tokens."""
+    norm = block.ffns[0].norm if hasattr(block, "ffns") else getattr(block, "norm1", None) or block.in_norm
+    weight = getattr(norm, "weight", None)
+    return int(norm.normalized_shape[-1] if weight is None else weight.shape[0])
+
+
+def find_blocks(model: nn.Module) -> list[FoundBlock]:
+    """All transformer blocks of a timm ViT or Swin, in the order of the forward pass, through all stages.
+
+    Raises:
+        UnknownModelError: the model has no blocks where ViTs and Swins have them, one of them is of an unknown class,
+            or there are known blocks elsewhere, so that adapters would only go into a part of the model.
+    """
+    found: list[FoundBlock] = []
+    for path, module in model.named_modules():
+        kind = block_kind(module)
+        if _PATHS.fullmatch(path):
+            if kind is None:
+                cls = forward_class(module)
+                raise UnknownModelError(
+                    f"model: {type(model).__name__} has blocks of a class that is not known, {cls.__module__}."
+                    f"{cls.__qualname__} at {path}; expected {_EXPECTED}"
+                )
+            found.append(FoundBlock(path, module, kind))
+        elif kind is not None:
+            raise UnknownModelError(
+                f"model: {type(model).__name__} has a transformer block at {path}, which is not where ViTs and Swins "
+                "have theirs; adapters would reach only a part of the model"
+            )
+    if not found:
+        raise UnknownModelError(
+            f"model: expected {_EXPECTED}, with its blocks in blocks, layers[i].blocks or stages[i].blocks; found none in "
+            f"{type(model).__name__}"
+        )
+    return found
+
+
+def select_layers(layers: tuple[int, ...] | None, depth: int) -> list[int]:
+    """Block indices in ascending order, negative ones counted from the end; None: all.
+
+    Raises:
+        ValueError: an index is out of range, or names a block twice.
+    """
+    if layers is None:
+        return list(range(depth))
+    chosen: set[int] = set()
+    for index in layers:
+        if not -depth <= index < depth:
+            raise ValueError(f"layers: expected indices from {-depth} to {depth - 1} for {depth} blocks, got {index}")
+        if index % depth in chosen:
+            raise ValueError(f"layers: expected each block once, got block {index % depth} twice in {list(layers)}")
+        chosen.add(index % depth)
+    return sorted(chosen)
