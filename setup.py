@@ -55,16 +55,22 @@ def find_program(name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def find_nvcc(environment: Mapping[str, str]) -> Path | None:
-    """nvcc from CUDA_HOME (or CUDA_PATH), else from PATH, else from /usr/local/cuda."""
-    homes = [environment[name] for name in ("CUDA_HOME", "CUDA_PATH") if environment.get(name)]
-    for home in homes:
-        if (found := Path(home) / "bin" / "nvcc").is_file():
-            return found
-    if found_on_path := shutil.which("nvcc", path=environment.get("PATH", os.defpath)):
-        return Path(found_on_path)
-    default = Path(environment.get("MOSA_DEFAULT_CUDA", "/usr/local/cuda")) / "bin" / "nvcc"
-    return default if default.is_file() else None
+def find_nvcc(environment: Mapping[str, str]) -> Path:
+    """nvcc from CUDA_HOME where that is set, else from PATH, else from /usr/local/cuda.
+
+    Raises:
+        MissingError: it is not there.
+    """
+    if home := environment.get("CUDA_HOME") or environment.get("CUDA_PATH"):
+        nvcc = Path(home) / "bin" / "nvcc"
+        if not nvcc.is_file():
+            raise MissingError(f"CUDA_HOME is {home}, where bin/nvcc was not found")
+        return nvcc
+    if on_path := shutil.which("nvcc", path=environment.get("PATH", os.defpath)):
+        return Path(on_path)
+    if not (nvcc := Path("/usr/local/cuda/bin/nvcc")).is_file():
+        raise MissingError("nvcc was not found on PATH or in /usr/local/cuda (CUDA_HOME says where it is)")
+    return nvcc
 
 
 def supported_architectures(nvcc: Path) -> list[int]:
@@ -108,8 +114,6 @@ def choose_cuda(environment: Mapping[str, str]) -> Cuda:
         raise MissingError("left out on request (MOSA_CUDA=0)")
     try:
         nvcc = find_nvcc(environment)
-        if nvcc is None:
-            raise MissingError("nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda")
         return Cuda(nvcc, choose_architectures(supported_architectures(nvcc), environment.get("TORCH_CUDA_ARCH_LIST")))
     except MissingError as why:
         if wanted:
@@ -179,6 +183,7 @@ class CMakeBuild(build_ext):
             reason = str(error) if missing else "the build failed; see its output"
             if cuda_is_a_must or (strict and not missing):
                 raise SetupError(f"mosa_kernels._C was not built: {reason}") from error
+            Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)  # of an earlier build
             record["native"] = reason
             record["cuda"] = record["cuda"] or reason
             warn(f"mosa_kernels._C was not built: {reason}.\nThe package works with its pure Python backends only.")
