@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 class AdamWTensors(NamedTuple):
@@ -25,6 +26,15 @@ class AdamWTensors(NamedTuple):
     active: list[Tensor | None]  # [] or [N], nonzero where it moves; None: everything moves
 
 
+class _Moved(NamedTuple):
+    """One parameter, or the part of it that moves."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    grad: Tensor
+
+
 class AdamWOptions(NamedTuple):
     lr: float | Tensor
     beta1: float
@@ -38,106 +48,118 @@ def reference(tensors: AdamWTensors, options: AdamWOptions) -> None:
     for p, grad, exp_avg, exp_avg_sq, steps, owner, active in zip(*tensors, strict=True):
         moving = torch.ones_like(steps, dtype=torch.bool) if active is None else active != 0
         steps += moving
+        dtype = torch.promote_types(p.dtype, torch.float32)
         # Counts are exact in float32; 1 - beta^t is not where t is small, hence expm1. A count of 0 never moves.
-        exponent = steps.clamp(min=1).to(torch.promote_types(p.dtype, torch.float32))
-        correction1 = -torch.expm1(exponent * _log(options.beta1))
-        correction2 = -torch.expm1(exponent * _log(options.beta2))
-        mask = None if active is None else _per_entry(moving, p, owner)
-        step_size = _per_entry(options.lr / correction1, p, owner)
-        root = _per_entry(correction2.rsqrt(), p, owner)
-        _move(p, grad, exp_avg, exp_avg_sq, mask, step_size, root, options)
+        exponent = steps.clamp(min=1).to(dtype)
+        step_size = options.lr / -torch.expm1(exponent * _log(options.beta1))
+        root = (-torch.expm1(exponent * _log(options.beta2))).sqrt()
+        stored = (p, exp_avg, exp_avg_sq)
+        moved = _Moved(*(tensor.to(dtype, copy=True) for tensor in stored), grad=grad.to(dtype))
+        _advance(moved, _per_entry(step_size, p, owner), _per_entry(root, p, owner), options)
+        mask = _per_entry(moving, p, owner)
+        for old, new in zip(stored, moved[:3], strict=True):
+            # Selected, not multiplied: what stands still does so bit by bit, whatever its gradient holds.
+            old.copy_(torch.where(mask, new, old))
 
 
-def foreach(tensors: AdamWTensors, options: AdamWOptions) -> None:
+def cpu(tensors: AdamWTensors, options: AdamWOptions) -> None:
     """For the CPU, where the host may read counts and flags at no cost.
 
-    Parameters that move as a whole by one step size go through `torch._foreach_*` together; the others one by one,
-    with as few per-entry factors as their counts need.
+    What moves as a whole by one step size goes through PyTorch's fused AdamW in one call: ordinary parameters, rows,
+    and split parameters whose experts were all active equally often. The rest is done parameter by parameter.
     """
-    moving = [torch.ones_like(t) if a is None else (a != 0).to(t) for t, a in zip(tensors.steps, tensors.active, strict=True)]
+    moving = [
+        torch.ones_like(t) if a is None else (a != 0).to(t) for t, a in zip(tensors.steps, tensors.active, strict=True)
+    ]
     torch._foreach_add_(tensors.steps, moving)
-    counts = torch.cat([steps.reshape(-1) for steps in tensors.steps]).tolist()
-    flags = torch.cat([flag.reshape(-1) for flag in moving]).tolist()
+    sizes = [steps.numel() for steps in tensors.steps]
+    all_counts = torch.cat([steps.reshape(-1) for steps in tensors.steps]).split(sizes)
+    all_flags = torch.cat([flag.reshape(-1) for flag in moving]).split(sizes)
 
-    whole: list[int] = []
+    whole: list[_Moved] = []
     whole_counts: list[float] = []
-    first = 0
-    for index, steps in enumerate(tensors.steps):
-        last = first + steps.numel()
-        different = {count for count, flag in zip(counts[first:last], flags[first:last], strict=True) if flag}
-        if len(different) == 1 and all(flags[first:last]):
-            whole.append(index)
-            whole_counts.append(counts[first])
-        elif different:
-            _move_some(tensors, index, counts[first:last], flags[first:last], options)
-        first = last
+    moved = zip(tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grads, strict=True)
+    for mine, owner, my_counts, my_flags in zip(
+        map(_Moved._make, moved), tensors.owners, all_counts, all_flags, strict=True
+    ):
+        counts, flags = my_counts.tolist(), my_flags.tolist()
+        if not any(flags):
+            continue
+        if not all(tensor.is_contiguous() for tensor in mine):
+            _advance_some(mine, owner, counts, flags, options)
+        elif all(flags) and len(set(counts)) == 1:
+            whole.append(mine)
+            whole_counts.append(counts[0])
+        elif owner is None:
+            rows = [row for row, flag in enumerate(flags) if flag]
+            whole += [_Moved._make(tensor[row] for tensor in mine) for row in rows]
+            whole_counts += [counts[row] for row in rows]
+        else:
+            _advance_some(mine, owner, counts, flags, options)
     if whole:
-        _move_together(tensors, whole, whole_counts, options)
-
-
-def _move_together(tensors: AdamWTensors, chosen: list[int], counts: list[float], options: AdamWOptions) -> None:
-    params, grads, exp_avgs, exp_avg_sqs = ([column[i] for i in chosen] for column in tensors[:4])
-    low_precision = [i for i, p in enumerate(params) if p.dtype.itemsize < 4]
-    if low_precision:
-        stored = [*params, *exp_avgs, *exp_avg_sqs]
-        params, grads, exp_avgs, exp_avg_sqs = (
-            [t.float() if t.dtype.itemsize < 4 else t for t in column]
-            for column in (params, grads, exp_avgs, exp_avg_sqs)
+        params, exp_avgs, exp_avg_sqs, grads = (list(column) for column in zip(*whole, strict=True))
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            list((torch.tensor(whole_counts) - 1).unbind()),  # it counts the step itself
+            fused=True,
+            amsgrad=False,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            eps=options.eps,
+            maximize=False,
         )
-    step_sizes = [-float(options.lr) / (1 - options.beta1**count) for count in counts]
-    roots = [(1 - options.beta2**count) ** 0.5 for count in counts]
-    torch._foreach_lerp_(exp_avgs, grads, 1 - options.beta1)
-    torch._foreach_mul_(exp_avg_sqs, options.beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - options.beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, roots)
-    torch._foreach_add_(denominators, options.eps)
-    if options.weight_decay:
-        torch._foreach_mul_(params, 1 - float(options.lr) * options.weight_decay)
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, step_sizes)
-    if low_precision:
-        torch._foreach_copy_(stored, [*params, *exp_avgs, *exp_avg_sqs])
 
 
-def _move_some(
-    tensors: AdamWTensors, index: int, counts: list[float], flags: list[float], options: AdamWOptions
+def _advance_some(
+    mine: _Moved, owner: Tensor | None, counts: list[float], flags: list[float], options: AdamWOptions
 ) -> None:
-    p, grad, exp_avg, exp_avg_sq, _, owner, _ = (column[index] for column in tensors)
-    assert p is not None and grad is not None and exp_avg is not None and exp_avg_sq is not None
-    dtype = torch.promote_types(p.dtype, torch.float32)
+    """Moves the active entries of one parameter, taken out and put back unless all are active."""
+    dtype = torch.promote_types(mine[0].dtype, torch.float32)
+    expert = None if owner is None else owner.reshape(-1).int()  # [entries]
+    if expert is None:
+        expert = torch.arange(len(flags), dtype=torch.int32).repeat_interleave(mine[0].numel() // len(flags))
+    index = None
+    if not all(flags):
+        index = torch.tensor(flags, dtype=torch.bool).index_select(0, expert).nonzero().squeeze(1)
 
     def per_entry(values: list[float]) -> float | Tensor:
         used = {value for value, flag in zip(values, flags, strict=True) if flag}
-        return used.pop() if len(used) == 1 else _per_entry(torch.tensor(values, dtype=dtype), p, owner)
+        if len(used) == 1:
+            return used.pop()
+        return torch.tensor(values, dtype=dtype).index_select(0, _taken(expert, index))
 
     counts = [max(count, 1.0) for count in counts]
-    mask = None if all(flags) else _per_entry(torch.tensor(flags, dtype=torch.bool), p, owner)
     step_size = per_entry([float(options.lr) / (1 - options.beta1**count) for count in counts])
-    root = per_entry([(1 - options.beta2**count) ** -0.5 for count in counts])
-    _move(p, grad, exp_avg, exp_avg_sq, mask, step_size, root, options)
+    root = per_entry([(1 - options.beta2**count) ** 0.5 for count in counts])
+    flat = [tensor.reshape(-1) for tensor in mine]
+    moved = _Moved._make(_taken(tensor, index).to(dtype) for tensor in flat)
+    _advance(moved, step_size, root, options)
+    for old, entries, new in zip(mine[:3], flat, moved, strict=False):
+        if index is not None:
+            entries.scatter_(0, index, new.to(old.dtype))
+        elif new is not entries:
+            entries.copy_(new)
+        if entries.data_ptr() != old.data_ptr():
+            old.copy_(entries.view(old.shape))
 
 
-def _move(
-    p: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    mask: Tensor | None,
-    step_size: float | Tensor,
-    root: float | Tensor,
-    options: AdamWOptions,
-) -> None:
-    """One parameter's step: `step_size` is lr / (1 - beta1^t) and `root` is 1 / sqrt(1 - beta2^t), per entry."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    grad = grad.to(dtype)
-    new_avg = exp_avg.to(dtype).lerp(grad, 1 - options.beta1)
-    new_avg_sq = (exp_avg_sq.to(dtype) * options.beta2).addcmul_(grad, grad, value=1 - options.beta2)
-    denominator = new_avg_sq.sqrt().mul_(root).add_(options.eps)
-    new_p = p.to(dtype) * (1 - options.lr * options.weight_decay)
-    new_p -= (new_avg * step_size).div_(denominator)
-    for stored, new in ((p, new_p), (exp_avg, new_avg), (exp_avg_sq, new_avg_sq)):
-        # Selected, not multiplied: what stands still does so bit by bit, whatever its gradient holds.
-        stored.copy_(new if mask is None else torch.where(mask, new, stored))
+def _taken(entries: Tensor, index: Tensor | None) -> Tensor:
+    return entries if index is None else entries.index_select(0, index)
+
+
+def _advance(moved: _Moved, step_size: float | Tensor, root: float | Tensor, options: AdamWOptions) -> None:
+    """AdamW in place, where `step_size` is lr / (1 - beta1^t) and `root` is sqrt(1 - beta2^t)."""
+    p, exp_avg, exp_avg_sq, grad = moved
+    exp_avg.lerp_(grad, 1 - options.beta1)
+    exp_avg_sq.mul_(options.beta2).addcmul_(grad, grad, value=1 - options.beta2)
+    p.mul_(1 - options.lr * options.weight_decay)
+    p.sub_((exp_avg * step_size).div_(exp_avg_sq.sqrt().div_(root).add_(options.eps)))
 
 
 def _per_entry(values: Tensor, p: Tensor, owner: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mosa_kernels.backends import masked_adamw as implementations
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 
-BACKENDS = {"foreach": implementations.foreach, "reference": implementations.reference}
+BACKENDS = {"cpu": implementations.cpu, "reference": implementations.reference}
 
 
 @torch.no_grad()
@@ -44,40 +44,49 @@ def masked_adamw(
         active: shaped like `steps`, nonzero where the parameter or expert moves; None where all of it moves.
         lr: learning rate, a number or a tensor [].
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        backend: None for the automatic choice, "foreach" (CPU) or "reference".
+        backend: None for the automatic choice, "cpu" (CPU) or "reference".
 
     Raises:
         TypeError: a gradient is sparse, or an owner is not uint8.
         ValueError: a shape, the backend or the length of a list is wrong.
     """
-    tensors = AdamWTensors(*map(list, (params, grads, exp_avgs, exp_avg_sqs, steps, owners, active)))
+    tensors = AdamWTensors(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(owners), list(active)
+    )
     if not tensors.params:
         return
     _check(tensors)
     on_cpu = tensors.params[0].device.type == "cpu"
     if backend is None:
-        backend = "foreach" if on_cpu else "reference"
+        backend = "cpu" if on_cpu else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if backend == "foreach" and not on_cpu:
-        raise ValueError(f"backend: 'foreach' reads step counts on the host and takes CPU tensors, got {tensors.params[0].device}")
+    if backend == "cpu" and not on_cpu:
+        raise ValueError(
+            f"backend: 'cpu' reads step counts on the host and takes CPU tensors, got {tensors.params[0].device}"
+        )
     BACKENDS[backend](tensors, AdamWOptions(lr, *betas, eps, weight_decay))
 
 
 def _check(tensors: AdamWTensors) -> None:
     count = len(tensors.params)
-    for name, column in zip(tensors._fields, tensors, strict=True):
-        if len(column) != count:
-            raise ValueError(f"{name}: expected {count} items, as params, got {len(column)}")
+    lengths = {name: len(column) for name, column in tensors._asdict().items()}
+    for name, length in lengths.items():
+        if length != count:
+            raise ValueError(f"{name}: expected {count} items, as params, got {length}")
     for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
         shape = p.shape
         if grad.layout != torch.strided:
             raise TypeError(f"grads[{index}]: expected a dense gradient, got layout {grad.layout}")
         if grad.shape != shape or exp_avg.shape != shape or exp_avg_sq.shape != shape:
             got = f"{list(grad.shape)}, {list(exp_avg.shape)} and {list(exp_avg_sq.shape)}"
-            raise ValueError(f"grads, exp_avgs, exp_avg_sqs [{index}]: expected the parameter's shape {list(shape)}, got {got}")
+            raise ValueError(
+                f"grads, exp_avgs, exp_avg_sqs [{index}]: expected the parameter's shape {list(shape)}, got {got}"
+            )
         if steps.dim() > 1 or (owner is None and steps.dim() == 1 and (p.dim() == 0 or shape[0] != steps.shape[0])):
-            raise ValueError(f"steps[{index}]: expected shape [] or one count per row of {list(shape)}, got {list(steps.shape)}")
+            raise ValueError(
+                f"steps[{index}]: expected shape [] or one count per row of {list(shape)}, got {list(steps.shape)}"
+            )
         if owner is not None:
             if owner.dtype != torch.uint8:
                 raise TypeError(f"owners[{index}]: expected torch.uint8, got {owner.dtype}")
@@ -85,4 +94,6 @@ def _check(tensors: AdamWTensors) -> None:
                 got = f"{list(owner.shape)} with steps {list(steps.shape)}"
                 raise ValueError(f"owners[{index}]: expected shape {list(shape)} with steps [N], got {got}")
         if active is not None and active.shape != steps.shape:
-            raise ValueError(f"active[{index}]: expected the shape of steps, {list(steps.shape)}, got {list(active.shape)}")
+            raise ValueError(
+                f"active[{index}]: expected the shape of steps, {list(steps.shape)}, got {list(active.shape)}"
+            )

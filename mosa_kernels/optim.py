@@ -1,0 +1,302 @@
+"""AdamW for mixtures of sparse adapters: an expert moves only when it was active (arXiv 2312.02923, Eq. 4)."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from mosa_kernels.functional.masked_adamw import BACKENDS, masked_adamw
+from mosa_kernels.nn.projection import Projection, projection_of
+
+Parameters: TypeAlias = nn.Module | ParamsT
+
+
+class MoSAAdamW(Optimizer):
+    """AdamW that moves only the entries of experts that were active in the step.
+
+    All other entries, their moments and their weight decay stand still, and each expert counts its own steps for the
+    bias correction. It equals `torch.optim.AdamW` on N separate masked copies whose gradients are None while
+    inactive. An expert is active when any forward pass that contributed to the gradient since it was last cleared ran
+    it, on any rank of `torch.distributed`; merged passes run all experts. A gradient that no backward pass through
+    the layer in training mode explains counts for all experts too. Parameters that experts share, and those of other
+    modules, see ordinary AdamW.
+
+    Args:
+        params: a module (its trainable parameters), parameters, named parameters, or groups of either.
+        lr: learning rate, a number or a tensor [].
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, times lr.
+        maximize: climb instead of descend.
+        backend: of the `masked_adamw` operator; None for the automatic choice.
+
+    State, per parameter: "exp_avg" and "exp_avg_sq" like the parameter, "step" float32, [] or [N] with experts.
+
+    Raises:
+        TypeError: `params` holds a sharded tensor (DTensor), or what no optimizer takes.
+        ValueError: an option is out of range, or nothing is trainable; the message names it.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        if isinstance(params, nn.Module):
+            params = [parameter for parameter in params.parameters() if parameter.requires_grad]
+            if not params:
+                raise ValueError("params: expected a module with trainable parameters, got one without")
+        self.backend = backend
+        self._histories: dict[Tensor, _ActivityHistory] = {}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer; the group's options are checked, and its experts are watched from now on."""
+        super().add_param_group(param_group)
+        try:
+            _check_options(param_group)
+            _refuse_sharded(param_group["params"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._watch(param_group["params"])
+
+    def _watch(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            projection = projection_of(parameter)
+            if projection is None or projection.activity is None or parameter in self._histories:
+                continue
+            if parameter is projection.bias and parameter.dim() == 2:
+                self._histories[parameter] = _ActivityHistory(parameter, projection, None)
+            elif parameter is projection.weight and projection.assignment is not None:
+                self._histories[parameter] = _ActivityHistory(parameter, projection, projection)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_histories", {})
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            self._watch(group["params"])
+            for parameter in group["params"]:
+                if "step" in self.state.get(parameter, ()):
+                    self.state[parameter]["step"] = self._loaded_steps(parameter, self.state[parameter]["step"])
+
+    def _loaded_steps(self, parameter: Tensor, steps: Tensor | float) -> Tensor:
+        """Counts as this optimizer keeps them; one count, as `torch.optim.AdamW` saves it, goes to every expert."""
+        steps = torch.as_tensor(steps, dtype=torch.float32, device=parameter.device)
+        history = self._histories.get(parameter)
+        shape = () if history is None else (history.num_experts,)
+        if steps.shape not in ((), shape):
+            raise ValueError(f"state_dict: expected step counts of shape {list(shape)}, got {list(steps.shape)}")
+        return steps.expand(shape).clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Moves what was active. With `torch.distributed` initialised, every rank has to call it.
+
+        Args:
+            closure: computes the loss again and returns it.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = self._active_experts()
+        for group in self.param_groups:
+            for parameters in _by_device(group["params"]):
+                self._step_together(group, parameters, active)
+        return loss
+
+    def _step_together(self, group: dict[str, Any], parameters: list[Tensor], active: dict[Tensor, Tensor]) -> None:
+        states = [self._state_of(parameter) for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad.layout != torch.strided:
+                raise TypeError(
+                    f"params: expected dense gradients, got layout {grad.layout} for shape {list(parameter.shape)}"
+                )
+        if group["maximize"]:
+            grads = list(torch._foreach_neg(grads))
+        owners = [
+            None if (history := self._histories.get(parameter)) is None else history.owner for parameter in parameters
+        ]
+        masked_adamw(
+            parameters,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            owners,
+            [active.get(parameter) for parameter in parameters],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            backend=self.backend,
+        )
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            history = self._histories.get(parameter)
+            shape = () if history is None else (history.num_experts,)
+            state["step"] = torch.zeros(shape, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    def _active_experts(self) -> dict[Tensor, Tensor]:
+        """For each parameter that is split, the experts that this step moves on all ranks."""
+        flags = [history.active() for history in self._histories.values()]
+        if flags and _world_size() > 1:
+            flags = _maximum_over_ranks(flags)
+        return dict(zip(self._histories, flags, strict=True))
+
+
+class _ActivityHistory:
+    """Which experts contributed to the gradient of one parameter since that was last cleared.
+
+    Nobody says when a gradient is cleared: `model.zero_grad` knows nothing of optimizers. So each backward pass looks
+    at the gradient that it is about to add to. If that is None, what was known is forgotten; if it was changed in
+    place since the last pass, what was known is kept only if anything of the gradient is left.
+
+    The engine calls the hooks of one pass in any order; the first of them looks.
+    """
+
+    def __init__(self, parameter: Tensor, projection: Projection, owned: Projection | None) -> None:
+        assert projection.activity is not None
+        leaf = projection.activity.track(parameter.device)
+        self.num_experts = projection.activity.num_experts
+        self._parameter = parameter
+        self._owned = owned
+        self._flags = torch.zeros_like(leaf, requires_grad=False)
+        self._known = False  # whether any pass contributed since the gradient was None
+        self._pass = -1
+        self._reported = self._accumulated = False  # in this pass
+        self._version = -1
+        # The hooks must not keep a discarded optimizer alive, nor go on running for it.
+        this = weakref.ref(self)
+        handles = (
+            leaf.register_hook(lambda grad: _call(this, _ActivityHistory._report, grad)),
+            parameter.register_hook(lambda _: _call(this, _ActivityHistory._look)),
+            parameter.register_post_accumulate_grad_hook(lambda _: _call(this, _ActivityHistory._accumulate)),
+        )
+        weakref.finalize(self, _remove, handles).atexit = False
+
+    @property
+    def owner(self) -> Tensor | None:
+        return None if self._owned is None else self._owned.assignment
+
+    def active(self) -> Tensor:
+        """float32 [N], nonzero for the experts of the present gradient."""
+        self._settle()
+        if self._parameter.grad is None:
+            return torch.zeros_like(self._flags)
+        return self._flags if self._known else torch.ones_like(self._flags)
+
+    def _look(self) -> None:
+        current = torch._C._current_graph_task_id()
+        if current == self._pass:
+            return
+        self._settle()
+        self._pass, grad = current, self._parameter.grad
+        if self._flags.device != self._parameter.device:
+            self._flags = self._flags.to(self._parameter.device)
+        if grad is None:
+            self._flags.zero_()
+            self._known = False
+        elif grad._version != self._version:
+            self._flags *= (grad != 0).any()
+
+    def _report(self, experts: Tensor) -> None:
+        self._look()
+        torch.maximum(self._flags, experts, out=self._flags)
+        self._reported = self._known = True
+
+    def _accumulate(self) -> None:
+        assert self._parameter.grad is not None
+        self._accumulated = self._known = True
+        self._version = self._parameter.grad._version
+
+    def _settle(self) -> None:
+        """A pass that added to the gradient without a report may have run any expert."""
+        if self._accumulated and not self._reported:
+            self._flags.fill_(1)
+        self._accumulated = self._reported = False
+
+
+def _call(history: weakref.ref[_ActivityHistory], method: Callable[..., None], *arguments: Tensor) -> None:
+    alive = history()
+    if alive is not None:
+        with torch.no_grad():
+            method(alive, *arguments)
+
+
+def _remove(handles: tuple[Any, ...]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _by_device(parameters: list[Tensor]) -> Iterable[list[Tensor]]:
+    """The parameters that have a gradient."""
+    found: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            found[parameter.device].append(parameter)
+    return found.values()
+
+
+def _world_size() -> int:
+    available = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if available else 1
+
+
+def _maximum_over_ranks(flags: list[Tensor]) -> list[Tensor]:
+    """One message for all layers."""
+    together = torch.cat([flag.to(flags[0].device) for flag in flags])
+    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    parts = together.split([flag.numel() for flag in flags])
+    return [part.to(flag.device) for part, flag in zip(parts, flags, strict=True)]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        value = options[name]
+        if not isinstance(value, (int, float, Tensor)) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    betas = options["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas}")
+
+
+def _refuse_sharded(parameters: list[Tensor]) -> None:
+    if all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters):
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise TypeError(
+            "params: expected whole tensors on each rank, got a DTensor; leave adapters out of the sharding"
+        )
