@@ -11,7 +11,7 @@ import typer
 MENDABLE = (ValueError, FileNotFoundError, ConnectionError, ModuleNotFoundError, NotADirectoryError, PermissionError)
 
 
-class Fault(Exception):
+class MendableError(Exception):
     """Something went wrong that the message explains fully."""
 
 
@@ -20,7 +20,7 @@ def plain_errors() -> Iterator[None]:
     """Prints such errors as one line on stderr and exits with 1; MOSA_TRACEBACK=1 shows where they came from."""
     try:
         yield
-    except (Fault, *MENDABLE) as error:
+    except (MendableError, *MENDABLE) as error:
         if os.environ.get("MOSA_TRACEBACK"):
             raise
         typer.echo(f"error: {error}", err=True)

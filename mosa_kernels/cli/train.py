@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mosa_kernels.cli.errors import Fault, plain_errors
+from mosa_kernels.cli.errors import MendableError, plain_errors
+from mosa_kernels.data.backbone import OFFLINE_BACKBONE
 from mosa_kernels.train.folder import RunFolder
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
@@ -20,14 +21,13 @@ from mosa_kernels.train.progress import make_reporter
 from mosa_kernels.train.recipe import RECIPES, Recipe, make_recipe
 from mosa_kernels.train.settings import Settings
 
-DEFAULT_MODEL = "vit_offline_patch8_32"
 ADAPTER = frozenset(field.name for field in dataclasses.fields(AdapterOptions))
 RECIPE = frozenset(field.name for field in dataclasses.fields(Recipe)) | {"lr"}
 
 
 def train(
     output: Annotated[Path, typer.Option(help="Folder of the run; has to be new, unless --resume.")],
-    model: Annotated[str | None, typer.Option(help=f"Name of a timm model; by default {DEFAULT_MODEL}.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"Name of a timm model; by default {OFFLINE_BACKBONE}.")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="A folder of images, offline:digits, torchvision:CIFAR100, timm:<name>, ..."),
@@ -96,7 +96,7 @@ def train(
         try:
             result = job.run()
         except NonFiniteError as error:
-            raise Fault(f"{error}. The last good state is in {output}.") from error
+            raise MendableError(f"{error}. The last good state is in {output}.") from error
         except KeyboardInterrupt:
             done = job.trainer.progress.epochs_done
             console.print(
@@ -125,7 +125,7 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
         if "data" not in given:
             raise ValueError("data: expected a folder of images or a name such as offline:digits; give --data")
         return Settings(
-            **{"model": DEFAULT_MODEL, **rest},
+            **{"model": OFFLINE_BACKBONE, **rest},
             adapter=AdapterOptions(**adapter),
             recipe=make_recipe(given.get("recipe", "paper"), **numbers),
         )
@@ -175,13 +175,14 @@ def introduce(job: Job, console: Console) -> None:
     source = s.checkpoint or ("timm's weights" if s.pretrained else "RANDOM WEIGHTS")
     table.add_row("backbone", f"{s.model} from {source}, sha256 {prepared.backbone['sha256'][:12]}")
     table.add_row("normalisation", ", ".join(f"{key} {value}" for key, value in prepared.normalisation.items()))
-    table.add_row("parameters", str(job.parameters))
+    table.add_row("parameters", ", ".join(f"{name} {count:,}" for name, count in job.parameters.items()))
     if s.method != "linear":
         table.add_row("adapter", _listing(dataclasses.asdict(s.adapter)) + f", passes {s.passes}")
     table.add_row(f"recipe {s.recipe.name}", _listing({"lr": s.recipe.lr, **s.recipe.as_dict()}, leave=("name",)))
     table.add_row(
         "computing",
-        f"{job.device}, precision {s.mixed_precision}, optimizer {s.optimizer}, {job.accelerator.num_processes} process(es)",
+        f"{job.device}, precision {s.mixed_precision}, optimizer {s.optimizer}, "
+        f"{job.accelerator.num_processes} process(es)",
     )
     console.print(table)
     hint = paper_hint(s.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import socket
 import sys
@@ -14,10 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import timm
-import torch
 from torch import Tensor, nn
 
-import mosa_kernels.data.backbone  # noqa: F401 (registers the offline backbone with timm)
+from mosa_kernels.data.backbone import OFFLINE_BACKBONE  # importing it registers it with timm
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 # The family of checkpoints that the paper starts from; other weights of the same architecture give other numbers.
@@ -74,7 +72,7 @@ def create_backbone(
             raise
         raise ConnectionError(
             f"model {name}: its weights could not be fetched ({_first_line(error)}); without a network, give a file "
-            "with --checkpoint or use the built-in --model vit_offline_patch8_32"
+            f"with --checkpoint or use the built-in --model {OFFLINE_BACKBONE}"
         ) from error
 
 
@@ -181,17 +179,6 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         if "drop_path_rate" not in str(error):
             raise ValueError(f"model {name}: timm does not take {options} for it ({_first_line(error)})") from error
         return timm.create_model(name, pretrained=pretrained, **options)
-
-
-def state_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of a model's weights without its head, whatever file they came from."""
-    head = _head_prefixes(model)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(head):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

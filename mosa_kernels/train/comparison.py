@@ -13,27 +13,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from mosa_kernels.data.backbone import OFFLINE_BACKBONE
 from mosa_kernels.data.splits import DataSplits
-from mosa_kernels.peft import trainable_parameters
+from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import MECHANISMS, evaluate
+from mosa_kernels.train.keeping import save_trained
 from mosa_kernels.train.loop import Row
-from mosa_kernels.train.methods import AdapterOptions
+from mosa_kernels.train.merging import check_merge, merged_copy, write_merged
+from mosa_kernels.train.methods import AdapterOptions, find_method
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import Recipe
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.setup import make_accelerator, make_trainer, open_splits, prepare
 
-MODEL, DATA, IMAGE_SIZE, LABELS_PER_CLASS = "vit_offline_patch8_32", "offline:digits", 32, 20
+MODEL, DATA, IMAGE_SIZE, LABELS_PER_CLASS = OFFLINE_BACKBONE, "offline:digits", 32, 20
 CHOSEN = Path(__file__).resolve().parent.parent / "assets" / "demo_settings.json"
-# 200 images in batches of 100: 250 updates, the first tenth of them warming up. One cosine, no crop, no early stop.
+# 200 images in batches of 50: 240 updates, the first tenth of them warming up. One cosine, no crop, no early stop.
 DEMO = Recipe(
     name="demo",
     lr_scaled=False,
-    epochs=125,
-    warmup_epochs=12.5,
-    batch_size=100,
+    epochs=60,
+    warmup_epochs=6,
+    batch_size=50,
     augment="none",
     select="last",
 )
@@ -83,21 +85,22 @@ class Outcome:
     Attributes:
         measured: by mechanism, accuracy (percent) and negative log-likelihood (nats), see `evaluate`.
         reported: the mechanism that counts as the contender's accuracy.
-        parameters: trained and stored, by kind.
+        trained: parameters that training moves, the head included.
+        stored: parameters to keep for inference once the adapters are merged, the head included.
         seconds: of training.
         rows: the training curve, a row an epoch.
-        model, splits: not kept in records.
+        merge: what `MergeCheck` found, for adapters that were tested.
     """
 
     contender: Contender
     seed: int
     measured: dict[str, dict[str, float]]
     reported: str
-    parameters: dict[str, Any]
+    trained: int
+    stored: int
     seconds: float
     rows: list[Row]
-    model: nn.Module
-    splits: DataSplits
+    merge: dict[str, Any] | None
 
     @property
     def accuracy(self) -> float:
@@ -151,7 +154,13 @@ def demo_splits(seed: int) -> DataSplits:
 
 
 def run_contender(
-    contender: Contender, settings: Settings, splits: DataSplits, *, test: bool, reporter: Reporter | None = None
+    contender: Contender,
+    settings: Settings,
+    splits: DataSplits,
+    *,
+    test: bool,
+    reporter: Reporter | None = None,
+    keep_in: str | None = None,
 ) -> Outcome:
     """Trains one contender and measures it once, at the end.
 
@@ -159,24 +168,43 @@ def run_contender(
         contender: for the record.
         settings: from `demo_settings`.
         splits: from `demo_splits`.
-        test: measure on test images, by every mechanism; else on validation images, merged only.
+        test: measure on test images, by every mechanism, and check the merge; else on validation images, merged only.
         reporter: shows what happens.
+        keep_in: a folder for the adapter and the merged weights, or None.
     """
     accelerator = make_accelerator(settings)
     prepared = prepare(settings, accelerator.num_processes, splits)
-    parameters = trainable_parameters(prepared.model)
+    counts = parameter_counts(prepared.model)
     trainer = make_trainer(settings, prepared, accelerator, reporter or Reporter())
     trainer.validate = False
     began = time.perf_counter()
     rows = trainer.fit()
     seconds = time.perf_counter() - began
+    rule = settings.recipe.merge_rule
+    loader = trainer.test_loader if test else trainer.validation_loader
     measured = evaluate(
         trainer.runner,
-        trainer.test_loader if test else trainer.validation_loader,
+        loader,
         MECHANISMS if test else ("merged",),
-        rules=("mean", "jigsaw") if test else (settings.recipe.merge_rule,),
+        rules=MERGE_RULES if test else (rule,),
         seed=settings.recipe.seed,
         accelerator=accelerator,
     )
-    reported = settings.recipe.merge_rule if "plain" not in measured else "plain"
-    return Outcome(contender, settings.data_seed, measured, reported, parameters, seconds, rows, prepared.model, splits)
+    merged, check = prepared.model, None
+    if find_method(contender.method).mode is not None:
+        merged = merged_copy(prepared.model, rule)
+        check = check_merge(prepared.model, merged, loader, rule) if test else None
+    if keep_in is not None:
+        save_trained(prepared.model, Path(keep_in) / "adapter")
+        write_merged(merged, Path(keep_in) / "merged.safetensors", {"rule": rule, "settings": settings.as_dict()})
+    return Outcome(
+        contender=contender,
+        seed=settings.data_seed,
+        measured=measured,
+        reported=rule if "plain" not in measured else "plain",
+        trained=counts["trained"],
+        stored=sum(p.numel() for p in merged.parameters()) - counts["backbone"],
+        seconds=seconds,
+        rows=rows,
+        merge=None if check is None else check.as_dict(),
+    )

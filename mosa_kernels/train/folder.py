@@ -78,12 +78,12 @@ def versions() -> dict[str, str]:
 class RunFolder:
     """The files of one run.
 
-        config.json     everything needed to run it again
-        metrics.jsonl   one line an epoch
-        curve.png       loss and accuracy over the epochs
-        adapter/best, adapter/last
-        state/          the full training state after the last complete epoch
-        result.json     at the end: the test accuracy and how it was chosen
+    config.json     everything needed to run it again
+    metrics.jsonl   one line an epoch
+    curve.png       loss and accuracy over the epochs
+    adapter/best, adapter/last
+    state/          the full training state after the last complete epoch
+    result.json     at the end: the test accuracy and how it was chosen
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mosa_kernels.peft import load_adapter, save_adapter, trainable_parameters
 from mosa_kernels.train import state as training_state
+from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import evaluate, number_of_experts, warn_of_merge_loss
 from mosa_kernels.train.folder import RunFolder, read_json, require_same, versions, write_json
+from mosa_kernels.train.keeping import copy_trained, load_trained, save_trained
 from mosa_kernels.train.loop import Row, Trainer
 from mosa_kernels.train.plots import plot_curve
 from mosa_kernels.train.progress import Reporter
@@ -56,7 +57,7 @@ class Job:
             self.folder.require_new()
         self.accelerator: Accelerator = make_accelerator(self.settings)
         self.prepared: Prepared = prepare(self.settings, self.accelerator.num_processes)
-        self.parameters = trainable_parameters(self.prepared.model)
+        self.parameters = parameter_counts(self.prepared.model)
         self.rows: list[Row] = []
         self.trainer: Trainer = make_trainer(self.settings, self.prepared, self.accelerator, self.reporter)
         config = self._config()
@@ -91,7 +92,7 @@ class Job:
             "backbone": self.prepared.backbone,
             "data": self.prepared.splits.summary(),
             "normalisation": self.prepared.normalisation,
-            "parameters": _plain(self.parameters),
+            "parameters": self.parameters,
             "device": self.device,
             "processes": self.accelerator.num_processes,
             "versions": versions(),
@@ -102,7 +103,9 @@ class Job:
     def device(self) -> str:
         """What the run computes on, in words."""
         device = self.accelerator.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+        return (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+        )
 
     def _warn_of_versions(self, before: dict[str, str], now: dict[str, str]) -> None:
         changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
@@ -131,10 +134,9 @@ class Job:
         accelerator.wait_for_everyone()
 
     def _save_adapters(self) -> None:
-        model, progress = self.prepared.model, self.trainer.progress
-        if progress.best_epoch == progress.epochs_done:
-            _replace(self.folder.best, lambda target: save_adapter(model, target))
-        _replace(self.folder.last, lambda target: save_adapter(model, target))
+        save_trained(self.prepared.model, self.folder.last)
+        if self.trainer.progress.best_epoch == self.trainer.progress.epochs_done:
+            copy_trained(self.folder.last, self.folder.best)
 
     def _restore(self) -> None:
         found = training_state.latest(self.folder.state)
@@ -158,7 +160,8 @@ class Job:
     def _test(self) -> dict[str, Any]:
         settings, recipe, progress = self.settings, self.settings.recipe, self.trainer.progress
         chosen = progress.best_epoch if recipe.select == "best" else progress.epochs_done
-        load_adapter(self.prepared.model, self.folder.best if recipe.select == "best" else self.folder.last)
+        weights = self.folder.best if recipe.select == "best" else self.folder.last
+        load_trained(self.prepared.model, weights)
         runner, accelerator = self.trainer.runner, self.accelerator
         validation = evaluate(runner, self.trainer.validation_loader, accelerator=accelerator, seed=recipe.seed)
         test = evaluate(runner, self.trainer.test_loader, accelerator=accelerator, seed=recipe.seed)
@@ -181,7 +184,7 @@ class Job:
             "test": test,
             "validation": validation,
             "warning": warning,
-            "parameters": _plain(self.parameters),
+            "parameters": self.parameters,
             "seconds": progress.seconds,
             "normalisation": self.prepared.normalisation,
             "data_fingerprint": self.prepared.splits.fingerprint,
@@ -193,19 +196,6 @@ class Job:
         if accelerator.is_main_process:
             write_json(self.folder.result, result)
         return result
-
-
-def _replace(directory: Path, write: Any) -> None:
-    """Has a folder written under another name, then put in the place of the old one."""
-    partial, old = directory.with_name(f".{directory.name}.partial"), directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    write(partial)
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

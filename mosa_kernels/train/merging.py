@@ -44,12 +44,21 @@ class MergeCheck:
         close = self.largest_difference <= 1e-4 * max(1.0, self.largest_logit)
         return close and self.same_predictions == self.images
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "largest_difference": self.largest_difference,
+            "largest_logit": self.largest_logit,
+            "same_predictions": self.same_predictions,
+            "unchanged": self.unchanged,
+        }
+
     def sentence(self) -> str:
         """The finding in words."""
         verdict = "merging changed nothing" if self.unchanged else "MERGING CHANGED THE MODEL"
         return (
-            f"{verdict}: largest logit difference {self.largest_difference:.1e} (logits up to {self.largest_logit:.1f}), "
-            f"{self.same_predictions} of {self.images} predictions identical"
+            f"{verdict}: largest logit difference {self.largest_difference:.1e} (logits up to "
+            f"{self.largest_logit:.1f}), {self.same_predictions} of {self.images} predictions identical"
         )
 
 

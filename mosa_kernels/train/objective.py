@@ -29,4 +29,10 @@ class Objective:
             logits = model(images)
             return {"loss": F.cross_entropy(logits.float(), labels)}, logits
         out = two_pass(model, images)
-        return {"loss": self.criterion(out, labels)}, out.logits1
+        parts = self.criterion.parts(out, labels)
+        named = {"loss": parts.total, "loss_cross_entropy": parts.cross_entropy}
+        if self.criterion.alpha:
+            named["loss_consistency"] = parts.consistency
+        if self.criterion.beta and self.criterion.align != "none":
+            named["loss_alignment"] = parts.alignment
+        return named, out.logits1

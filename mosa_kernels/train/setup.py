@@ -17,7 +17,8 @@ from mosa_kernels.data.loaders import Loaders, make_loaders
 from mosa_kernels.data.open import open_data
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.losses import MoSALoss
-from mosa_kernels.train.backbones import create_backbone, require_known, state_hash
+from mosa_kernels.train.backbones import create_backbone, require_known
+from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.loop import Trainer
 from mosa_kernels.train.methods import adapt, find_method, make_optimizer
 from mosa_kernels.train.objective import Objective
@@ -118,7 +119,7 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
         "name": settings.model,
         "checkpoint": settings.checkpoint,
         "pretrained": settings.pretrained or settings.checkpoint is not None,
-        "sha256": state_hash(model),
+        "sha256": backbone_hash(model),
     }
     adapt(model, find_method(settings.method), settings.adapter, settings.recipe, settings.recipe.seed)
     config = timm.data.resolve_model_data_config(model)
@@ -145,7 +146,7 @@ def make_trainer(settings: Settings, prepared: Prepared, accelerator: Accelerato
     recipe = settings.recipe
     criterion = None
     if settings.passes == 2:
-        criterion = MoSALoss(alpha=recipe.alpha, beta=recipe.beta, align=recipe.align)
+        criterion = MoSALoss(recipe.alpha, recipe.beta, recipe.align, detach_targets=recipe.detach)
     return Trainer(
         model=prepared.model,
         objective=Objective(settings.passes or 1, criterion),

@@ -41,7 +41,7 @@ def test_tensors_that_share_memory_and_views_are_saved(tmp_path: Path):
 
 
 def test_what_neither_json_nor_tensors_hold_is_refused(tmp_path: Path):
-    with pytest.raises(TypeError, match="state run/x: expected tensors, .* got object"):
+    with pytest.raises(TypeError, match=r"state run/x: expected tensors, .* got object"):
         state.write_part(tmp_path, "run", {"x": object()})
 
 

@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, its state, evaluation, and whole runs in a folder."""

@@ -1,0 +1,73 @@
+"""What a run keeps of its model: adapters with their head, or the head alone after linear probing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mosa_kernels.peft import load_adapter, save_adapter
+from mosa_kernels.peft.backbone import describe_backbone
+from mosa_kernels.peft.book import find_book
+from mosa_kernels.train.state import load_trained_state, trained_state
+
+HEAD_WEIGHTS = "head.safetensors"
+BACKBONE = "backbone_sha256"
+
+
+def save_trained(model: nn.Module, directory: Path) -> None:
+    """Writes the active adapter as `save_adapter` does; of a model without adapters, what trains and the buffers."""
+    if find_book(model) is not None:
+        save_adapter(model, directory)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
+    partial = directory / f".{HEAD_WEIGHTS}.partial"
+    save_file(tensors, partial, {BACKBONE: backbone_hash(model), "format": "pt"})
+    os.replace(partial, directory / HEAD_WEIGHTS)
+
+
+def load_trained(model: nn.Module, directory: Path) -> None:
+    """Puts back what `save_trained` wrote, into the same backbone.
+
+    Raises:
+        FileNotFoundError: there is nothing of the kind in the folder.
+        ValueError: a file is damaged, or belongs to another model or backbone.
+    """
+    weights = directory / HEAD_WEIGHTS
+    if not weights.is_file():
+        load_adapter(model, directory)
+        return
+    if find_book(model) is not None:
+        raise ValueError(f"{directory}: it holds the head of a linear probe, the model has adapters")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            recorded = (file.metadata() or {}).get(BACKBONE)
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: damaged: {error}") from error
+    here = backbone_hash(model)
+    if recorded != here:
+        raise ValueError(f"{weights}: the head was trained on other backbone weights ({recorded}, now {here})")
+    load_trained_state(model, tensors)
+
+
+def copy_trained(source: Path, target: Path) -> None:
+    """Copies what `save_trained` wrote, file by file, each complete or as it was."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.name.startswith("."):
+            continue
+        partial = target / f".{path.name}.partial"
+        shutil.copyfile(path, partial)
+        os.replace(partial, target / path.name)
+
+
+def backbone_hash(model: nn.Module) -> str:
+    """SHA-256 of the backbone's weights, without classifier and adapters."""
+    found: str = describe_backbone(model)["sha256"]
+    return found

@@ -1,0 +1,107 @@
+"""Opening what a run, or `save_adapter`, has left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from mosa_kernels.peft.files import CONFIG_FILE, read_adapter
+from mosa_kernels.train.backbones import create_backbone
+from mosa_kernels.train.folder import CONFIG, read_json
+from mosa_kernels.train.keeping import HEAD_WEIGHTS, load_trained
+from mosa_kernels.train.settings import Settings
+from mosa_kernels.train.setup import seed_everything
+
+
+@dataclass
+class Saved:
+    """A trained model.
+
+    Attributes:
+        model: with its weights, in evaluation mode, on the CPU.
+        settings: of the run that trained it, or made up from the adapter's own record where there is no run; without
+            data in that case.
+        weights: the folder that the weights came from.
+        num_classes: outputs of the head.
+    """
+
+    model: nn.Module
+    settings: Settings
+    weights: Path
+    num_classes: int
+
+
+def open_saved(
+    path: Path, *, model: str | None = None, checkpoint: str | None = None, weights: str | None = None
+) -> Saved:
+    """Opens a run's folder, or a folder with an adapter.
+
+    Args:
+        path: of either.
+        model: name of the backbone in timm; by default the recorded one.
+        checkpoint: file of the backbone's weights; by default the recorded one.
+        weights: "best" or "last" of a run; by default what the run selected.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: the backbone is not the one that the weights were trained on.
+    """
+    run = _run_of(path)
+    if run is None:
+        if weights is not None:
+            raise ValueError(f"weights: {weights!r} needs the folder of a run, {path} holds an adapter")
+        settings, num_classes, directory = _from_adapter(path)
+    else:
+        config = read_json(run / CONFIG)
+        settings = Settings.from_dict(config["settings"])
+        num_classes = config["data"]["classes"]
+        directory = path
+        if run == path:
+            chosen = weights or settings.recipe.select
+            if chosen not in ("best", "last"):
+                raise ValueError(f"weights: expected best or last, got {chosen!r}")
+            directory = path / "adapter" / chosen
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no weights here; has the run completed an epoch?")
+    changes: dict[str, Any] = {"model": model, "checkpoint": checkpoint}
+    settings = dataclasses.replace(settings, **{key: value for key, value in changes.items() if value is not None})
+    seed_everything(settings.recipe.seed)
+    built = create_backbone(
+        settings.model,
+        num_classes,
+        checkpoint=settings.checkpoint,
+        pretrained=settings.pretrained,
+        image_size=settings.image_size,
+    )
+    load_trained(built, directory)
+    return Saved(built.eval(), settings, directory, num_classes)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run's folder that this is, or that this lies in."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path}: expected that of a run or of a saved adapter")
+    if (path / CONFIG).is_file():
+        return path
+    inside = path.resolve().parent
+    if inside.name == "adapter" and (inside.parent / CONFIG).is_file():
+        return inside.parent
+    if not (path / CONFIG_FILE).is_file() and not (path / HEAD_WEIGHTS).is_file():
+        raise FileNotFoundError(f"{path}: expected {CONFIG} of a run or {CONFIG_FILE} of an adapter, found neither")
+    return None
+
+
+def _from_adapter(path: Path) -> tuple[Settings, int, Path]:
+    if not (path / CONFIG_FILE).is_file():
+        raise ValueError(f"{path}: the head of a linear probe says nothing of its backbone; give the run's folder")
+    description, _ = read_adapter(path)
+    backbone = description["backbone"]
+    name = ".".join(part for part in (backbone["architecture"], backbone["tag"]) if part)
+    if not timm.is_model(backbone["architecture"]):
+        raise ValueError(f"{path}: timm has no {backbone['architecture']!r}; name the backbone with --model")
+    return Settings(model=name, data=""), int(description["num_classes"]), path
