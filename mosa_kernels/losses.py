@@ -159,7 +159,8 @@ class MoSALoss(nn.Module):
                 raise ValueError(
                     f"{name}: expected the features of each block for align={self.align!r}, got {features}"
                 )
-        assert features1 is not None and features2 is not None
+        assert features1 is not None
+        assert features2 is not None
         if len(features1) != len(features2):
             raise ValueError(f"features2: expected {len(features1)} blocks, as features1, got {len(features2)}")
         blocks = self.needs_features(len(features1))

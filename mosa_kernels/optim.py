@@ -198,11 +198,14 @@ class _ActivityHistory:
         self._version = -1
         # The hooks must not keep a discarded optimizer alive, nor go on running for it.
         this = weakref.ref(self)
+        frozen = not parameter.requires_grad  # it may thaw later, and only what is not frozen takes hooks
+        parameter.requires_grad_(True)
         handles = (
             leaf.register_hook(lambda grad: _call(this, _ActivityHistory._report, grad)),
             parameter.register_hook(lambda _: _call(this, _ActivityHistory._look)),
             parameter.register_post_accumulate_grad_hook(lambda _: _call(this, _ActivityHistory._accumulate)),
         )
+        parameter.requires_grad_(not frozen)
         weakref.finalize(self, _remove, handles).atexit = False
 
     @property

@@ -87,7 +87,7 @@ def adapter(dtype: torch.dtype = torch.float64, **options: object) -> FusedMoSAA
     return layer
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     num_experts=st.integers(1, 5),
     sparse=st.sampled_from(("up", "down", "both")),
@@ -433,6 +433,19 @@ def test_groups_names_and_frozen_parameters() -> None:
     assert step_and_see(layer, late) == [1]
 
 
+def test_a_split_parameter_that_thaws() -> None:
+    layer = adapter(num_experts=3)
+    layer.up.weight.requires_grad_(False)
+    optimizer = MoSAAdamW(layer.parameters())
+    assert not layer.up.weight.requires_grad
+    backward(layer, 0)
+    assert step_and_see(layer, optimizer) == []
+    layer.up.weight.requires_grad_(True)
+    optimizer.zero_grad()
+    backward(layer, 1)
+    assert step_and_see(layer, optimizer) == [1]
+
+
 def test_maximize_and_closure() -> None:
     results = []
     for sign, maximize in ((1, False), (-1, True)):
@@ -502,7 +515,7 @@ def test_refuses_nothing_to_train_and_sparse_gradients() -> None:
         MoSAAdamW(small_model().requires_grad_(False))
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="params: expected dense gradients, got layout .*sparse_coo"):
+    with pytest.raises(TypeError, match=r"params: expected dense gradients, got layout .*sparse_coo"):
         MoSAAdamW(embedding).step()
 
 
@@ -519,6 +532,10 @@ def _rank(rank: int, folder: str) -> None:
         backward(model, per_rank[rank])
         seen.append(step_and_see(layer, optimizer))
     save_file({name: t.contiguous() for name, t in layer.state_dict().items()}, f"{folder}/{rank}.safetensors")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    sharded = torch.distributed.tensor.distribute_tensor(layer.up.weight, mesh, [torch.distributed.tensor.Shard(0)])
+    with pytest.raises(TypeError, match="params: expected whole tensors on each rank, got a DTensor"):
+        MoSAAdamW([nn.Parameter(sharded)])
     torch.distributed.destroy_process_group()
     assert seen == [[0, 2], [1], [0, 3]], seen
 

@@ -54,7 +54,7 @@ def reference(tensors: AdamWTensors, options: AdamWOptions) -> None:
         step_size = options.lr / -torch.expm1(exponent * _log(options.beta1))
         root = (-torch.expm1(exponent * _log(options.beta2))).sqrt()
         stored = (p, exp_avg, exp_avg_sq)
-        moved = _Moved(*(tensor.to(dtype, copy=True) for tensor in stored), grad=grad.to(dtype))
+        moved = _Moved._make([*(tensor.to(dtype, copy=True) for tensor in stored), grad.to(dtype)])
         _advance(moved, _per_entry(step_size, p, owner), _per_entry(root, p, owner), options)
         mask = _per_entry(moving, p, owner)
         for old, new in zip(stored, moved[:3], strict=True):
@@ -120,10 +120,11 @@ def _advance_some(
     mine: _Moved, owner: Tensor | None, counts: list[float], flags: list[float], options: AdamWOptions
 ) -> None:
     """Moves the active entries of one parameter, taken out and put back unless all are active."""
-    dtype = torch.promote_types(mine[0].dtype, torch.float32)
-    expert = None if owner is None else owner.reshape(-1).int()  # [entries]
-    if expert is None:
-        expert = torch.arange(len(flags), dtype=torch.int32).repeat_interleave(mine[0].numel() // len(flags))
+    dtype = torch.promote_types(mine.param.dtype, torch.float32)
+    if owner is None:
+        expert = torch.arange(len(flags), dtype=torch.int32).repeat_interleave(mine.param.numel() // len(flags))
+    else:
+        expert = owner.reshape(-1).int()  # [entries]
     index = None
     if not all(flags):
         index = torch.tensor(flags, dtype=torch.bool).index_select(0, expert).nonzero().squeeze(1)

@@ -28,7 +28,8 @@ def feature_alignment(features1: Sequence[Tensor], features2: Sequence[Tensor]) 
     for layer, (first, second) in enumerate(zip(features1, features2, strict=True)):
         if first.shape != second.shape:
             raise ValueError(
-                f"features2[{layer}]: expected the shape of features1[{layer}], {list(first.shape)}, got {list(second.shape)}"
+                f"features2[{layer}]: expected the shape of features1[{layer}], {list(first.shape)}, "
+                f"got {list(second.shape)}"
             )
     # Each layer's mean is taken in float32: squares of 16-bit activations overflow.
     return torch.stack(
