@@ -1,8 +1,9 @@
 """Where the two passes of Eq. 6 get their random numbers from, and how a recomputation finds them again.
 
 The draws of pass h in adapter l are a function of a stream number, h and l alone. While the passes run, the device's
-default generator carries a marked seed that names the stream and the passes. Activation checkpointing saves and restores
-that generator, so when a block runs again in the backward pass, the mark is there again, whatever has run since.
+default generator carries a marked seed that names the stream and the passes. Activation checkpointing saves and
+restores that generator, so when a block runs again in the backward pass, the mark is there again, whatever has run
+since.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ checkpointing (a side effect inside a checkpointed region), and `torch.fx` loses
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -58,9 +58,7 @@ class Tap:
     def add(self, adapter: nn.Module, out: Tensor) -> Tensor:
         """``out + adapter(stream)``."""
         if self.stream is None:
-            raise RuntimeError(
-                "the block's forward did not pass its residual stream where it is known to; update mosa_kernels"
-            )
+            raise RuntimeError("the block did not pass its residual stream where it is known to")
         return adapter(self.stream.reshape(out.shape), residual=out, add_input=False)
 
 
@@ -85,7 +83,7 @@ class AdaptedBlock(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters = self.mosa.current()
         if adapters is None:
-            out = self.base.forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
+            out = self.base.forward(self, x, *args, **kwargs)
         else:
             out = self._forward_with(adapters, x, *args, **kwargs)
         if self.mosa.record is not None:
@@ -139,7 +137,8 @@ _CLASSES: dict[type[nn.Module], type[AdaptedBlock]] = {}
 def adapted_class(base: type[nn.Module], kind: BlockKind) -> type[AdaptedBlock]:
     """The subclass of a block's class that runs adapters."""
     if base not in _CLASSES:
-        _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedBlock, base), {"base": base, "kind": kind})
+        made = type(f"Adapted{base.__name__}", (AdaptedBlock, base), {"base": base, "kind": kind})
+        _CLASSES[base] = cast("type[AdaptedBlock]", made)
     return _CLASSES[base]
 
 

@@ -19,8 +19,8 @@ class AdapterBook(nn.Module):
     """The model's adapters by name. The weights live in the blocks; the heads that are not in use live here.
 
     The backbone stays in evaluation mode while the model trains: its dropout, its stochastic depth and the running
-    statistics of any BatchNorm stand still, for it is frozen (arXiv 2312.02923, section 3.4: two passes have to differ by
-    their experts alone). `model.train()` reaches this module last, after the blocks, and it sets them back.
+    statistics of any BatchNorm stand still, for it is frozen, and the two passes of Eq. 6 have to differ by their
+    experts alone. `model.train()` reaches this module last, after the blocks, and it sets them back.
 
     Attributes:
         configs: adapter name -> configuration, in the order of injection.

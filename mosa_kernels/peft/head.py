@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ def head_paths(model: nn.Module) -> list[str]:
     """
     if not hasattr(model, "get_classifier"):
         raise TypeError(f"model: expected a timm model with get_classifier(), got {type(model).__name__}")
-    classifier = model.get_classifier()
+    timm_model: Any = model
+    classifier = timm_model.get_classifier()
     wanted = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
     paths = {id(module): path for path, module in model.named_modules() if path}
     return [paths[id(module)] for module in wanted if module is not None]
@@ -43,8 +45,8 @@ def install_head(model: nn.Module, head: Head) -> None:
         parent = model.get_submodule(parent_path)
         setattr(parent, name, module)
         if parent is not model and hasattr(parent, "num_classes"):
-            parent.num_classes = head.num_classes
-    model.num_classes = head.num_classes  # type: ignore[assignment]
+            vars(parent)["num_classes"] = head.num_classes
+    vars(model)["num_classes"] = head.num_classes
 
 
 def fresh_head(model: nn.Module, num_classes: int) -> Head:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,7 +16,7 @@ class BlockKind(NamedTuple):
             one's input is x as it enters the FFN's branch. "" is the block as a whole, a name ending in "[]" a list of
             branches, whose first one counts.
         ends_at: the module that takes the sum, where something follows it in the block; None: the sum is the output.
-        attention: what attention's output comes from, with one token per position; None: nothing that can be told apart.
+        attention: what attention's output comes from, one token per position; None: it cannot be told apart.
     """
 
     branch: tuple[str, ...]
@@ -84,9 +84,16 @@ def block_kind(block: nn.Module) -> BlockKind | None:
 
 def block_width(block: nn.Module) -> int:
     """The number of channels of a known block's tokens."""
-    norm = block.ffns[0].norm if hasattr(block, "ffns") else getattr(block, "norm1", None) or block.in_norm
-    weight = getattr(norm, "weight", None)
-    return int(norm.normalized_shape[-1] if weight is None else weight.shape[0])
+    norm: Any = next(block.get_submodule(name) for name in ("norm1", "in_norm", "ffns.0.norm") if _has(block, name))
+    return int(norm.normalized_shape[-1] if norm.weight is None else norm.weight.shape[0])
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def find_blocks(model: nn.Module) -> list[FoundBlock]:
@@ -114,8 +121,8 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
             )
     if not found:
         raise UnknownModelError(
-            f"model: expected {_EXPECTED}, with its blocks in blocks, layers[i].blocks or stages[i].blocks; found none in "
-            f"{type(model).__name__}"
+            f"model: expected {_EXPECTED}, with its blocks in blocks, layers[i].blocks or stages[i].blocks; "
+            f"found none in {type(model).__name__}"
         )
     return found
 

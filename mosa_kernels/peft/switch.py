@@ -68,7 +68,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def _run(model: nn.Module, book: AdapterBook, name: str | None) -> None:
     """Puts the head of `name` (None: the backbone's) into the model, the one in use away, and sets every block."""
-    if name != book.active or name in book.heads:
+    if name != book.active:
         if book.active is not None and book.active not in book.heads:
             book.heads[book.active] = current_head(model)
         if name is None:

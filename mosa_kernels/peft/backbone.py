@@ -1,0 +1,77 @@
+"""Which backbone an adapter was trained on: its name in timm, its shape, and a hash of its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mosa_kernels.peft.block import SLOT
+from mosa_kernels.peft.book import BOOK, find_book
+from mosa_kernels.peft.files import tensors_digest
+from mosa_kernels.peft.head import head_paths
+
+
+class BackboneMismatchError(ValueError):
+    """An adapter was trained on another backbone."""
+
+
+def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The backbone's parameters and saved buffers by timm's names, without classifier and adapters."""
+    book = find_book(model)
+    foreign = [f"{path}." for path in head_paths(model)]
+    if book is not None:
+        foreign += [f"{BOOK}.", *(f"{path}.{SLOT}." for path in book.blocks)]
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(foreign))}
+
+
+def describe_backbone(model: nn.Module) -> dict[str, Any]:
+    """Name, pre-training tag, shapes and SHA-256 of the backbone's weights, as JSON takes them.
+
+    Raises:
+        ValueError: the weights are on the meta device.
+    """
+    tensors = backbone_tensors(model)
+    meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if meta is not None:
+        raise ValueError(f"model: expected one with weights, got {meta} on the meta device")
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return {
+        "class": type(model).__name__,
+        "architecture": cfg.get("architecture") or type(model).__name__,
+        "tag": cfg.get("tag") or "",
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "sha256": tensors_digest(tensors),
+    }
+
+
+def check_backbone(saved: dict[str, Any], model: nn.Module, ignore_hash: bool) -> None:
+    """
+    Raises:
+        BackboneMismatchError: naming everything in which the model differs from the backbone that was saved.
+    """
+    here = describe_backbone(model)
+    differences = []
+    for key in ("architecture", "class"):
+        if saved.get(key) != here[key]:
+            differences.append(f"{key}: saved with {saved.get(key)!r}, the model is {here[key]!r}")
+    differences += _shape_differences(saved.get("shapes") or {}, here["shapes"])
+    if not differences and saved.get("sha256") != here["sha256"] and not ignore_hash:
+        differences.append(f"hash of the weights: saved with {saved.get('sha256')}, the model has {here['sha256']}")
+        for key in ("tag", "dtype"):
+            if saved.get(key) != here[key]:
+                differences.append(f"{key}: saved with {saved.get(key)!r}, the model has {here[key]!r}")
+        differences.append("the names and shapes agree; ignore_backbone_hash=True loads it all the same")
+    if differences:
+        raise BackboneMismatchError("the adapter was trained on another backbone: " + "; ".join(differences))
+
+
+def _shape_differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    found = [
+        f"{name}: saved with shape {saved.get(name, 'none')}, the model has {here.get(name, 'none')}"
+        for name in sorted(saved.keys() | here.keys())
+        if saved.get(name) != here.get(name)
+    ]
+    return found[:3] + ([f"and {len(found) - 3} more shapes"] if len(found) > 3 else [])

@@ -1,0 +1,182 @@
+"""Saving and loading adapters with their heads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mosa_kernels.peft.backbone import check_backbone, describe_backbone
+from mosa_kernels.peft.book import book_of, check_known, find_book, unwrap
+from mosa_kernels.peft.config import MoSAConfig
+from mosa_kernels.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFileError, read_adapter, write_adapter
+from mosa_kernels.peft.head import current_head, head_paths
+from mosa_kernels.peft.inject import delete_adapter, inject_adapter
+from mosa_kernels.peft.switch import set_adapter
+from mosa_kernels.version import __version__
+
+FORMAT = 1
+_ADAPTERS, _HEAD = "adapters.", "head."
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Writes an adapter with its splits and its head: `adapter_config.json` and `adapter_model.safetensors`.
+
+    The backbone's name in timm and the SHA-256 of its weights are recorded. A save that is interrupted leaves what was
+    there before. Other files in the directory stay.
+
+    Args:
+        model: with adapters.
+        directory: is made if need be.
+        adapter_name: which adapter; None: the active one.
+
+    Raises:
+        ValueError: the model has no adapters, or none of this name.
+    """
+    book = book_of(model)
+    model = unwrap(model)
+    name = book.active if adapter_name is None else adapter_name
+    if name is None:
+        raise ValueError("adapter_name: expected one, for within disable_adapter none is active")
+    check_known(book, name)
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name).items()}
+    description = {
+        "format": FORMAT,
+        "mosa_kernels": __version__,
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+        "adapter_name": name,
+        "config": book.configs[name].to_dict(),
+        "num_classes": _classes(model, name),
+        "backbone": describe_backbone(model),
+    }
+    write_adapter(Path(directory), description, tensors)
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    ignore_backbone_hash: bool = False,
+    new_head: bool = False,
+) -> nn.Module:
+    """Loads what `save_adapter` wrote, in place, and makes it the active adapter. On any error the model is as before.
+
+    A model without adapters, or without one of this name, gets them injected; an adapter of this name with the same
+    configuration gets its weights replaced.
+
+    Args:
+        model: the backbone that the adapter was trained on, with as many classes.
+        directory: where both files are.
+        adapter_name: a name for it; None: the one that it was saved under.
+        ignore_backbone_hash: accepts a backbone of the same name and shapes with other weights.
+        new_head: gives the adapter a head of its own where the model has another number of classes.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: the directory or a file in it is missing.
+        AdapterFileError: a file is damaged, or not what `save_adapter` writes.
+        BackboneMismatchError: the backbone is another; the message says in what.
+        ValueError: the head has another size, or the name is taken by an adapter with another configuration.
+    """
+    description, tensors = read_adapter(Path(directory))
+    config, saved_name, num_classes = _read_description(description, Path(directory) / CONFIG_FILE)
+    name = saved_name if adapter_name is None else adapter_name
+    inner = unwrap(model)
+    check_backbone(description["backbone"], inner, ignore_backbone_hash)
+    book = find_book(inner)
+    known = book is not None and name in book.configs
+    if book is not None and known and book.configs[name] != config:
+        raise ValueError(
+            f"adapter_name: {name!r} is taken by an adapter with another configuration: "
+            + _differences(book.configs[name], config)
+        )
+    here = _classes(inner, name)
+    if here != num_classes and (known or not new_head):
+        raise ValueError(
+            f"head: the adapter was saved with {num_classes} classes, the model has {here}; make the model with "
+            f"num_classes={num_classes}" + ("" if known else ", or give the adapter a head of its own by new_head=True")
+        )
+
+    active = None if book is None else book.active
+    if not known:
+        inject_adapter(inner, config, name, num_classes=num_classes if here != num_classes else None)
+    try:
+        _load_tensors(inner, name, tensors, Path(directory) / WEIGHTS_FILE)
+    except Exception:
+        if not known:
+            delete_adapter(inner, name)
+            if active is not None:
+                set_adapter(inner, active)
+        raise
+    set_adapter(inner, name)
+    return model
+
+
+def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The very tensors: ``adapters.<block>.<site>.<tensor>`` and, of the adapter's head, ``head.<path>.<tensor>``."""
+    book = book_of(model)
+    found = {
+        f"{_ADAPTERS}{path}.{site}.{key}": tensor
+        for path, site, adapter in book.adapters(name)
+        for key, tensor in adapter.state_dict(keep_vars=True).items()
+    }
+    head = current_head(model) if name == book.active else book.heads[name]
+    for path, module in zip(head_paths(model), head.children(), strict=True):
+        found |= {f"{_HEAD}{path}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+    return found
+
+
+def _load_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copies everything in after everything was found to fit."""
+    places = _tensors(model, name)
+    missing, unexpected = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
+    if missing or unexpected:
+        raise AdapterFileError(
+            f"{path}: it does not fit its configuration: missing {missing[:3] or 'nothing'}, unexpected "
+            f"{unexpected[:3] or 'nothing'}"
+        )
+    for key, place in places.items():
+        if place.shape != tensors[key].shape:
+            raise AdapterFileError(f"{path}: {key}: expected shape {list(place.shape)}, got {list(tensors[key].shape)}")
+    with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(tensors[key])
+
+
+def _read_description(description: dict[str, Any], path: Path) -> tuple[MoSAConfig, str, int]:
+    if description.get("format") != FORMAT:
+        raise AdapterFileError(
+            f"{path}: format: expected {FORMAT}, got {description.get('format')!r}; update mosa_kernels"
+        )
+    types = {"config": dict, "adapter_name": str, "num_classes": int, "backbone": dict}
+    for key, kind in types.items():
+        if not isinstance(description.get(key), kind):
+            raise AdapterFileError(f"{path}: {key}: expected a {kind.__name__}, got {description.get(key)!r}")
+    try:
+        config = MoSAConfig.from_dict(description["config"])
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path}: config: {error}") from error
+    return config, description["adapter_name"], description["num_classes"]
+
+
+def _classes(model: nn.Module, name: str) -> int:
+    """How many classes the head tells apart that the adapter of this name has, or would start from."""
+    book = find_book(model)
+    if book is None or name == book.active:
+        return current_head(model).num_classes
+    if name in book.heads:
+        return book.heads[name].num_classes  # type: ignore[return-value]
+    return (current_head(model) if book.backbone_head is None else book.backbone_head).num_classes
+
+
+def _differences(ours: MoSAConfig, theirs: MoSAConfig) -> str:
+    mine, saved = ours.to_dict(), theirs.to_dict()
+    return ", ".join(f"{key} is {mine[key]!r}, saved with {saved[key]!r}" for key in mine if mine[key] != saved[key])

@@ -1,0 +1,125 @@
+"""Exact parameter counts: what trains, what is stored for it, and the size of the backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.nn.projection import Projection
+from mosa_kernels.peft.book import book_of, unwrap
+from mosa_kernels.peft.head import current_head
+
+KINDS = ("down weights", "up weights", "biases", "norms", "scales")
+
+
+@dataclass(frozen=True)
+class Count:
+    """One kind of parameters.
+
+    Attributes:
+        stored: entries of the tensors that require a gradient.
+        active: those that can change: for a pruned adapter the kept 1/N of the weights, otherwise all.
+    """
+
+    stored: int = 0
+    active: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.stored + other.stored, self.active + other.active)
+
+
+@dataclass(frozen=True)
+class TrainableParameters:
+    """What trains in a model with adapters.
+
+    Attributes:
+        kinds: down weights, up weights, biases, norms and scales of the active adapter. Of the biases, one per
+            output feature is counted here, as in the paper.
+        expert_biases: what one bias per expert adds to that, (N - 1) * d for each adapter.
+        head: parameters of the classifier.
+        backbone: parameters of the backbone without a classifier; they are frozen.
+    """
+
+    kinds: dict[str, Count]
+    expert_biases: int
+    head: int
+    backbone: int
+
+    @property
+    def adapter(self) -> Count:
+        """The adapter as the paper counts it: without the head, and with one bias where experts have one each."""
+        return sum(self.kinds.values(), Count())
+
+    @property
+    def total(self) -> int:
+        """Everything whose gradient is taken: adapter, biases of all experts, head."""
+        return self.adapter.stored + self.expert_biases + self.head
+
+    @property
+    def millions(self) -> float:
+        """What the paper's tables show: active parameters without the head, in millions."""
+        return self.adapter.active / 1e6
+
+    def __str__(self) -> str:
+        rows = [(name, count.stored, count.active) for name, count in self.kinds.items() if count.stored]
+        rows.append(("adapter (as papers count)", self.adapter.stored, self.adapter.active))
+        if self.expert_biases:
+            rows.append(("further expert biases", self.expert_biases, self.expert_biases))
+        rows.append(("head", self.head, self.head))
+        active = self.total - self.adapter.stored + self.adapter.active
+        rows.append(("total", self.total, active))
+        lines = [f"{'trainable parameters':<28}{'stored':>14}{'active':>14}"]
+        lines += [f"{name:<28}{stored:>14,}{active:>14,}" for name, stored, active in rows]
+        share = 100 * self.adapter.active / max(self.backbone, 1)
+        lines.append(f"{'backbone (frozen)':<28}{self.backbone:>14,}    the adapter is {share:.2f} % of it")
+        return "\n".join(lines)
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """Counts what trains in a model with adapters; printing the result gives a table.
+
+    Raises:
+        ValueError: the model has no adapters, or all are disabled.
+    """
+    book = book_of(model)
+    if book.active is None:
+        raise ValueError("model: expected an active adapter, got one within disable_adapter")
+    counts = dict.fromkeys(KINDS, Count())
+    expert_biases = 0
+    for _, _, adapter in book.adapters(book.active):
+        for kind, count in _count(adapter).items():
+            counts[kind] += count
+        if adapter.up.bias.dim() == 2:
+            expert_biases += adapter.up.bias.numel() - adapter.dim
+    model = unwrap(model)
+    head = current_head(model)
+    others = sum(parameter.numel() for slot in book.slots() for parameter in slot.parameters())
+    others += sum(parameter.numel() for parameter in book.parameters())
+    head_size = sum(parameter.numel() for parameter in head.parameters())
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    return TrainableParameters(counts, expert_biases, head_size, everything - others - head_size)
+
+
+def _count(adapter: FusedMoSAAdapter) -> dict[str, Count]:
+    biases = adapter.down.bias.numel() + adapter.dim
+    norms = 0 if adapter.norm is None else sum(parameter.numel() for parameter in adapter.norm.parameters())
+    scales = adapter.scale.numel() if isinstance(adapter.scale, nn.Parameter) else 0
+    return {
+        "down weights": _count_weight(adapter, adapter.down),
+        "up weights": _count_weight(adapter, adapter.up),
+        "biases": Count(biases, biases),
+        "norms": Count(norms, norms),
+        "scales": Count(scales, scales),
+    }
+
+
+def _count_weight(adapter: FusedMoSAAdapter, projection: Projection) -> Count:
+    stored = projection.weight.numel()
+    kept, assignment = adapter.sampler.fixed, projection.assignment
+    if kept is None or assignment is None:
+        return Count(stored, stored)
+    if assignment.is_meta:  # nothing to count; the first expert owns the larger share of what does not divide
+        return Count(stored, -(-stored // adapter.num_experts))
+    return Count(stored, int((assignment == kept).sum()))

@@ -1,0 +1,118 @@
+"""An adapter on disk: adapter_config.json and adapter_model.safetensors, each complete or as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_EMBEDDED, _DIGEST = "adapter_config", "tensors_sha256"
+
+
+class AdapterFileError(ValueError):
+    """A saved adapter is damaged, or not one."""
+
+
+def write_adapter(directory: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes both files under temporary names and renames them.
+
+    The description is in the weights file as well: whoever is interrupted between the two renames leaves the weights of
+    one save beside the JSON of another, and `read_adapter` then goes by the weights' own.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    description = {**description, _DIGEST: tensors_digest(tensors)}
+    text = json.dumps(description, indent=2) + "\n"
+    _replace(directory / CONFIG_FILE, lambda path: path.write_text(text))
+    _replace(
+        directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={_EMBEDDED: text, "format": "pt"})
+    )
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: the directory or one of the files is missing.
+        AdapterFileError: a file is damaged.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"directory: expected one that save_adapter wrote, got {directory}, which does not exist"
+        )
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"directory: expected {name} in {directory}, which is not there")
+    description = _parse((directory / CONFIG_FILE).read_bytes(), directory / CONFIG_FILE)
+    weights = directory / WEIGHTS_FILE
+    try:
+        with safe_open(weights, framework="pt") as file:
+            embedded = (file.metadata() or {}).get(_EMBEDDED)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{weights}: damaged: {error}") from error
+    if embedded is None:
+        raise AdapterFileError(f"{weights}: not a file that save_adapter wrote: it carries no description")
+    own = _parse(embedded.encode(), weights)
+    if tensors_digest(tensors) != own.get(_DIGEST):
+        raise AdapterFileError(f"{weights}: damaged: its tensors are not those that were saved (SHA-256 differs)")
+    if description.get(_DIGEST) != own[_DIGEST]:
+        warnings.warn(
+            f"{directory / CONFIG_FILE} belongs to another save than {WEIGHTS_FILE}, as after an interrupted save; "
+            "using the description inside the weights",
+            stacklevel=3,
+        )
+        description = own
+    return description, tensors
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _parse(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(data)
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: damaged: not JSON ({error})") from error
+    if not isinstance(description, dict):
+        raise AdapterFileError(f"{path}: expected a JSON object, got {type(description).__name__}")
+    return description
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        partial.chmod(0o666 & ~_umask())
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

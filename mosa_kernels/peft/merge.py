@@ -1,0 +1,124 @@
+"""From a model with adapters to plain modules (arXiv 2312.02923, Eq. 7 and 8)."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+
+import torch
+from timm.layers import LayerScale
+from torch import nn
+
+from mosa_kernels.backends.merge import MergedWeights
+from mosa_kernels.functional.merge import merge_adapters
+from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.peft.book import book_of, check_known, unwrap
+from mosa_kernels.peft.inject import remove_all
+from mosa_kernels.peft.placement import BlockKind, find_blocks
+from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
+from mosa_kernels.peft.switch import set_adapter
+
+
+def merge_and_unload(model: nn.Module, rule: str | None = None, *, adapter_name: str | None = None) -> nn.Module:
+    """Merges the experts of an adapter and leaves plain modules in the model, in place; other adapters are dropped.
+
+    What evaluation mode computed is what the merged model computes, where the rule is the configuration's. Sums are in
+    float32. In a half-precision model the merged weights are rounded to its dtype, and a warning says by how much. The
+    adapter's modules are `torch.nn` ones without hooks, so the model exports, traces and compiles as before. The FFN's
+    norm and scale move into the branch beside the adapter (``mlp.branch.norm2``).
+
+    Args:
+        model: with adapters.
+        rule: "mean" or "jigsaw"; None: the `merge_rule` of the adapter's configuration.
+        adapter_name: which adapter; None: the active one.
+
+    Returns:
+        The model, with the adapter's head, and every parameter trainable that was before adapters came.
+
+    Raises:
+        ValueError: the model has no adapters, none of this name, or the rule is neither.
+    """
+    if rule is not None and rule not in MERGE_RULES:
+        raise ValueError(f"rule: expected None or one of {', '.join(MERGE_RULES)}, got {rule!r}")
+    book = book_of(model)
+    name = book.active if adapter_name is None else adapter_name
+    if name is None:
+        raise ValueError("adapter_name: expected one, for within disable_adapter none is active")
+    check_known(book, name)
+    model = unwrap(model)
+    set_adapter(model, name)
+
+    placed = list(book.adapters(name))
+    inputs = [adapter.merge_input(rule) for _, _, adapter in placed]
+    exact = merge_adapters(inputs, dtype=_working_dtype(inputs[0].w_down.dtype))
+    merged = [
+        _rounded(weights, adapter.down.weight.dtype) for weights, (_, _, adapter) in zip(exact, placed, strict=True)
+    ]
+    _tell_rounding(exact, merged)
+    dense = [adapter.dense_from(weights) for weights, (_, _, adapter) in zip(merged, placed, strict=True)]
+    paths = [(path, site) for path, site, _ in placed]
+    remove_all(model, keep_head=True)
+    kinds = {path: kind for path, _, kind in find_blocks(model)}
+    for (path, site), adapter in zip(paths, dense, strict=True):
+        _place(model, path, kinds[path], site, adapter)
+    return model.train(model.training)
+
+
+def _place(model: nn.Module, path: str, kind: BlockKind, site: str, adapter: nn.Module) -> None:
+    block = model.get_submodule(path)
+    if site == "after_ffn":
+        block.mlp = SequentialAdapter(block.get_submodule("mlp"), adapter)
+        return
+    if site == "after_attention":  # an adapter works on each token alone, so it may as well run within windows
+        block.attn = SequentialAdapter(block.get_submodule("attn"), adapter)
+        return
+    entry = kind.branch[0]
+    if entry == "":
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, ParallelAdapter(block, adapter))
+    elif entry.endswith("[]"):
+        branches = block.get_submodule(entry[:-2])
+        assert isinstance(branches, nn.ModuleList)
+        branches[0] = ParallelAdapter(branches[0], adapter)
+    else:
+        block.mlp = ParallelAdapter(_take_branch(block, kind.branch), adapter)
+
+
+def _take_branch(block: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
+    """The FFN's branch as one module; the block keeps identities in the places of its parts."""
+    branch: OrderedDict[str, nn.Module] = OrderedDict()
+    for name in names:
+        part = getattr(block, name)
+        if isinstance(part, nn.Parameter):
+            scale = LayerScale(part.shape[0], device=part.device, dtype=part.dtype)
+            scale.gamma = part
+            branch[name] = scale
+            delattr(block, name)
+            setattr(block, name, 1.0)
+        elif part is not None and not isinstance(part, nn.Identity):
+            branch[name] = part
+            setattr(block, name, nn.Identity())
+    return nn.Sequential(branch)
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rounded(weights: MergedWeights, dtype: torch.dtype) -> MergedWeights:
+    return MergedWeights(*(None if tensor is None else tensor.to(dtype) for tensor in weights))  # type: ignore[arg-type]
+
+
+def _tell_rounding(exact: list[MergedWeights], rounded: list[MergedWeights]) -> None:
+    dtype = rounded[0].w_down.dtype
+    if dtype == exact[0].w_down.dtype:
+        return
+    worst = {
+        name: max((getattr(a, name) - getattr(b, name)).abs().max().item() for a, b in zip(exact, rounded, strict=True))
+        for name in ("w_down", "w_up")
+    }
+    warnings.warn(
+        f"merged into {dtype}: rounding moves an entry of the down-projection by at most {worst['w_down']:.2g} and of "
+        f"the up-projection by at most {worst['w_up']:.2g}; merge in float32 and convert afterwards to compare",
+        stacklevel=3,
+    )

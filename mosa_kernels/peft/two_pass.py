@@ -1,0 +1,187 @@
+"""The two forward passes of Eq. 6 (arXiv 2312.02923), as one doubled batch or one after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosa_kernels.nn.sampler import Draw, ExpertSampler
+from mosa_kernels.nn.streams import STREAM_BITS, marked_generator
+from mosa_kernels.peft.block import AdapterSlot
+from mosa_kernels.peft.book import AdapterBook, book_of
+from mosa_kernels.peft.placement import select_layers
+
+MODES = ("batched", "sequential")
+
+
+@dataclass(frozen=True)
+class TwoPassOutput:
+    """What both passes gave.
+
+    Attributes:
+        logits1, logits2: [B, classes].
+        features1, features2: the output of each collected block, adapter included: [B, tokens, d], of a Swin
+            [B, H, W, d]; in the order of `blocks`.
+        blocks: the indices of the collected blocks, ascending.
+        depth: how many blocks the model has.
+    """
+
+    logits1: Tensor
+    logits2: Tensor
+    features1: list[Tensor]
+    features2: list[Tensor]
+    blocks: tuple[int, ...]
+    depth: int
+
+
+def two_pass(
+    model: nn.Module, images: Tensor, mode: str = "batched", features: bool | Iterable[int] = True
+) -> TwoPassOutput:
+    """Runs the images through the model twice, with experts and dropout drawn anew for each pass.
+
+    Both modes draw the same experts and the same dropout, so they differ by the rounding of matrix products alone;
+    "sequential" needs half the memory of activations at a time, if each pass is differentiated on its own. An anchored
+    adapter runs merged in the first pass. The draws come from PyTorch's default CPU generator, which advances by one
+    number. Activation checkpointing recomputes with the same draws, whatever ran in between. The model may be compiled
+    or wrapped for data-parallel training.
+
+    Args:
+        model: with adapters, in training mode: in evaluation mode both passes would be the same.
+        images: [B, channels, height, width].
+        mode: "batched", one pass over the doubled batch, or "sequential".
+        features: True collects the outputs of all blocks, False of none; or the indices of blocks (negative from
+            the end).
+
+    Raises:
+        TypeError: the model's output is no tensor, or `images` is none.
+        ValueError: an argument is out of range, or the model has no active adapters.
+        RuntimeError: the model is in evaluation mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if not isinstance(images, Tensor) or images.dim() < 1:
+        raise TypeError(f"images: expected a tensor [B, channels, height, width], got {type(images).__name__}")
+    book = book_of(model)
+    if book.active is None:
+        raise ValueError("model: expected an active adapter, got one within disable_adapter")
+    if not model.training:
+        raise RuntimeError(
+            "two_pass: expected the model in training mode, got evaluation mode, in which both passes agree"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError("model: expected no DataParallel, whose replicas share no draws; use DistributedDataParallel")
+    slots = book.slots()
+    blocks = _chosen(features, len(slots))
+    samplers = [adapter.sampler for _, _, adapter in book.adapters(book.active)]
+    for index, sampler in enumerate(samplers):
+        sampler.index = index
+    stream = int(torch.randint(2**STREAM_BITS, ()))
+    run = _Run(model, book, slots, blocks, stream)
+    size = images.shape[0]
+    if mode == "sequential":
+        logits1, features1 = run(images, (0,))
+        logits2, features2 = run(images, (1,))
+    else:
+        logits, both = run(torch.cat([images, images]), (0, 1))
+        logits1, logits2 = logits[:size], logits[size:]
+        features1, features2 = [f[:size] for f in both], [f[size:] for f in both]
+    return TwoPassOutput(logits1, logits2, features1, features2, tuple(blocks), len(slots))
+
+
+def _chosen(features: bool | Iterable[int], depth: int) -> list[int]:
+    if isinstance(features, bool):
+        return list(range(depth)) if features else []
+    chosen = tuple(features)
+    for index in chosen:
+        if isinstance(index, bool) or not isinstance(index, int) or not -depth <= index < depth:
+            raise ValueError(f"features: expected True, False or block indices below {depth}, got {index!r}")
+    return select_layers(tuple(sorted({index % depth for index in chosen})), depth) if chosen else []
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Forward passes whose draws come from one stream."""
+
+    model: nn.Module
+    book: AdapterBook
+    slots: list[AdapterSlot]
+    blocks: list[int]
+    stream: int
+
+    def __call__(self, images: Tensor, passes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the outputs of the chosen blocks."""
+        with (
+            self._planned(images, passes),
+            _recorded([self.slots[index] for index in self.blocks]) as record,
+            _side_effects_under_checkpoint() if self.blocks else nullcontext(),
+        ):
+            logits = self.model(images)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"model: expected logits [B, classes] as its output, got {type(logits).__name__}")
+        missing = [index for index in self.blocks if index not in record]
+        if missing:
+            raise RuntimeError(f"features: expected the outputs of blocks {missing}, which did not run")
+        return logits, [record[index] for index in self.blocks]
+
+    @contextmanager
+    def _planned(self, images: Tensor, passes: tuple[int, ...]) -> Iterator[None]:
+        """Every adapter has its draws, and the default generator says where they came from."""
+        assert self.book.active is not None
+        adapters = [adapter for _, _, adapter in self.book.adapters(self.book.active)]
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            # a replayed graph has to draw anew: only the device's own generator does that
+            plans = [_drawn_in_graph(adapter.sampler, images, passes, adapter.dropout > 0) for adapter in adapters]
+            mark: Any = nullcontext()
+        else:
+            plans = [
+                adapter.sampler.draw_passes(self.stream, passes, images.shape[0], images.device, adapter.dropout > 0)
+                for adapter in adapters
+            ]
+            mark = marked_generator(self.stream, passes, images.device)
+        try:
+            for adapter, plan in zip(adapters, plans, strict=True):
+                adapter.sampler.plan = plan
+            with mark:
+                yield
+        finally:
+            for adapter in adapters:
+                adapter.sampler.plan = None
+
+
+def _drawn_in_graph(sampler: ExpertSampler, images: Tensor, passes: tuple[int, ...], dropout: bool) -> Draw:
+    """Draws for a CUDA graph under capture, from the device's default generator."""
+    draws = []
+    for number in passes:
+        draw = sampler.draw(images.shape[0] // len(passes), images.device, dropout)
+        if sampler.anchored and number == 0 and isinstance(draw.expert, Tensor):
+            draw = Draw(torch.full_like(draw.expert, -1), draw.seed)
+        draws.append(draw)
+    experts = [draw.expert.reshape(-1) for draw in draws if isinstance(draw.expert, Tensor)]
+    seeds = [draw.seed.reshape(1) for draw in draws if draw.seed is not None]
+    return Draw(torch.cat(experts) if experts else draws[0].expert, torch.cat(seeds) if seeds else None)
+
+
+@contextmanager
+def _recorded(slots: list[AdapterSlot]) -> Iterator[dict[int, Tensor]]:
+    record: dict[int, Tensor] = {}
+    try:
+        for slot in slots:
+            slot.record = record
+        yield record
+    finally:
+        for slot in slots:
+            slot.record = None
+
+
+def _side_effects_under_checkpoint() -> Any:
+    """Lets a compiled model record features within checkpointed blocks: the forward pass alone is to do that."""
+    dynamo = sys.modules.get("torch._dynamo")  # it takes seconds to import, and without it nothing is compiled
+    if dynamo is None or not hasattr(dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        return nullcontext()
+    return dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
