@@ -191,8 +191,7 @@ class _ActivityHistory:
         self.num_experts = projection.activity.num_experts
         self._parameter = parameter
         self._owned = owned
-        self._flags = torch.zeros_like(leaf, requires_grad=False)
-        self._known = False  # whether any pass contributed since the gradient was None
+        self._flags: Tensor | None = None  # float32 [N], never written to; None: no pass since the gradient was None
         self._pass = -1
         self._reported = self._accumulated = False  # in this pass
         self._version = -1
@@ -216,8 +215,8 @@ class _ActivityHistory:
         """float32 [N], nonzero for the experts of the present gradient."""
         self._settle()
         if self._parameter.grad is None:
-            return torch.zeros_like(self._flags)
-        return self._flags if self._known else torch.ones_like(self._flags)
+            return torch.zeros(self.num_experts, device=self._parameter.device)
+        return self._all() if self._flags is None else self._flags.to(self._parameter.device)
 
     def _look(self) -> None:
         current = torch._C._current_graph_task_id()
@@ -225,36 +224,37 @@ class _ActivityHistory:
             return
         self._settle()
         self._pass, grad = current, self._parameter.grad
-        if self._flags.device != self._parameter.device:
-            self._flags = self._flags.to(self._parameter.device)
         if grad is None:
-            self._flags.zero_()
-            self._known = False
-        elif grad._version != self._version:
-            self._flags *= (grad != 0).any()
+            self._flags = None
+        elif self._flags is not None and grad._version != self._version:
+            self._flags = self._flags.to(grad.device) * (grad != 0).any()
 
     def _report(self, experts: Tensor) -> None:
         self._look()
-        torch.maximum(self._flags, experts, out=self._flags)
-        self._reported = self._known = True
+        self._reported = True
+        if experts.requires_grad:
+            experts = experts.detach()
+        self._flags = experts if self._flags is None else torch.maximum(self._flags.to(experts.device), experts)
 
     def _accumulate(self) -> None:
         assert self._parameter.grad is not None
-        self._accumulated = self._known = True
+        self._accumulated = True
         self._version = self._parameter.grad._version
 
     def _settle(self) -> None:
         """A pass that added to the gradient without a report may have run any expert."""
         if self._accumulated and not self._reported:
-            self._flags.fill_(1)
+            self._flags = self._all()
         self._accumulated = self._reported = False
+
+    def _all(self) -> Tensor:
+        return torch.ones(self.num_experts, device=self._parameter.device)
 
 
 def _call(history: weakref.ref[_ActivityHistory], method: Callable[..., None], *arguments: Tensor) -> None:
     alive = history()
     if alive is not None:
-        with torch.no_grad():
-            method(alive, *arguments)
+        method(alive, *arguments)
 
 
 def _remove(handles: tuple[Any, ...]) -> None:
