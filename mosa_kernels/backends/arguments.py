@@ -101,13 +101,12 @@ class AdapterGradients(NamedTuple):
 def expert_activity(args: AdapterArguments) -> Tensor:
     """1 for each expert that ran, 0 for the others, float32 [N]. A merged token runs them all."""
     assert args.activity is not None
-    active = torch.zeros_like(args.activity)
-    if args.expert is None:
-        return active.fill_(1) if args.expert_id == MERGED else active.index_fill_(0, _index(args), 1)
-    slots = torch.cat([active, active.new_zeros(1)])  # the last slot is the merged adapter's: index -1
-    slots.index_fill_(0, args.expert.reshape(-1).long() % slots.numel(), 1)
+    experts = args.activity.shape[0]
+    if args.expert is None or args.expert.device.type == "cpu":
+        # One small tensor made on the host; the device's way below takes seven operations.
+        ids = {args.expert_id} if args.expert is None else set(args.expert.reshape(-1).tolist())
+        ran = [float(MERGED in ids or expert in ids) for expert in range(experts)]
+        return torch.tensor(ran, device=args.x.device)
+    slots = torch.zeros(experts + 1, device=args.x.device)  # the last slot is the merged adapter's: index -1
+    slots.index_fill_(0, args.expert.reshape(-1).long() % (experts + 1), 1)
     return torch.maximum(slots[:-1], slots[-1])
-
-
-def _index(args: AdapterArguments) -> Tensor:
-    return torch.tensor([args.expert_id], device=args.x.device)
