@@ -102,11 +102,13 @@ def expert_activity(args: AdapterArguments) -> Tensor:
     """1 for each expert that ran, 0 for the others, float32 [N]. A merged token runs them all."""
     assert args.activity is not None
     experts = args.activity.shape[0]
-    if args.expert is None or args.expert.device.type == "cpu":
-        # One small tensor made on the host; the device's way below takes seven operations.
+    if args.x.device.type == "cpu":
+        # One small tensor made on the host; the device's way below takes several operations.
         ids = {args.expert_id} if args.expert is None else set(args.expert.reshape(-1).tolist())
-        ran = [float(MERGED in ids or expert in ids) for expert in range(experts)]
-        return torch.tensor(ran, device=args.x.device)
+        return torch.tensor([float(MERGED in ids or expert in ids) for expert in range(experts)])
     slots = torch.zeros(experts + 1, device=args.x.device)  # the last slot is the merged adapter's: index -1
-    slots.index_fill_(0, args.expert.reshape(-1).long() % (experts + 1), 1)
+    if args.expert is None:
+        slots[args.expert_id].fill_(1)
+    else:
+        slots.index_fill_(0, args.expert.reshape(-1).long() % (experts + 1), 1)
     return torch.maximum(slots[:-1], slots[-1])
