@@ -6,12 +6,12 @@ from types import ModuleType
 
 from mosa_kernels.backends import cpu, reference
 from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.triton import backend as triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
 """For each device type, the fused backends in the order in which they are tried; the reference comes last."""
 NOT_BUILT = {
-    "triton": "this version has no Triton kernels for the adapter",
     "cuda": "this version has no CUDA kernels for the adapter (merging has one)",
 }
 

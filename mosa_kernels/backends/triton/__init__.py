@@ -1,1 +1,1 @@
-"""Fused kernels in Triton. `backend` holds what every backend offers and imports triton only when it is asked to run."""
+"""Fused kernels in Triton. `backend` holds what every backend offers; it imports triton only when it has to run."""

@@ -10,7 +10,7 @@ owns, the owner's byte being compared on the loaded tile, and adds bias, x and r
 experts repeats the second pass for each, storing that expert's rows.
 """
 
-# ruff: noqa: N803, SIM108
+# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import torch
@@ -167,8 +167,9 @@ def forward_launch(
         plan.tokens, plan.expert_group, args.expert_id, plan.seed_group, args.seed_id, plan.threshold,
         plan.keep_scale, args.norm_eps, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
+    residual_stride = args.width if residual is None else residual.stride(0)
     constants = (
-        args.width, args.bottleneck, plan.bias_rows, x.stride(0), args.width if residual is None else residual.stride(0),
+        args.width, args.bottleneck, plan.bias_rows, x.stride(0), residual_stride,
         args.activation, args.add_input, plan.grouped, args.dropout_p > 0, plan.centre, plan.dtype, plan.precision,
         config.block_t, config.block_d, plan.padded_bottleneck,
     )  # fmt: skip
@@ -184,7 +185,7 @@ def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
     plan = plan_of(args, architecture(args.x.device))
     out = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
     kept = plan.tokens if args.norm_weight is not None else 0
-    statistics = torch.empty((2, kept), dtype=torch.float32, device=args.x.device)
-    mean, rstd = statistics[0], statistics[1]
+    mean = torch.empty(kept, dtype=torch.float32, device=args.x.device)
+    rstd = torch.empty(kept, dtype=torch.float32, device=args.x.device)
     forward_launch(args, plan, x, residual, out, mean, rstd).run()
     return out, mean, rstd

@@ -1,12 +1,11 @@
 """The Triton backend: fused kernels for NVIDIA GPUs of compute capability 8.0 and later.
 
-`TRITON_INTERPRET=1`, set before the first use, runs the same kernels on CPU tensors, slowly, to check them.
+`TRITON_INTERPRET=1`, set before this is imported, runs the same kernels on CPU tensors, slowly, to check them.
 """
 
 from __future__ import annotations
 
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,34 +16,37 @@ _MAX_WIDTH = 4096
 _MAX_BOTTLENECK = 256
 _MAX_BIAS_ROWS = 64  # the rows of b_up whose gradients one program holds in registers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_found: tuple[bool, str] | None = None
 
 
-@cache
 def available() -> tuple[bool, str]:
+    global _found
+    if _found is None:  # a plain variable, since torch.compile looks through functools.cache with a warning
+        _found = _look()
+    return _found
+
+
+def _look() -> tuple[bool, str]:
     try:
         import triton  # noqa: F401
     except ImportError as error:
         return False, f"triton cannot be imported ({error})"
-    if _interpreting():
+    if _INTERPRETING:
         return True, ""
     if not torch.cuda.is_available():
         return False, "there is no CUDA device"
     if torch.version.hip is not None:
         return False, "the kernels have not been checked on AMD GPUs"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return False, f"needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return False, f"needs compute capability 8.0, this device has {major}.{minor}"
     return True, ""
-
-
-@cache
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     x = args.x
-    if not x.is_cuda and not _interpreting():
+    if not x.is_cuda and not _INTERPRETING:
         return False, f"x is on {x.device}, not on a CUDA device"
     if x.numel() == 0:
         return False, "x is empty"

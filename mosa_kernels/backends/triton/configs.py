@@ -40,14 +40,12 @@ def padded(size: int) -> int:
 def configs(width: int, bottleneck: int, matmul_dtype: torch.dtype, arch: int) -> Configs:
     """The table. `arch` is 10 times the compute capability."""
     r = padded(bottleneck)
-    if matmul_dtype == torch.float32:
-        table = _FLOAT32
-    else:
-        table = _HALF_HOPPER if arch >= 90 else _HALF_AMPERE
+    half = _HALF_HOPPER if arch >= 90 else _HALF_AMPERE
+    table = _FLOAT32 if matmul_dtype == torch.float32 else half
     row = table[next(limit for limit in sorted(table) if r <= limit)]
     columns = padded(width)
-    kernels = (config._replace(block_d=min(config.block_d, columns)) for config in row)
-    return Configs(*kernels, programs=264 if arch >= 90 else 216)
+    forward, tokens, weights = (config._replace(block_d=min(config.block_d, columns)) for config in row)
+    return Configs(forward, tokens, weights, programs=264 if arch >= 90 else 216)
 
 
 _Row = tuple[Config, Config, Config]

@@ -76,9 +76,8 @@ class Launch(NamedTuple):
         divisible = [["tt.divisibility", _ALIGNMENT]]
         attributes = {(i,): divisible for i, kind in enumerate(kinds) if kind[0] == "*"} if self._aligned() else {}
         source = ASTSource(self.function, signature, constants, attributes)
-        return triton.compile(
-            source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages}
-        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return triton.compile(source, target=target, options=options)
 
     def _aligned(self) -> bool:
         addresses = 0

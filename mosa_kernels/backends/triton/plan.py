@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.dropout import drop_threshold
 from mosa_kernels.backends.triton.configs import Configs, configs, padded
 
@@ -29,6 +29,7 @@ class Plan(NamedTuple):
     keep_scale: float  # 1 / (1 - p)
     bias_rows: int  # rows of b_up, 0 for a shared bias
     centre: bool  # whether the matrix units see x less its mean: where it is converted or rounded to TF32 anyway
+    raw: bool  # whether the weight gradients multiply x as it lies in memory: bf16 alone has the range for da * rstd
     dtype: tl.dtype  # of the operands of the matrix products
     precision: str  # of float32 products
     configs: Configs
@@ -52,9 +53,47 @@ def plan_of(args: AdapterArguments, arch: int) -> Plan:
         keep_scale=1 / (1 - args.dropout_p),
         bias_rows=b_up.shape[0] if b_up is not None and b_up.dim() == 2 else 0,
         centre=args.x.dtype == torch.float32,
+        raw=args.norm_weight is not None and dtype == args.x.dtype == torch.bfloat16,
         dtype=_DTYPES[dtype],
         precision=float32_precision() if dtype == torch.float32 else "tf32",
         configs=configs(args.width, args.bottleneck, dtype, arch),
+    )
+
+
+class Parts(NamedTuple):
+    """How the weight gradients are split before they are added up."""
+
+    down: bool  # whether any gradient on the side of w_down is wanted
+    up: bool
+    scale: bool  # whether the gradient of a learnable scale is wanted
+    column_blocks: int
+    number: int
+    tokens: int  # in one part
+    layout: tuple[int, int, int, int, int]  # where beta, b_up, b_down and the scale begin after gamma; the end
+
+
+def parts_of(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts:
+    config = plan.configs.weights
+    down = needs.w_down or needs.b_down or needs.norm_weight or needs.norm_bias
+    scale = needs.scale and args.scale_tensor is not None
+    up = needs.w_up or needs.b_up or scale
+    d = args.width
+    column_blocks = -(-d // config.block_d)
+    blocks = -(-plan.tokens // config.block_t)
+    count = max(1, min(blocks, plan.configs.programs // (column_blocks * max(1, int(down) + int(up)))))
+    tokens = -(-blocks // count) * config.block_t
+    at_beta = d if args.norm_weight is not None else 0
+    at_up = 2 * at_beta
+    at_down = at_up + (0 if args.b_up is None else args.b_up.numel())
+    at_scale = at_down + args.bottleneck
+    return Parts(
+        down=down,
+        up=up,
+        scale=scale,
+        column_blocks=column_blocks,
+        number=-(-plan.tokens // tokens),
+        tokens=tokens,
+        layout=(at_beta, at_up, at_down, at_scale, at_scale + column_blocks),
     )
 
 

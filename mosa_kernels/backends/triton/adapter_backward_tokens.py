@@ -1,0 +1,232 @@
+"""The backward kernel over tokens: the gradient of x, and what the weight gradients need of each token.
+
+A program owns a tile of tokens, recomputes its bottleneck and pulls the gradient back through the active expert's
+entries of ``w_up``. LayerNorm's backward needs no reduction over the columns, since with da the gradient of the
+pre-activation and b' the folded bias::
+
+    dx = dout + rstd * (da Wg - c1 - xhat c2),    c1 = da s / d,    c2 = da (z - b') / d
+
+Two [T, r] buffers are left for the kernel over weights: the bottleneck's activation h, and da (times rstd where that
+kernel multiplies the raw x).
+"""
+
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.triton.device import (
+    NO_EXPERT,
+    activate,
+    activation_slope,
+    down_tile,
+    factor_of,
+    folded_tile,
+    inside,
+    kept_units,
+    project,
+    up_tile,
+)
+from mosa_kernels.backends.triton.launch import Launch
+from mosa_kernels.backends.triton.plan import Plan
+
+
+@triton.jit
+def pull_back(
+    grad, grad_at, rows, w_up, owner_up, e, scale, expert_scale, merged_scale,
+    D: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the bottleneck's output, scale * dout w_up_e, zero in other rows: float32 [BLOCK_T, BLOCK_R]."""
+    gain = scale
+    if owner_up is not None:
+        gain = scale * factor_of(e, expert_scale, merged_scale)
+    units = tl.arange(0, BLOCK_R)
+    dh = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        mask = rows[:, None] & inside(cols, D, BLOCK_D)[None, :]
+        dout = tl.load(grad + (grad_at[:, None] + cols[None, :]), mask=mask, other=0).to(DTYPE)
+        w = up_tile(w_up, owner_up, units, cols, e, D, R, BLOCK_R, BLOCK_D, DTYPE)
+        dh = tl.dot(dout, w, dh, input_precision=PRECISION)
+    return dh * gain
+
+
+@triton.jit
+def recompute(
+    x, row_at, rows, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
+    expert_scale, merged_scale,
+    D: tl.constexpr, R: tl.constexpr, CENTRE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The bottleneck before its bias [BLOCK_T, BLOCK_R], the folded bias and the row sums of Wg [BLOCK_R]."""
+    NORM: tl.constexpr = gamma is not None
+    z, s, bias, _, _ = project(
+        x, row_at, rows, token_mean, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
+        factor_of(e, expert_scale, merged_scale),
+        D, R, CENTRE and NORM, False, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    if NORM:
+        if not CENTRE:
+            z = z - token_mean[:, None] * s[None, :]
+        z = token_rstd[:, None] * z
+    return z, bias, s
+
+
+@triton.jit
+def finish(
+    z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, da_out, tokens, rows, token_mean, token_rstd,
+    w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id, seed_group, threshold,
+    keep_scale,
+    D: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, DROPOUT: tl.constexpr,
+    RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Stores h, da and the gradient of x for the given rows."""
+    units = tl.arange(0, BLOCK_R)
+    h = activate(z + bias[None, :], ACTIVATION)
+    da = dh * activation_slope(z + bias[None, :], ACTIVATION)
+    if DROPOUT:
+        kept = kept_units(tokens, units, seed, seed_id, seed_group, threshold, R)
+        h = tl.where(kept, h * keep_scale, 0.0)
+        da = tl.where(kept, da * keep_scale, 0.0)
+    if h_out is not None:
+        at = tokens.to(tl.int64)[:, None] * BLOCK_R + units[None, :]
+        tl.store(h_out + at, h.to(DTYPE), mask=rows[:, None])
+        if RAW:
+            tl.store(da_out + at, (da * token_rstd[:, None]).to(DTYPE), mask=rows[:, None])
+        else:
+            tl.store(da_out + at, da.to(DTYPE), mask=rows[:, None])
+    if dx is not None:
+        operand = da.to(DTYPE)
+        if gamma is not None:  # from the rounded da, so that what LayerNorm projects out is gone exactly
+            rounded = operand.to(tl.float32)
+            c1 = tl.sum(rounded * s[None, :], 1) * (1.0 / D)
+            c2 = tl.sum(rounded * z, 1) * (1.0 / D)
+        factor = factor_of(e, expert_scale, merged_scale)
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            mask = rows[:, None] & inside(cols, D, BLOCK_D)[None, :]
+            w = down_tile(w_down, owner_down, w_down_init, gamma, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
+            wg = folded_tile(w, gamma, cols, D, BLOCK_D, DTYPE)
+            g = tl.dot(operand, wg, input_precision=PRECISION)
+            if gamma is not None:
+                tile = tl.load(x + (row_at[:, None] + cols[None, :]), mask=mask, other=0).to(tl.float32)
+                xhat = (tile - token_mean[:, None]) * token_rstd[:, None]
+                g = token_rstd[:, None] * (g - c1[:, None] - xhat * c2[:, None])
+            if ADD_INPUT:
+                g += tl.load(grad + (grad_at[:, None] + cols[None, :]), mask=mask, other=0).to(tl.float32)
+            tl.store(dx + (dx_at[:, None] + cols[None, :]), g.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def adapter_backward_tokens_kernel(
+    x, grad, dx, h_out, da_out, mean, rstd, w_down, b_down, w_up, owner_up, owner_down, w_down_init, expert,
+    gamma, beta, scale_tensor, seed,
+    num_tokens, expert_group, expert_id, seed_group, seed_id, threshold,
+    keep_scale, scale, expert_scale, merged_scale,
+    D: tl.constexpr, R: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, GROUPED: tl.constexpr, DROPOUT: tl.constexpr,
+    CENTRE: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    valid = tokens < num_tokens
+    row_at = tokens.to(tl.int64) * X_STRIDE
+    grad_at = tokens.to(tl.int64) * GRAD_STRIDE
+    dx_at = tokens.to(tl.int64) * D
+    if scale_tensor is not None:
+        scale = tl.load(scale_tensor).to(tl.float32)
+    token_mean = tl.zeros([BLOCK_T], tl.float32)
+    token_rstd = tl.full([BLOCK_T], 1.0, tl.float32)
+    if gamma is not None:
+        token_mean = tl.load(mean + tokens, mask=valid, other=0)
+        token_rstd = tl.load(rstd + tokens, mask=valid, other=0)
+    e = expert_id
+    if GROUPED:
+        ids = tl.load(expert + tokens // expert_group, mask=valid, other=NO_EXPERT).to(tl.int32)
+        e = tl.min(ids, 0)
+    elif expert is not None:
+        e = tl.load(expert).to(tl.int32)
+    ONCE: tl.constexpr = not (GROUPED and owner_down is not None)
+    if ONCE:
+        z, bias, s = recompute(
+            x, row_at, valid, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
+            expert_scale, merged_scale, D, R, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+        dh = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        if not GROUPED:
+            dh += pull_back(
+                grad, grad_at, valid, w_up, owner_up, e, scale, expert_scale, merged_scale,
+                D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+        else:
+            while e < NO_EXPERT:
+                dh += pull_back(
+                    grad, grad_at, ids == e, w_up, owner_up, e, scale, expert_scale, merged_scale,
+                    D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+                )  # fmt: skip
+                e = tl.min(tl.where(ids > e, ids, NO_EXPERT), 0)
+        finish(
+            z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, da_out, tokens, valid, token_mean, token_rstd,
+            w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id, seed_group,
+            threshold, keep_scale, D, R, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+    else:
+        while e < NO_EXPERT:
+            rows = ids == e
+            z, bias, s = recompute(
+                x, row_at, rows, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
+                expert_scale, merged_scale, D, R, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            dh = pull_back(
+                grad, grad_at, rows, w_up, owner_up, e, scale, expert_scale, merged_scale,
+                D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            finish(
+                z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, da_out, tokens, rows, token_mean,
+                token_rstd, w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id,
+                seed_group, threshold, keep_scale,
+                D, R, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            e = tl.min(tl.where(ids > e, ids, NO_EXPERT), 0)
+
+
+SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32", "fp32")
+
+
+def tokens_launch(
+    args: AdapterArguments,
+    plan: Plan,
+    x: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor | None,
+    h: Tensor | None,
+    da: Tensor | None,
+) -> Launch:
+    """The launch for x and grad as `rows_of` gives them; h and da [T, padded r], or None where nothing needs them."""
+    config = plan.configs.tokens
+    norm = args.norm_weight is not None
+    tensors = (
+        x, grad, dx, h, da, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
+        args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
+        args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
+    )  # fmt: skip
+    scalars = (
+        plan.tokens, plan.expert_group, args.expert_id, plan.seed_group, args.seed_id, plan.threshold,
+        plan.keep_scale, args.scale, args.expert_scale, args.merged_scale,
+    )  # fmt: skip
+    constants = (
+        args.width, args.bottleneck, x.stride(0), grad.stride(0), args.activation, args.add_input, plan.grouped,
+        args.dropout_p > 0, plan.centre, plan.raw, plan.dtype, plan.precision,
+        config.block_t, config.block_d, plan.padded_bottleneck,
+    )  # fmt: skip
+    return Launch(
+        adapter_backward_tokens_kernel, (-(-plan.tokens // config.block_t), 1, 1), tensors, scalars, SCALAR_TYPES,
+        constants, config.num_warps, config.num_stages,
+    )  # fmt: skip

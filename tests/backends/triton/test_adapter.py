@@ -1,0 +1,326 @@
+"""The Triton kernels against the float64 oracle, on a GPU or, with TRITON_INTERPRET=1, interpreted on the CPU.
+
+The interpreter multiplies the raw bits of bf16 operands, so that bf16 is checked on a GPU only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accuracy import Expected, all_needs, argument, on, well_conditioned
+from cases import adapter_calls
+from hypothesis import Phase, given, settings
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
+from mosa_kernels.backends.triton import backend
+from mosa_kernels.functional.adapter import mosa_adapter
+
+pytest.importorskip("triton", reason="PyTorch came without Triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(),
+        reason="needs a CUDA device, or TRITON_INTERPRET=1 (as test_interpreter.py sets it)",
+    ),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter knows no streams, graphs or races")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, so that what a kernel forgets to write is seen."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    torch.empty = poisoned
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def run(args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None) -> tuple[Tensor, AdapterGradients]:
+    ok, reason = backend.supports_adapter(args)
+    assert ok, reason
+    with poisoned_memory():
+        out, mean, rstd = backend.adapter_forward(args)
+        assert out.is_contiguous()
+        assert mean.shape == rstd.shape == ((args.x.numel() // args.width,) if args.norm_weight is not None else (0,))
+        return out, backend.adapter_backward(args, grad_out, mean, rstd, needs or all_needs(args))
+
+
+def check(args: AdapterArguments, grad_out: Tensor | None = None) -> AdapterGradients:
+    if grad_out is None:
+        generator = torch.Generator().manual_seed(1)
+        grad_out = torch.randn(args.x.shape, generator=generator).to(args.x)
+    expected = Expected(args, grad_out)
+    out, gradients = run(args, grad_out)
+    expected.check_out(out)
+    expected.check_gradients(gradients)
+    if args.activity is not None:
+        assert torch.equal(gradients.activity, expert_activity(args))
+    return gradients
+
+
+def call(
+    batch: int = 2,
+    length: int = 37,
+    d: int = 48,
+    r: int = 8,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+    n: int = 4,
+    expert: Tensor | None = None,
+    values: int = 0,
+    **options: object,
+) -> AdapterArguments:
+    """A full-featured call, of which tests change what they are about."""
+    generator = torch.Generator().manual_seed(values)
+
+    def normal(*shape: int, of: torch.dtype = parameter_dtype or dtype, gain: float = 1.0) -> Tensor:
+        return (gain * torch.randn(shape, generator=generator)).to(of).requires_grad_()
+
+    defaults: dict[str, object] = {
+        "x": normal(batch, length, d, of=dtype),
+        "residual": normal(batch, length, d, of=dtype),
+        "w_down": normal(r, d, gain=d**-0.5),
+        "b_down": normal(r),
+        "w_up": normal(d, r, gain=r**-0.5),
+        "b_up": normal(n, d),
+        "assignment": torch.randint(n, (d, r), generator=generator, dtype=torch.uint8),
+        "assignment_down": None,
+        "w_down_init": None,
+        "expert": expert,
+        "norm_weight": normal(d),
+        "norm_bias": normal(d),
+        "scale_tensor": None,
+        "seed": None,
+        "activity": torch.zeros(n, requires_grad=True),
+        "scale": 0.5,
+    }
+    return on(AdapterArguments(**{**defaults, **options}), DEVICE)
+
+
+def sparse_down(d: int, r: int, n: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "assignment_down": torch.randint(n, (r, d), generator=generator, dtype=torch.uint8),
+        "w_down_init": torch.randn(r, d, generator=generator) * d**-0.5,
+    }
+
+
+# Shrinking would take minutes in the interpreter.
+@settings(max_examples=40 if INTERPRETED else 300, phases=[Phase.explicit, Phase.generate])
+@given(adapter_calls(dtypes=DTYPES))
+def test_any_call(args: AdapterArguments) -> None:
+    check(on(well_conditioned(args), DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "d", "r"), [(1, 1, 16, 1), (3, 50, 80, 20), (1, 150, 100, 65), (1, 5, 40, 200)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_of_several_tiles(batch: int, length: int, d: int, r: int, dtype: torch.dtype) -> None:
+    check(call(batch, length, d, r, dtype, expert=torch.tensor(2)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "length"), [((0, 1, -1, 3, 1), 1), ((0, 1, -1, 3, 1), 14), ((-1, 0, 0), 30), ((2, 2), 3)]
+)
+@pytest.mark.parametrize("sparse", ["up", "both"])
+def test_experts_mixed_with_the_merged_adapter(ids: tuple[int, ...], length: int, sparse: str) -> None:
+    options = {} if sparse == "up" else sparse_down(48, 8)
+    args = call(len(ids), length, 48, 8, expert=torch.tensor(ids), expert_scale=4.0, merged_scale=0.25, **options)
+    gradients = check(args)
+    absent = [n for n in range(4) if n not in ids and -1 not in ids]
+    for n in absent:
+        assert not gradients.b_up[n].any()
+        assert not gradients.w_up[args.assignment == n].any()
+    for n in set(range(4)) - set(absent):
+        assert gradients.b_up[n].abs().mean() > 1e-3
+        assert gradients.w_up[args.assignment == n].abs().mean() > 1e-3
+
+
+def test_dropout_with_a_seed_for_each_sample() -> None:
+    seeds = torch.tensor([5, 2**40 + 1, 2**62])
+    for seed in (None, seeds, seeds[1]):
+        check(call(3, 20, 32, 12, dropout_p=0.4, seed=seed, seed_id=2**35 + 17))
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+def test_autocast_multiplies_in_half_and_keeps_float32(dtype: torch.dtype) -> None:
+    check(call(2, 30, 64, 16, compute_dtype=dtype, expert=torch.tensor([1, -1])))
+    check(call(2, 30, 64, 16, dtype=dtype, parameter_dtype=torch.float32, compute_dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outlier_columns_and_a_mean_far_from_zero(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(3))
+    x[..., [0, 17, 60]] *= 100
+    check(call(2, 20, 96, 16, dtype, x=x.to(dtype).requires_grad_()))
+    shifted = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(4)) + 30
+    check(call(2, 20, 96, 16, dtype, x=shifted.to(dtype).requires_grad_()))
+    if dtype != torch.float32:
+        check(call(2, 20, 96, 16, x=shifted.requires_grad_(), compute_dtype=dtype))
+
+
+def test_statistics_survive_a_large_mean() -> None:
+    x = torch.randn(1, 9, 200, generator=torch.Generator().manual_seed(6)) + 1000
+    args = call(1, 9, 200, 4, x=x)
+    _, mean, rstd = backend.adapter_forward(args)
+    exact = x.double().view(9, 200)
+    torch.testing.assert_close(mean.cpu().double(), exact.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd.cpu().double(), (exact.var(1, correction=0) + 1e-6).rsqrt(), rtol=1e-4, atol=0)
+
+
+def test_only_the_gradients_asked_for() -> None:
+    args = call(2, 9, 24, 6, expert=torch.tensor([1, 3]), scale_tensor=torch.tensor(0.7, requires_grad=True))
+    grad_out = torch.randn(args.x.shape, device=DEVICE)
+    _, full = run(args, grad_out)
+    wishes = [{name} for name in AdapterNeeds._fields] + [{"x", "w_up"}, {"w_down", "activity"}, {"b_down", "scale"}]
+    for wish in wishes:
+        _, found = run(args, grad_out, AdapterNeeds(*(name in wish for name in AdapterNeeds._fields)))
+        for name in AdapterNeeds._fields:
+            gradient = getattr(found, name)
+            assert (gradient is not None) == (name in wish), name
+            if gradient is not None:
+                torch.testing.assert_close(gradient, getattr(full, name), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    wide = torch.randn(2, 21, 72, generator=torch.Generator().manual_seed(7))
+    for x in (wide[..., 8:56], wide[:, 1:, :48], wide.transpose(0, 1)[..., ::2][..., :32].transpose(0, 1)):
+        args = call(2, x.shape[1], x.shape[2], 8)._replace(x=x.to(DEVICE).detach().requires_grad_())
+        args = args._replace(residual=x.to(DEVICE) * 2)
+        check(args)
+        check(args, torch.tensor(0.25, device=DEVICE).expand(x.shape))
+
+
+def test_addresses_that_are_not_aligned() -> None:
+    base = torch.randn(1 + 2 * 10 * 33, generator=torch.Generator().manual_seed(8)).to(DEVICE)
+    check(call(2, 10, 33, 5)._replace(x=base[1:].view(2, 10, 33).requires_grad_()))
+
+
+def test_through_the_operator_and_autograd() -> None:
+    args = call(2, 11, 40, 7, scale_tensor=torch.tensor(0.7, requires_grad=True))
+    grad_out = torch.randn(args.x.shape, device=DEVICE)
+    names = ("x", "w_down", "b_down", "w_up", "b_up", "norm_weight", "norm_bias", "scale", "activity")
+
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        out = mosa_adapter(
+            args.x, args.w_down, args.b_down, args.w_up, args.b_up, args.assignment, torch.tensor([1, -1]).to(DEVICE),
+            norm_weight=args.norm_weight, norm_bias=args.norm_bias, scale=args.scale_tensor, activity=args.activity,
+            residual=args.residual, backend=name,
+        )  # fmt: skip
+        return out, *torch.autograd.grad(out, [argument(args, name) for name in names], grad_out)
+
+    for found, wanted in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_one_graph_serves_all_experts() -> None:
+    args = call(2, 11, 40, 7)
+    compilations: list[object] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> object:
+        compilations.append(graph)
+        return graph
+
+    def layer(x: Tensor, expert: Tensor) -> Tensor:
+        return mosa_adapter(
+            x, args.w_down, args.b_down, args.w_up, args.b_up, args.assignment, expert,
+            norm_weight=args.norm_weight, norm_bias=args.norm_bias, backend="triton",
+        )  # fmt: skip
+
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    for ids in ((1, -1), (0, 2), (3, 3)):
+        expert = torch.tensor(ids).to(DEVICE)
+        assert torch.equal(compiled(args.x, expert), layer(args.x, expert))
+    assert len(compilations) == 1
+
+
+@settings(max_examples=200)
+@given(adapter_calls(dtypes=(torch.float32, torch.float16, torch.bfloat16)))
+def test_hardly_a_call_is_declined(args: AdapterArguments) -> None:
+    ok, reason = backend.supports_adapter(on(args, DEVICE))
+    assert ok, reason
+
+
+def test_what_is_declined_says_why() -> None:
+    args = call()
+    wide = torch.randn(1, 1, 5000, device=DEVICE)
+    for changed, reason in (
+        (args._replace(x=wide), "5000"),
+        (args._replace(x=args.x[:0]), "empty"),
+        (args._replace(w_down=torch.randn(300, 48, device=DEVICE)), "300"),
+        (args._replace(b_up=torch.randn(65, 48, device=DEVICE)), "65"),
+        (args._replace(x=args.x.double()), "float64"),
+        (args._replace(w_up=args.w_up.double()), "w_up"),
+        (args._replace(w_up=args.w_up.T.contiguous().T), "not contiguous"),
+    ):
+        ok, said = backend.supports_adapter(changed)
+        assert not ok
+        assert reason in said
+
+
+def tensors_of(out: Tensor, gradients: AdapterGradients) -> list[Tensor]:
+    return [out, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@needs_gpu
+def test_two_hundred_runs_give_the_same_bits() -> None:
+    ids = torch.randint(-1, 4, (16,))
+    args = call(16, 197, 768, 64, torch.bfloat16, expert=ids, dropout_p=0.1, seed=torch.tensor(3))
+    grad_out = torch.randn_like(args.x)
+    first = tensors_of(*run(args, grad_out))
+    for _ in range(200):
+        for wanted, found in zip(first, tensors_of(*run(args, grad_out)), strict=True):
+            assert torch.equal(wanted, found)
+
+
+@needs_gpu
+def test_on_another_stream() -> None:
+    args = call(8, 197, 768, 64, torch.bfloat16, expert=torch.tensor(1))
+    grad_out = torch.randn_like(args.x)
+    wanted = tensors_of(*run(args, grad_out))
+    stream = torch.cuda.Stream()
+    source = args.x.detach().clone()
+    late = torch.zeros_like(source)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(source)
+        found = tensors_of(*run(args._replace(x=late), grad_out))
+    stream.synchronize()
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_gpu
+def test_a_replayed_graph_sees_new_experts_and_values() -> None:
+    expert = torch.tensor([0, 1, 2, 3])
+    args = call(4, 197, 192, 16, torch.float16, expert=expert)
+    grad_out = torch.randn_like(args.x)
+    run(args, grad_out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, mean, rstd = backend.adapter_forward(args)
+        gradients = backend.adapter_backward(args, grad_out, mean, rstd, all_needs(args))
+    for ids in ((3, 3, -1, 0), (1, 2, 1, 2)):
+        with torch.no_grad():
+            args.expert.copy_(torch.tensor(ids))
+            args.x.normal_()
+        graph.replay()
+        for a, b in zip(tensors_of(out, gradients), tensors_of(*run(args, grad_out)), strict=True):
+            assert torch.equal(a, b)
