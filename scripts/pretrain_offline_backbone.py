@@ -1,6 +1,6 @@
 """Pre-trains the backbone that the package ships, on fresh drawings of the source task, on one CPU core.
 
-    python scripts/pretrain_offline_backbone.py --steps 4600 --seed 0
+    python scripts/pretrain_offline_backbone.py
 
 Every batch is new: image n of the run is the source task's drawing number n, so a run is fixed by its seed and an
 interrupted one goes on from its last checkpoint. Writes the weights (fp16 safetensors) and a JSON card beside them.
@@ -33,14 +33,15 @@ SOURCE = DRAWN_TASKS["source"]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4600)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=9600)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--warm-up", type=int, default=200, help="steps")
+    parser.add_argument("--warm-up", type=int, default=400, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--test-images", type=int, default=4096)
+    parser.add_argument("--validation-images", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints and the log")
     return parser.parse_args()
@@ -130,7 +131,10 @@ def train(model: nn.Module, options: argparse.Namespace) -> float:
             print(f"step {step + 1}/{options.steps}  loss {shown:.3f}  {rate:.0f} images/s", flush=True)
         if (step + 1) % 300 == 0 or step + 1 == options.steps:
             save_checkpoint(checkpoint, step + 1, model, optimizer)
-            print(f"  validation accuracy {accuracy(model, options.seed, 'validation', 1024):.1f} %", flush=True)
+            print(
+                f"  validation accuracy {accuracy(model, options.seed, 'validation', options.validation_images):.1f} %",
+                flush=True,
+            )
     return time.perf_counter() - began
 
 

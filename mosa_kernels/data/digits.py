@@ -21,8 +21,11 @@ CLASSES = tuple(str(digit) for digit in range(10))
 TRAINING_POOL, VALIDATION_POOL = 60, 30  # originals a class; the remaining 84 to 93 are for testing
 LABEL_PRESERVING = frozenset({"shift", "colour"})  # a mirrored digit is another sign
 _CHUNK = 128
-RADIUS, TURN, SHIFT = (0.5, 0.9), np.pi / 6, 0.3  # half the scan's side, radians, in units of half the image
-SCENERY = Scenery(background=0.5, clutter=5, noise=0.08, candidates=2)
+# Half the scan's side and the shift in units of half the image, the turn in radians. Chosen so that 20 labels a class
+# leave room both above linear probing and below a perfect score: on the shipped backbone linear probing reaches 56 %,
+# a dense adapter 67 %.
+RADIUS, TURN, SHIFT = (0.8, 0.95), 0.12, 0.05
+SCENERY = Scenery(background=0.2, clutter=2, noise=0.03, candidates=6)
 
 
 @lru_cache(maxsize=1)

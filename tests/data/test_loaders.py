@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ Batches = list[tuple[Tensor, Tensor]]
 def memory() -> DataSplits:
     generator = np.random.default_rng(0)
     parts = [
-        ArrayDataset(generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 5)
-        for n in (50, 20, 30)
+        ArrayDataset(generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 5) for n in (50, 20, 30)
     ]
     return DataSplits("memory", *parts, classes=tuple("abcde"), fingerprint="", note="")
 

@@ -76,10 +76,7 @@ def test_shifts_move_whole_pixels_by_at_most_a_sixteenth(images: np.ndarray) -> 
     for image, shifted in zip(images, got, strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
         matches = [
-            (dy, dx)
-            for dy in range(5)
-            for dx in range(5)
-            if (padded[dy : dy + 32, dx : dx + 32] == shifted).all()
+            (dy, dx) for dy in range(5) for dx in range(5) if (padded[dy : dy + 32, dx : dx + 32] == shifted).all()
         ]
         assert len(matches) == 1
         seen.add(matches[0])
