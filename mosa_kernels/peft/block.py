@@ -165,7 +165,7 @@ def take_slot(block: nn.Module) -> None:
     """Turns it back into what it was; its adapters are gone."""
     assert isinstance(block, AdaptedBlock)
     delattr(block, SLOT)
-    block.__class__ = block.base
+    block.__class__ = block.base  # type: ignore[assignment]
 
 
 def adapters_in(slot: AdapterSlot, name: str) -> list[tuple[str, FusedMoSAAdapter]]:

@@ -1,0 +1,92 @@
+"""Small members of timm's families of ViTs and Swins, with weights that hide nothing."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mosa_kernels.peft.book import book_of
+
+
+class Family(NamedTuple):
+    """One timm model, made small.
+
+    Attributes:
+        styles: the styles that its blocks take.
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    styles: tuple[str, ...] = ("adaptformer", "pfeiffer", "houlsby")
+
+    @property
+    def image_size(self) -> int:
+        return int(self.kwargs.get("img_size", 32))
+
+
+def _vit(name: str, size: int = 32, *, styles: tuple[str, ...] | None = None, **kwargs: Any) -> Family:
+    small = {"img_size": size, "depth": 2, "embed_dim": 48, "num_heads": 3, **kwargs}
+    return Family(name, small) if styles is None else Family(name, small, styles)
+
+
+def _swin(name: str) -> Family:
+    small = {"img_size": 32, "window_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
+    return Family(name, small)
+
+
+ONLY = ("adaptformer",)
+FAMILIES = (
+    _vit("vit_tiny_patch16_224"),
+    _vit("vit_base_patch16_siglip_224"),
+    _vit("vit_base_patch16_clip_quickgelu_224"),
+    _vit("vit_small_patch14_dinov2", 28),
+    _vit("vit_small_patch14_reg4_dinov2", 28),
+    _vit("vit_small_patch16_dinov3"),
+    _vit("vit_base_patch16_xp_224", styles=ONLY),
+    _vit("vit_dpwee_patch16_reg1_gap_256", styles=ONLY),
+    _vit("vit_small_patch16_18x2_224", styles=ONLY),
+    _vit("vit_base_patch16_rpn_224"),
+    _vit("vit_relpos_base_patch16_224"),
+    _vit("vit_relpos_base_patch16_rpn_224"),
+    _vit("samvit_base_patch16_224", global_attn_indexes=(1,), window_size=1, styles=("adaptformer", "pfeiffer")),
+    _vit("deit_tiny_patch16_224"),
+    _vit("deit_tiny_distilled_patch16_224"),
+    _vit("deit3_small_patch16_224"),
+    _vit("beit_base_patch16_224"),
+    _vit("beitv2_base_patch16_224"),
+    _vit("eva02_tiny_patch14_224", 28),
+    _vit("eva02_enormous_patch14_clip_224", 28),
+    Family("naflexvit_base_patch16_gap", {"depth": 2, "embed_dim": 48, "num_heads": 3}),
+    _swin("swin_tiny_patch4_window7_224"),
+    _swin("swinv2_tiny_window8_256"),
+    _swin("swinv2_cr_tiny_224"),
+    _swin("swinv2_cr_giant_224"),
+)
+VIT, SWIN = FAMILIES[0], FAMILIES[-4]
+
+
+def make(family: Family = VIT, num_classes: int = 10, **kwargs: Any) -> nn.Module:
+    """A model in evaluation mode; its seed is fixed, and no weight is zero or negligible."""
+    torch.manual_seed(1)
+    model = timm.create_model(family.name, pretrained=False, num_classes=num_classes, **{**family.kwargs, **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def images(family: Family = VIT, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, 3, family.image_size, family.image_size, generator=generator)
+
+
+def train_a_little(model: nn.Module, name: str = "default", seed: int = 3) -> None:
+    """Gives every parameter of an adapter a value that can be seen, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, _, adapter in book_of(model).adapters(name):
+            for parameter in adapter.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mosa_kernels.peft import MoSAConfig
+from mosa_kernels.peft.styles import STYLES
+
+
+def test_defaults_of_a_style_fill_what_is_none() -> None:
+    full = MoSAConfig().resolved()
+    assert (full.activation, full.scale, full.norm) == ("gelu", 0.1, True)
+    full = MoSAConfig(style="houlsby", scale=0.0, norm=True).resolved()
+    assert (full.activation, full.scale, full.norm) == ("silu", 0.0, True)
+
+
+@given(
+    st.builds(
+        MoSAConfig,
+        style=st.sampled_from(sorted(STYLES)),
+        mode=st.sampled_from(("dense", "mosa")),
+        bottleneck=st.integers(1, 300),
+        num_experts=st.integers(1, 255),
+        scale=st.none() | st.floats(-1, 1),
+        norm=st.none() | st.booleans(),
+        expert_scale=st.just("N") | st.floats(0.1, 4),
+        layers=st.none() | st.lists(st.integers(-12, 11), min_size=1, unique=True),
+        seed=st.integers(0, 2**40),
+    )
+)
+def test_json_keeps_every_field(config: MoSAConfig) -> None:
+    assert MoSAConfig.from_json(config.to_json()) == config
+
+
+def test_json_refuses_what_it_does_not_know() -> None:
+    values = {**MoSAConfig().to_dict(), "bottelneck": 8}
+    with pytest.raises(ValueError, match="'bottelneck': no such option"):
+        MoSAConfig.from_json(json.dumps(values))
+    for text in ("{", "[1]"):
+        with pytest.raises(ValueError, match="JSON"):
+            MoSAConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("style", "lora", "adaptformer, pfeiffer, houlsby"),
+        ("mode", "sparse", "dense, pruned, mosa"),
+        ("bottleneck", 0, "at least 1"),
+        ("bottleneck", 8.0, "whole number"),
+        ("bottleneck", True, "whole number"),
+        ("num_experts", 256, "at most 255"),
+        ("activation", "tanh", "gelu"),
+        ("scale", "big", "a number"),
+        ("scale", float("nan"), "finite"),
+        ("norm", 1, "True, False or None"),
+        ("dropout", 1.0, "0 <= p < 1"),
+        ("sparse", "none", "up, down, both"),
+        ("granularity", "entry", "element"),
+        ("expert_bias", 1, "True or False"),
+        ("merge_rule", "sum", "mean, jigsaw"),
+        ("expert_per", "token", "sample, batch"),
+        ("expert_scale", "M", "a number or 'N'"),
+        ("anchored", None, "True or False"),
+        ("layers", "all", "list of block indices"),
+        ("layers", [], "at least one"),
+        ("layers", [1, 1], "each block once"),
+        ("layers", [1.5], "whole numbers"),
+        ("seed", 1.5, "whole number"),
+    ],
+)
+def test_each_error_names_field_expected_and_got(field: str, value: object, expected: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as raised:
+        MoSAConfig(**{field: value})  # type: ignore[arg-type]
+    message = str(raised.value)
+    assert message.startswith(f"{field}: expected")
+    assert expected in message
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="num_experts: expected at least 2 for mode 'pruned'"):
+        MoSAConfig(mode="pruned", num_experts=1)
+    with pytest.raises(ValueError, match="anchored: expected False for mode 'dense'"):
+        MoSAConfig(mode="dense", anchored=True)
+
+
+def test_a_configuration_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoSAConfig().bottleneck = 8  # type: ignore[misc]
+    assert MoSAConfig(layers=[0, -1]).layers == (0, -1)  # type: ignore[arg-type]
