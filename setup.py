@@ -86,6 +86,8 @@ def choose_architectures(supported: list[int], arch_list: str | None) -> list[st
     """CMake's architecture list: what TORCH_CUDA_ARCH_LIST names, else all wanted ones and PTX for the newest."""
     if not arch_list or not arch_list.strip():
         chosen = [number for number in WANTED_ARCHITECTURES if number in supported]
+        if not chosen:
+            raise MissingError(f"this nvcc compiles for none of {WANTED_ARCHITECTURES}, only for {supported}")
         return [f"{number}-real" for number in chosen] + [f"{chosen[-1]}-virtual"]
     architectures = []
     for entry in re.split(r"[;,\s]+", arch_list.strip()):

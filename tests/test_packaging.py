@@ -84,6 +84,8 @@ def test_arch_list_that_is_none(arch_list: str) -> None:
 def test_arch_list_beyond_the_toolkit() -> None:
     with pytest.raises(SetupError, match=r"TORCH_CUDA_ARCH_LIST: this nvcc compiles for 8.0, 9.0; got '7.0'"):
         build.choose_architectures([80, 90], "7.0")
+    with pytest.raises(build.MissingError, match="this nvcc compiles for none of"):
+        build.choose_architectures([30, 35], None)
 
 
 def test_nvcc_is_found_in_cuda_home_first_then_on_path(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ built = extension()
 
 def merge_by_cuda_on_host(adapters, fold_norm=True, dtype=None) -> list[MergedWeights]:
     """The CUDA kernel behind the very descriptors that a GPU would get."""
-    module = cuda_on_host.build()
+    module = cuda_on_host.build("merge")
     outputs = [backend._empty_outputs(a, fold_norm, dtype or a.w_down.dtype) for a in adapters]
     keep_alive: list[Tensor] = []
     table = [
@@ -272,7 +272,7 @@ def test_subclasses_and_meta_tensors_take_the_reference() -> None:
 @pytest.mark.slow
 def test_a_broken_kernel_is_found() -> None:
     """A test of these tests: without its barrier the block's sum reads partial sums that are not there yet."""
-    broken = cuda_on_host.build({"merge.cu": ("__syncthreads();", "")})
+    broken = cuda_on_host.build("merge", {"merge.cu": ("__syncthreads();", "")})
     adapter = random_adapter(300, 2, 2)
     out, keep_alive = backend._empty_outputs(adapter, True, torch.float32), []
     broken.merge_cuda([backend._descriptor(broken, adapter, True, out, keep_alive)], 0, 0)
@@ -318,7 +318,7 @@ def test_an_unsupported_call_by_name_says_why() -> None:
 
 @needs_compiler
 def test_launch_errors_name_launch_shape_and_cause() -> None:
-    module = cuda_on_host.build()
+    module = cuda_on_host.build("merge")
     adapter = random_adapter(5, 3, 2)
     out, keep_alive = backend._empty_outputs(adapter, True, torch.float32), []
     nowhere = out._replace(w_up=None)

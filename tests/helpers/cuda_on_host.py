@@ -1,4 +1,4 @@
-"""Compiles csrc for the host, CUDA kernels included, so that they run on CPU tensors without a GPU.
+"""Compiles an operator of csrc for the host, CUDA kernels included, so that they run on CPU tensors without a GPU.
 
 The .cu files are compiled as they are; tests/csrc/cuda_on_host/cuda_runtime.h takes the place of CUDA's header.
 """
@@ -11,28 +11,33 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "csrc" / "cuda_on_host"
 CACHE = ROOT / "build" / "on_host"
-FLAGS = (
-    *("-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DMOSA_WITH_CUDA"),
-    *("-fsanitize=undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"),
+COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DMOSA_WITH_CUDA", "-x", "c++")
+KERNEL_FLAGS = (
+    *(*COMMON, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-fsanitize=undefined", "-fno-sanitize-recover=all"),
 )
+BINDING = """#include "{stem}_bindings.cpp"
+PYBIND11_MODULE(_C, m) {{ mosa::bind_{stem}(m); }}
+"""
 
 
 def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++").split()[0])
 
 
-def build(changes: Mapping[str, tuple[str, str]] | None = None) -> ModuleType:
-    """The module `_C`, whose `*_cuda` functions run on the host and take addresses of CPU tensors.
+def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None) -> ModuleType:
+    """A module with what `bind_<stem>` adds to `_C`; its `*_cuda` functions run on the host, on CPU tensors' addresses.
 
     Args:
+        stem: of the operator's files, csrc/<stem>*.cpp and csrc/<stem>*.cu.
         changes: for a test of the tests: per file of csrc, a text that stands in it once and what takes its place.
 
     Raises:
@@ -40,37 +45,50 @@ def build(changes: Mapping[str, tuple[str, str]] | None = None) -> ModuleType:
     """
     import pybind11
 
-    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc").iterdir())}
+    headers = _texts((ROOT / "csrc").glob("*.h"))
+    kernels = _texts([*(ROOT / "csrc").glob(f"{stem}*.c*"), ROOT / "csrc" / "cuda_device.cu"])
+    binding = {f"{stem}_bindings.cpp": kernels.pop(f"{stem}_bindings.cpp"), "module.cpp": BINDING.format(stem=stem)}
     for name, (old, new) in (changes or {}).items():
-        assert sources[name].count(old) == 1, f"{name} does not contain {old!r} once"
-        sources[name] = sources[name].replace(old, new)
-    stand_ins = {path.name: path.read_text(encoding="utf-8") for path in sorted(STAND_IN.iterdir())}
-    compiler = find_compiler()
-    assert compiler is not None
+        assert kernels[name].count(old) == 1, f"{name} does not contain {old!r} once"
+        kernels[name] = kernels[name].replace(old, new)
+
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    key = hashlib.sha256(repr((sources, stand_ins, FLAGS, compiler, suffix)).encode()).hexdigest()[:16]
-    library = CACHE / key / f"_C{suffix}"
-    if not library.exists():
-        folder = CACHE / f"{key}.{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in sources.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        info = 'kVersion = "host", *kCompiler = "", *kCudaToolkit = "", *kCudaArchitectures = ""'
-        header = f"#pragma once\nnamespace mosa::build_info {{ inline constexpr const char *{info}; }}\n"
-        (folder / "build_info.h").write_text(header, encoding="utf-8")
-        includes = [folder, STAND_IN, pybind11.get_include(), sysconfig.get_path("include")]
-        units = [str(folder / name) for name in sources if name.endswith((".cpp", ".cu"))]
-        command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), "-x", "c++", *units]
-        result = subprocess.run([*command, "-o", str(folder / library.name)], capture_output=True, text=True)
-        if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-        library.parent.mkdir(parents=True, exist_ok=True)
-        (folder / library.name).replace(library)
-        shutil.rmtree(folder)
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    glue = _cached(
+        f"{stem}.o", (binding, headers, suffix), [*COMMON, "-c", *includes], headers | binding, ["module.cpp"]
+    )
+    arguments = ["-shared", f"-I{STAND_IN}", *KERNEL_FLAGS]
+    inputs = (kernels, headers, _texts(STAND_IN.iterdir()), glue.name, glue.parent.name)
+    library = _cached(f"_C{suffix}", inputs, arguments, headers | kernels, [*kernels, "-x", "none", str(glue)])
+
     # pybind11 hands out a module that it has seen under the same full name, whatever file it is asked to load.
-    spec = importlib.util.spec_from_file_location(f"on_host_{key}._C", library)
+    spec = importlib.util.spec_from_file_location(f"on_host_{library.parent.name}._C", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _texts(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(paths)}
+
+
+def _cached(name: str, inputs: object, arguments: list[str], sources: Mapping[str, str], units: list[str]) -> Path:
+    """Compiles the units among the sources, unless the same has been compiled before."""
+    compiler = find_compiler()
+    assert compiler is not None
+    key = hashlib.sha256(repr((compiler, arguments, inputs)).encode()).hexdigest()[:16]
+    result = CACHE / key / name
+    if result.exists():
+        return result
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        for file, text in sources.items():
+            (Path(folder) / file).write_text(text, encoding="utf-8")
+        command = [compiler, *arguments, "-I.", *units, "-o", name]
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if answer.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{answer.stderr}")
+        (Path(folder) / name).replace(result)
+    return result
