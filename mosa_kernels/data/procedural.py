@@ -30,7 +30,8 @@ BALANCED = ("disc", "ring", "square", "bar", "cross", "triangle", "star")
 SOLID = ("disc", "square", "triangle", "cross", "star")
 
 # The targets are for adapting to with 800 images: what surrounds the objects is kept quieter than in the source task,
-# so that linear probing on the shipped backbone stays well below adapters: count 60 and 89 %, location 29 and 53 %, orientation 42 and 76 %.
+# so that linear probing on the shipped backbone stays well below adapters: count 60 and 89 %, location 29 and 53 %,
+# orientation 42 and 76 %.
 TARGET_SCENERY = Scenery(background=0.15, clutter=0, noise=0.03, candidates=6)
 
 Drawing = NDArray[np.uint8]  # [B, H, W, 3]
