@@ -22,17 +22,17 @@ import torch
 
 from mosa_kernels.data.backbone import CARD
 from mosa_kernels.train.comparison import CHOSEN, CONTENDERS, DEMO, INITIAL_SEED, Contender, demo_settings
-from mosa_kernels.train.comparison_runs import Task, run_task
+from mosa_kernels.train.comparison_runs import Task, data_of, run_task
 from mosa_kernels.train.folder import versions, write_json
 
 SEEDS = (101, 102, 103, 104)
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
-    "linear": {"base_lr": (1e-3, 3e-3, 1e-2, 3e-2)},
-    "adaptformer": {"base_lr": (1e-3, 3e-3, 1e-2)},
-    "dropout": {"base_lr": (1e-3, 3e-3, 1e-2), "dropout": (0.3, 0.6)},
-    "dropout-two-pass": {"base_lr": (1e-3, 3e-3, 1e-2), "dropout": (0.2, 0.4, 0.6)},
-    "mosa-batch": {"base_lr": (1e-3, 3e-3, 1e-2, 3e-2)},
-    "mosa-sample": {"base_lr": (1e-3, 3e-3, 1e-2, 3e-2)},
+    "linear": {"base_lr": (1e-2, 3e-2)},
+    "adaptformer": {"base_lr": (1e-2, 3e-2, 1e-1)},
+    "dropout": {"base_lr": (3e-2, 1e-1), "dropout": (0.3, 0.6)},
+    "dropout-two-pass": {"base_lr": (3e-2, 1e-1), "dropout": (0.15, 0.3)},
+    "mosa-batch": {"base_lr": (3e-2, 1e-1)},
+    "mosa-sample": {"base_lr": (3e-2, 1e-1)},
 }
 
 
@@ -53,11 +53,12 @@ def points(contender: Contender) -> list[dict[str, float]]:
 
 
 def identity(contender: Contender, numbers: dict[str, float], seed: int, epochs: int | None) -> dict[str, Any]:
-    """What a finished run is found by: all of its settings."""
+    """What a finished run is found by: all of its settings, and the data."""
     return {
         "key": contender.key,
         "numbers": numbers,
         "settings": demo_settings(contender, numbers, seed, epochs).flat(),
+        "data": data_of(seed).fingerprint,
     }
 
 

@@ -76,6 +76,13 @@ def create_backbone(
         ) from error
 
 
+def data_config(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:
+    """Size, normalisation and resizing of the model's images, as timm knows them, at the size that it was made for."""
+    given = {} if image_size is None else {"img_size": image_size}
+    config: dict[str, Any] = timm.data.resolve_data_config(given, model=model)
+    return config
+
+
 @contextmanager
 def offline_if_unreachable(timeout: float = 5.0) -> Iterator[None]:
     """Spares the hub's client its minute of retries where there is no network: only its cache is looked into then."""

@@ -29,13 +29,13 @@ from mosa_kernels.train.setup import make_accelerator, make_trainer, open_splits
 
 MODEL, DATA, IMAGE_SIZE, LABELS_PER_CLASS = OFFLINE_BACKBONE, "offline:digits", 32, 20
 CHOSEN = Path(__file__).resolve().parent.parent / "assets" / "demo_settings.json"
-# 200 images in batches of 50: 240 updates, the first tenth of them warming up. One cosine, no crop, no early stop.
+# 200 images in batches of 40: 200 updates, the first tenth of them warming up. One cosine, no crop, no early stop.
 DEMO = Recipe(
     name="demo",
     lr_scaled=False,
-    epochs=60,
-    warmup_epochs=6,
-    batch_size=50,
+    epochs=40,
+    warmup_epochs=4,
+    batch_size=40,
     augment="none",
     select="last",
 )
@@ -132,7 +132,8 @@ def demo_settings(contender: Contender, numbers: dict[str, float], seed: int, ep
         seed: of the data; all else is drawn from `seed + INITIAL_SEED`.
         epochs: fewer than the demo's, for a quick look.
     """
-    recipe = dataclasses.replace(DEMO, **contender.overrides, **numbers, seed=seed + INITIAL_SEED)
+    changes: dict[str, Any] = {**contender.overrides, **numbers, "seed": seed + INITIAL_SEED}
+    recipe = dataclasses.replace(DEMO, **changes)
     if epochs is not None:
         recipe = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=epochs / 10)
     return Settings(

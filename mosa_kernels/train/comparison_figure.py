@@ -30,7 +30,7 @@ def draw_comparison(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    figure: Any = Figure(figsize=(13, 9.5), layout="constrained")
     strip, middle, curves = figure.subfigures(3, 1, height_ratios=(1.15, 4.2, 3.4))
     figure.suptitle(f"Handwritten digits in clutter, 20 labels a class\n{note}", fontsize=12)
     _images(strip, splits)
@@ -54,8 +54,8 @@ def _colour(number: int) -> str:
 
 
 def _methods(axes: Any, summaries: Sequence[Summary]) -> None:
-    places = np.arange(len(summaries))
-    for place, summary in zip(places, summaries, strict=True):
+    places = range(len(summaries))
+    for place, summary in enumerate(summaries):
         axes.barh(place, summary.accuracy, xerr=summary.spread, color=_colour(place), capsize=3, height=0.7)
         axes.plot(summary.accuracies, [place] * len(summary.accuracies), "k.", markersize=4)
         text = f" {summary.accuracy:.1f} ± {summary.spread:.1f} %\n NLL {summary.nll:.2f}"

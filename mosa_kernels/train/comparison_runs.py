@@ -64,13 +64,14 @@ class StepReporter(Reporter):
 
 
 @functools.lru_cache(maxsize=4)
-def _splits(seed: int) -> DataSplits:
+def data_of(seed: int) -> DataSplits:
+    """The demo's data, drawn once a process."""
     return demo_splits(seed)
 
 
 def run_task(number: int, task: Task, send: Listener) -> Outcome:
     """One run in this process."""
-    splits = _splits(task.settings.data_seed)
+    splits = data_of(task.settings.data_seed)
     reporter = StepReporter(number, send)
     return run_contender(task.contender, task.settings, splits, test=task.test, reporter=reporter, keep_in=task.keep_in)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SELECTION = {
     "best": "weights of the epoch with the highest validation accuracy, the earliest of equals; test touched once",
     "last": "weights of the last epoch; test touched once",
 }
+PLOT_EVERY = 30.0  # seconds: a picture takes as long as an epoch of a small task
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Job:
         self.prepared: Prepared = prepare(self.settings, self.accelerator.num_processes)
         self.parameters = parameter_counts(self.prepared.model)
         self.rows: list[Row] = []
+        self._plotted = time.monotonic()
         self.trainer: Trainer = make_trainer(self.settings, self.prepared, self.accelerator, self.reporter)
         config = self._config()
         if self.resume:
@@ -80,7 +83,10 @@ class Job:
         if self.folder.result.is_file():
             return read_json(self.folder.result)
         if self.trainer.progress.epochs_done < self.settings.recipe.epochs:
-            self.trainer.fit(self._save_epoch)
+            try:
+                self.trainer.fit(self._save_epoch)
+            finally:
+                self._plot()
         return self._test()
 
     def _config(self) -> dict[str, Any]:
@@ -130,8 +136,14 @@ class Job:
         if accelerator.is_main_process:
             training_state.publish(folder.state, epoch)
             self._save_adapters()
-            plot_curve(self.rows, folder.curve, self.title)
+            if time.monotonic() - self._plotted > PLOT_EVERY:
+                self._plot()
         accelerator.wait_for_everyone()
+
+    def _plot(self) -> None:
+        if self.accelerator.is_main_process:
+            plot_curve(self.rows, self.folder.curve, self.title)
+        self._plotted = time.monotonic()
 
     def _save_adapters(self) -> None:
         save_trained(self.prepared.model, self.folder.last)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mosa_kernels.peft import merge_and_unload
+from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload
+from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.evaluate import Predictions, merged_by, predict
-from mosa_kernels.train.folder import write_json
+from mosa_kernels.train.folder import read_json, write_json
+from mosa_kernels.train.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,29 @@ def random_images(size: tuple[int, ...], count: int = 32, seed: int = 0) -> Iter
     """A batch of normally distributed images [count, *size] with meaningless labels, for a check without data."""
     generator = torch.Generator().manual_seed(seed)
     yield torch.randn(count, *size, generator=generator), torch.zeros(count, dtype=torch.int64)
+
+
+def load_merged(path: Path) -> nn.Module:
+    """Rebuilds the model that `mosa-kernels merge` wrote: timm's architecture, plain adapters, the file's weights.
+
+    Raises:
+        FileNotFoundError: the file, or the JSON beside it, is missing.
+        ValueError: they are not what `mosa-kernels merge` writes.
+    """
+    card = read_json(path.with_suffix(".json"))
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        settings, classes = Settings.from_dict(card["settings"]), int(card["num_classes"])
+    except KeyError as error:
+        raise ValueError(
+            f"{path.with_suffix('.json')}: expected the card of a merged model, without {error}"
+        ) from error
+    model = create_backbone(settings.model, classes, pretrained=False, image_size=settings.image_size)
+    if card["config"] is not None:
+        model = merge_and_unload(inject_adapter(model, MoSAConfig.from_dict(card["config"])))
+    model.load_state_dict(load_file(path))
+    return model.eval()
 
 
 def write_merged(model: nn.Module, path: Path, card: dict[str, Any]) -> None:

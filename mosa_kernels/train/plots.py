@@ -22,7 +22,8 @@ def plot_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         return
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 30 else ""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6))
+    figure.subplots_adjust(left=0.05, right=0.98, top=0.82, bottom=0.14, wspace=0.22)
     losses, accuracies, rates = figure.subplots(1, 3)
     parts = [name for name in rows[0] if name == "loss" or name.startswith("loss_")]
     for name in parts:

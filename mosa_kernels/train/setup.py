@@ -10,14 +10,14 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
 from mosa_kernels.data.loaders import Loaders, make_loaders
 from mosa_kernels.data.open import open_data
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.losses import MoSALoss
-from mosa_kernels.train.backbones import create_backbone, require_known
+from mosa_kernels.train.backbones import create_backbone, data_config, require_known
 from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.loop import Trainer
 from mosa_kernels.train.methods import adapt, find_method, make_optimizer
@@ -61,16 +61,13 @@ def make_accelerator(settings: Settings) -> Accelerator:
     """
     if settings.mixed_precision == "fp16" and (settings.cpu or not torch.cuda.is_available()):
         raise ValueError("mixed_precision: fp16 needs a GPU; on a CPU use bf16 or no")
-    AcceleratorState._reset_state(reset_partial_state=settings.cpu != _on_cpu())
+    elsewhere = bool(PartialState._shared_state) and bool(PartialState()._cpu) != settings.cpu
+    AcceleratorState._reset_state(reset_partial_state=elsewhere)
     return Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.accumulate,
         cpu=settings.cpu,
     )
-
-
-def _on_cpu() -> bool:
-    return AcceleratorState._shared_state != {} and bool(AcceleratorState().cpu)
 
 
 def open_splits(settings: Settings, image_size: int) -> DataSplits:
@@ -122,7 +119,7 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
         "sha256": backbone_hash(model),
     }
     adapt(model, find_method(settings.method), settings.adapter, settings.recipe, settings.recipe.seed)
-    config = timm.data.resolve_model_data_config(model)
+    config = data_config(model, settings.image_size)
     parts = settings.accumulate * processes
     if settings.recipe.batch_size % parts:
         raise ValueError(

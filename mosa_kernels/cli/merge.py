@@ -1,0 +1,95 @@
+"""`mosa-kernels merge`: from a trained MoSA to plain weights, after checking that nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mosa_kernels.cli.errors import MendableError, plain_errors
+from mosa_kernels.cli.opened import describe, open_loader
+from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.peft.book import find_book
+from mosa_kernels.train.backbones import data_config
+from mosa_kernels.train.evaluate import evaluate, warn_of_merge_loss
+from mosa_kernels.train.folder import versions
+from mosa_kernels.train.keeping import backbone_hash
+from mosa_kernels.train.merging import MergeCheck, check_merge, merged_copy, random_images, write_merged
+from mosa_kernels.train.saved import Saved, open_saved
+
+
+def merge(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved adapter.")],
+    output: Annotated[Path, typer.Option(help="A .safetensors file; a .json file beside it says what it is.")],
+    rule: Annotated[str | None, typer.Option(help="mean or jigsaw; by default as configured.")] = None,
+    data: Annotated[str | None, typer.Option(help="Also compare accuracies on these data.")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
+    split: Annotated[str, typer.Option(help="validation, or test.")] = "validation",
+    weights: Annotated[str | None, typer.Option(help="best or last of a run; by default what it selected.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the backbone in timm, where it is not recorded.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="File of the backbone's weights.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    workers: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Merge a trained MoSA into plain dense adapters: a state dict that needs nothing of this package to run."""
+    console = Console()
+    with plain_errors():
+        if output.suffix != ".safetensors":
+            raise ValueError(f"output: expected a file ending in .safetensors, got {output.name}")
+        if rule is not None and rule not in MERGE_RULES:
+            raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
+        saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)
+        book = find_book(saved.model)
+        if book is None or book.active is None:
+            raise ValueError(f"{path}: it holds the head of a linear probe; there is nothing to merge")
+        config = book.configs[book.active]
+        chosen = rule or config.merge_rule
+        loader: Iterable[Any] = random_images(data_config(saved.model, saved.settings.image_size)["input_size"])
+        if data is not None:
+            _, loader = open_loader(
+                saved, split, data=data, data_root=data_root, batch_size=batch_size, workers=workers
+            )
+        merged = merged_copy(saved.model, chosen)
+        check = check_merge(saved.model, merged, list(loader) if data is None else loader, chosen)
+        console.print(f"{describe(saved, path)}, merged by {chosen}\n{check.sentence()}", highlight=False)
+        if data is not None:
+            _compare(saved, loader, check, chosen, split, console)
+        if not check.unchanged:
+            raise MendableError("the merged model does not compute what the adapters do; nothing was written")
+        write_merged(merged, output, _card(saved, config.to_dict(), chosen, check, path))
+        size = output.stat().st_size / 2**20
+        console.print(f"wrote {output} ({size:.1f} MiB) and {output.with_suffix('.json')}", highlight=False)
+
+
+def _compare(saved: Saved, loader: Iterable[Any], check: MergeCheck, rule: str, split: str, console: Console) -> None:
+    results = evaluate(saved.model, loader, ("stochastic",))
+    table = Table(title=f"{split} images", title_justify="left")
+    for heading in ("model", "accuracy %", "NLL"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    rows = {f"adapters, evaluation mode ({rule})": check.before.as_dict(), "merged, plain": check.after.as_dict()}
+    if "stochastic" in results:
+        rows["adapters, stochastic"] = results["stochastic"]
+    for name, row in rows.items():
+        table.add_row(name, f"{row['accuracy']:.2f}", f"{row['nll']:.4f}")
+    console.print(table)
+    warning = warn_of_merge_loss({**results, rule: check.after.as_dict()}, rule)
+    if warning is not None:
+        console.print(f"warning: {warning}", highlight=False)
+
+
+def _card(saved: Saved, config: dict[str, Any], rule: str, check: MergeCheck, path: Path) -> dict[str, Any]:
+    return {
+        "kind": "a merged model as a plain state dict; mosa_kernels.train.merging.load_merged rebuilds it",
+        "rule": rule,
+        "config": config,
+        "num_classes": saved.num_classes,
+        "settings": saved.settings.as_dict(),
+        "backbone_sha256": backbone_hash(saved.model),
+        "check": check.as_dict(),
+        "from": str(path),
+        "versions": versions(),
+    }

@@ -1,0 +1,58 @@
+"""What `evaluate` and `merge` share: a trained model, and loaders of the data to try it on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from mosa_kernels.data.loaders import make_loaders
+from mosa_kernels.data.splits import DataSplits
+from mosa_kernels.train.backbones import data_config
+from mosa_kernels.train.saved import Saved
+from mosa_kernels.train.setup import native_size, open_splits
+
+SPLITS = ("validation", "test")
+
+
+def open_loader(
+    saved: Saved, split: str, *, data: str | None, data_root: str | None, batch_size: int, workers: int
+) -> tuple[DataSplits, DataLoader[Any]]:
+    """The images that a model is tried on, resized and normalised as in its run.
+
+    Args:
+        saved: the model and the settings of its run.
+        split: "validation" or "test".
+        data, data_root: other data than the run's.
+        batch_size, workers: of the loader.
+
+    Raises:
+        ValueError: no data is known, another number of classes, or an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    settings = saved.settings
+    if data is not None:
+        settings = dataclasses.replace(settings, data=data, data_root=data_root)
+    if not settings.data:
+        raise ValueError(f"data: {saved.weights} does not say what it was trained on; give --data")
+    splits = open_splits(settings, native_size(settings))
+    if splits.num_classes != saved.num_classes:
+        raise ValueError(f"data: {splits.name} has {splits.num_classes} classes, the model {saved.num_classes}")
+    loaders = make_loaders(
+        splits,
+        data_config(saved.model, settings.image_size),
+        batch_size,
+        workers=workers,
+        augment=settings.recipe.augment,  # type: ignore[arg-type]  # checked by the recipe
+        evaluation_batch_size=batch_size,
+    )
+    return splits, loaders.test if split == "test" else loaders.validation
+
+
+def describe(saved: Saved, path: Path) -> str:
+    """Which model this is, in a line."""
+    s = saved.settings
+    return f"{s.method} from {path} (weights {saved.weights.name}), backbone {s.model}"
