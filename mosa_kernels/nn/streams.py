@@ -31,13 +31,14 @@ def derived_seed(*numbers: int) -> int:
 
 
 def default_generator(device: torch.device) -> torch.Generator | None:
-    """PyTorch's default generator of a CPU or CUDA device; None for others."""
+    """PyTorch's default generator of a device; None for kinds of devices that have none to show."""
     if device.type == "cpu":
         return torch.default_generator
-    if device.type == "cuda":
-        torch.cuda.init()
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return None
+    module = torch.get_device_module(device)
+    generators = getattr(module, "default_generators", ())
+    if not generators:
+        return None
+    return generators[module.current_device() if device.index is None else device.index]
 
 
 @contextmanager
@@ -57,6 +58,8 @@ def marked_generator(stream: int, passes: tuple[int, ...], device: torch.device)
 
 def read_mark(device: torch.device) -> tuple[int, tuple[int, ...]] | None:
     """(stream, passes) that the device's default generator is marked with; None without a mark."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # the generator may not be asked for its seed then, and is not marked
     generator = default_generator(device)
     seed = 0 if generator is None else generator.initial_seed()
     if seed >> 32 != _MARK:

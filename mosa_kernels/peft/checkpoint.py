@@ -43,7 +43,6 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     if name is None:
         raise ValueError("adapter_name: expected one, for within disable_adapter none is active")
     check_known(book, name)
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name).items()}
     description = {
         "format": FORMAT,
         "mosa_kernels": __version__,
@@ -54,6 +53,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         "num_classes": _classes(model, name),
         "backbone": describe_backbone(model),
     }
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name).items()}
     write_adapter(Path(directory), description, tensors)
 
 

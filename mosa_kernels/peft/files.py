@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_EMBEDDED, _DIGEST = "adapter_config", "tensors_sha256"
+_EMBEDDED, _DIGEST, _SAVE = "adapter_config", "tensors_sha256", "save_sha256"
 
 
 class AdapterFileError(ValueError):
@@ -33,6 +33,7 @@ def write_adapter(directory: Path, description: dict[str, Any], tensors: dict[st
     """
     directory.mkdir(parents=True, exist_ok=True)
     description = {**description, _DIGEST: tensors_digest(tensors)}
+    description[_SAVE] = hashlib.sha256(json.dumps(description).encode()).hexdigest()
     text = json.dumps(description, indent=2) + "\n"
     _replace(directory / CONFIG_FILE, lambda path: path.write_text(text))
     _replace(
@@ -67,7 +68,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     own = _parse(embedded.encode(), weights)
     if tensors_digest(tensors) != own.get(_DIGEST):
         raise AdapterFileError(f"{weights}: damaged: its tensors are not those that were saved (SHA-256 differs)")
-    if description.get(_DIGEST) != own[_DIGEST]:
+    if description.get(_SAVE) != own.get(_SAVE):
         warnings.warn(
             f"{directory / CONFIG_FILE} belongs to another save than {WEIGHTS_FILE}, as after an interrupted save; "
             "using the description inside the weights",

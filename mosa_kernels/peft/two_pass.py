@@ -127,6 +127,12 @@ class _Run:
         missing = [index for index in self.blocks if index not in record]
         if missing:
             raise RuntimeError(f"features: expected the outputs of blocks {missing}, which did not run")
+        first = next(slot.index for slot in self.slots if slot.current() is not None)
+        if logits.requires_grad and not all(record[i].requires_grad for i in self.blocks if i >= first):
+            raise RuntimeError(
+                "features: reentrant activation checkpointing cuts them off from the gradient; use the other kind "
+                "(timm.layers.set_reentrant_ckpt(False)), or features=False"
+            )
         return logits, [record[index] for index in self.blocks]
 
     @contextmanager

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
+from torch import nn
+
+from mosa_kernels.nn.dense import DenseAdapter
+from mosa_kernels.peft import MoSAConfig, adapter_names, inject_adapter, merge_and_unload, set_adapter
+from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
+
+OURS = (DenseAdapter, ParallelAdapter, SequentialAdapter)
+
+
+def is_plain(model: nn.Module) -> bool:
+    foreign = [m for m in model.modules() if type(m).__module__.startswith("mosa_kernels") and not isinstance(m, OURS)]
+    return not foreign and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@torch.no_grad()
+def test_merging_changes_nothing_and_leaves_plain_modules(family: Family) -> None:
+    x = images(family)
+    for style in family.styles:
+        model = inject_adapter(make(family), MoSAConfig(style=style, bottleneck=4))
+        train_a_little(model)
+        before = model(x)
+        assert merge_and_unload(model) is model
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+        assert is_plain(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "dense", "norm": False},
+        {"mode": "pruned"},
+        {"sparse": "both", "expert_bias": False},
+        {"sparse": "down", "merge_rule": "jigsaw"},
+        {"merge_rule": "jigsaw"},
+        {"expert_scale": "N", "learnable_scale": True},
+        {"layers": (1,), "activation": "relu"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_every_option_merges(options: dict) -> None:
+    model, x = inject_adapter(make(), MoSAConfig(bottleneck=5, **options)), images()
+    train_a_little(model)
+    before = model(x)
+    torch.testing.assert_close(merge_and_unload(model)(x), before, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_rule_asked_for_decides() -> None:
+    def merged(rule: str | None, config_rule: str) -> torch.Tensor:
+        model = inject_adapter(make(), MoSAConfig(bottleneck=4, merge_rule=config_rule))
+        train_a_little(model)
+        return merge_and_unload(model, rule)(images())
+
+    mean, jigsaw = merged(None, "mean"), merged(None, "jigsaw")
+    assert not torch.allclose(mean, jigsaw, atol=1e-3)
+    assert torch.equal(merged("mean", "jigsaw"), mean)
+    assert torch.equal(merged("jigsaw", "mean"), jigsaw)
+    with pytest.raises(ValueError, match="rule: expected None or one of mean, jigsaw, got 'sum'"):
+        merged("sum", "mean")
+    with pytest.raises(ValueError, match="model: expected one with adapters"):
+        merge_and_unload(make())
+
+
+@pytest.mark.parametrize("family", [VIT, SWIN], ids=lambda family: family.name)
+@torch.no_grad()
+def test_a_merged_model_exports_traces_and_saves(family: Family) -> None:
+    model, x = inject_adapter(make(family), MoSAConfig(bottleneck=4)), images(family)
+    train_a_little(model)
+    merge_and_unload(model)
+    expected = model(x)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+    if family is VIT:
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
+
+
+def test_the_merged_model_belongs_to_its_owner_again() -> None:
+    model = make()
+    model.cls_token.requires_grad_(False)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    merge_and_unload(inject_adapter(model, MoSAConfig(bottleneck=4)))
+    moved = {name.replace("mlp.branch.", "") for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in moved if ".adapter." not in name} == trainable
+    assert model.train().blocks[0].training
+
+
+@torch.no_grad()
+def test_one_of_several_is_merged_with_its_head() -> None:
+    model, x = inject_adapter(make(), MoSAConfig(bottleneck=4), "a"), images()
+    inject_adapter(model, MoSAConfig(bottleneck=3), "b", num_classes=4)
+    for name in ("a", "b"):
+        train_a_little(model, name)
+    before = set_adapter(model, "a")(x)
+    set_adapter(model, "b")
+    assert adapter_names(model) == ["a", "b"]
+    merge_and_unload(model, adapter_name="a")
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_half_precision_says_what_rounding_did() -> None:
+    model, x = inject_adapter(make().bfloat16(), MoSAConfig(bottleneck=4)), images().bfloat16()
+    train_a_little(model)
+    before = model(x)
+    with pytest.warns(UserWarning, match=r"merged into torch.bfloat16: rounding moves an entry .* at most \d"):
+        merge_and_unload(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    difference = (model(x) - before).float().norm() / before.float().norm()
+    assert difference < 0.05

@@ -1,0 +1,177 @@
+"""Both modes of the two passes of Eq. 6 are the same function, and leave nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm_models import SWIN, VIT, Family, images, make, train_a_little
+from torch import Tensor, nn
+
+from mosa_kernels.nn.streams import derived_seed, read_mark
+from mosa_kernels.peft import MoSAConfig, TwoPassOutput, disable_adapter, inject_adapter, two_pass
+
+OPTIONS = [
+    {},
+    {"expert_per": "batch"},
+    {"anchored": True},
+    {"anchored": True, "expert_per": "batch", "sparse": "both"},
+    {"mode": "pruned"},
+    {"mode": "dense"},
+    {"style": "houlsby"},
+]
+
+
+def trained(family: Family = VIT, **options: object) -> nn.Module:
+    model = inject_adapter(make(family), MoSAConfig(**{"bottleneck": 4, "dropout": 0.3, **options}))  # type: ignore[arg-type]
+    train_a_little(model)
+    return model.train()
+
+
+def loss_of(out: TwoPassOutput) -> Tensor:
+    consistency = (out.logits1.log_softmax(-1) - out.logits2.log_softmax(-1)).square().sum()
+    alignment = sum((a - b).square().mean() for a, b in zip(out.features1, out.features2, strict=True))
+    return out.logits1.logsumexp(-1).sum() + consistency + alignment
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def tensors(out: TwoPassOutput) -> list[Tensor]:
+    return [out.logits1, out.logits2, *out.features1, *out.features2]
+
+
+@pytest.mark.parametrize("family", [VIT, SWIN], ids=lambda family: family.name)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_both_modes_agree_also_when_blocks_are_computed_again(family: Family, options: dict) -> None:
+    model, x = trained(family, **options), images(family, 3)
+    results = []
+    for mode in ("batched", "sequential"):
+        for checkpointing in (False, True):
+            model.set_grad_checkpointing(checkpointing)
+            model.zero_grad()
+            torch.manual_seed(7)
+            out = two_pass(model, x, mode)
+            following = torch.rand(3)
+            model(x)  # what runs before the backward pass must not matter
+            two_pass(model, x, "sequential")
+            loss_of(out).backward()
+            results.append([*tensors(out), following, *gradients(model)])
+    assert not torch.allclose(results[0][0], results[0][1]), "the passes differ"
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_two_outputs_differentiated_later_keep_their_draws() -> None:
+    """Gradient accumulation with a postponed backward pass, under activation checkpointing."""
+    model, x = trained(), images()
+    expected = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        torch.manual_seed(1)
+        total = loss_of(two_pass(model, x)) + loss_of(two_pass(model, 2 * x, "sequential")) + model(x).sum()
+        total.backward()
+        expected.append(gradients(model))
+    for a, b in zip(*expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_are_fresh_and_seeded() -> None:
+    model, x = trained(dropout=0.0), images(batch=16)
+    torch.manual_seed(0)
+    first, second = two_pass(model, x), two_pass(model, x)
+    torch.manual_seed(0)
+    again = two_pass(model, x)
+    assert torch.equal(first.logits1, again.logits1)
+    assert not torch.equal(first.logits1, second.logits1)
+    assert not torch.equal(first.logits1, first.logits2)
+
+
+@torch.no_grad()
+def test_an_anchored_first_pass_is_the_merged_adapter() -> None:
+    model, x = trained(anchored=True, dropout=0.0), images()
+    out = two_pass(model, x)
+    merged = model.eval()(x)
+    torch.testing.assert_close(out.logits1, merged, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(out.logits2, merged, atol=1e-3)
+
+
+@torch.no_grad()
+def test_features_are_the_outputs_of_the_blocks() -> None:
+    model, x = trained(mode="dense", dropout=0.0, layers=(1,)), images()
+    out = two_pass(model, x)
+    _, blocks = model.forward_intermediates(x, indices=[0, 1], norm=False, output_fmt="NLC", return_prefix_tokens=True)
+    assert (out.blocks, out.depth) == ((0, 1), 2)
+    for feature, (spatial, prefix) in zip(out.features2, blocks, strict=True):
+        torch.testing.assert_close(feature, torch.cat([prefix, spatial], 1))
+
+
+def test_only_the_features_asked_for_are_kept() -> None:
+    model, x = trained(), images()
+    none = two_pass(model, x, features=False)
+    assert (none.features1, none.features2, none.blocks) == ([], [], ())
+    last = two_pass(model, x, features=[-1])
+    assert (len(last.features1), last.blocks) == (1, (1,))
+    assert two_pass(model, x, features=[1, 0]).blocks == (0, 1)
+    for features in ([2], [True], [0.5]):
+        with pytest.raises(ValueError, match="features: expected"):
+            two_pass(model, x, features=features)  # type: ignore[arg-type]
+
+
+def test_nothing_is_left_behind() -> None:
+    model, x = trained(), images()
+    state = torch.get_rng_state()
+    two_pass(model, x)
+    advanced = torch.get_rng_state()
+    torch.set_rng_state(state)
+    torch.randint(2**30, ())
+    assert torch.equal(torch.get_rng_state(), advanced), "the global stream advances by one number"
+    assert read_mark(torch.device("cpu")) is None
+
+    def fails(*_: object) -> None:
+        raise KeyError
+
+    hook = model.norm.register_forward_hook(fails)
+    with pytest.raises(KeyError):
+        two_pass(model, x)
+    hook.remove()
+    assert read_mark(torch.device("cpu")) is None
+    for module in model.modules():
+        assert getattr(module, "plan", None) is None
+        assert getattr(module, "record", None) is None
+
+
+def test_what_it_refuses() -> None:
+    model, x = trained(), images()
+    with pytest.raises(ValueError, match="mode: expected one of batched, sequential, got 'both'"):
+        two_pass(model, x, "both")
+    with pytest.raises(TypeError, match="images: expected a tensor"):
+        two_pass(model, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model: expected one with adapters"):
+        two_pass(make().train(), x)
+    with pytest.raises(RuntimeError, match="expected the model in training mode"):
+        two_pass(model.eval(), x)
+    with disable_adapter(model.train()), pytest.raises(ValueError, match="expected an active adapter"):
+        two_pass(model, x)
+
+
+def test_features_without_a_gradient_are_refused() -> None:
+    model, x = trained(), images()
+    model.set_grad_checkpointing(True)
+    reentrant = timm.layers.use_reentrant_ckpt()
+    try:
+        timm.layers.set_reentrant_ckpt(True)
+        with pytest.raises(RuntimeError, match="reentrant activation checkpointing"):
+            two_pass(model, x)
+    finally:
+        timm.layers.set_reentrant_ckpt(reentrant)
+
+
+def test_seeds_depend_on_every_number() -> None:
+    seeds = {derived_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
+    assert len(seeds) == 512
+    assert len({seed & 0xFFFFFFFF for seed in seeds}) == 512, "the CPU's generator sees the lower half alone"
+    assert all(0 <= seed < 2**63 for seed in seeds)
