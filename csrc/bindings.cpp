@@ -1,6 +1,7 @@
 // The Python module: integers in, error codes turned into exceptions, nothing else. Each operator binds itself.
 #include <pybind11/pybind11.h>
 
+#include "adapter_cpu_bindings.h"
 #include "build_info.h"
 #include "merge_bindings.h"
 #ifdef MOSA_WITH_CUDA
@@ -21,4 +22,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_driver_version", &mosa::cuda_driver_version);
 #endif
   mosa::bind_merge(m);
+  mosa::bind_adapter_cpu(m);
 }

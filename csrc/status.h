@@ -9,6 +9,9 @@ enum Status : int {
   kNegativeSize = -2,
   kUnknownDType = -3,
   kMissingPointer = -4,
+  kUnknownExpert = -5,
+  kNotBuilt = -6,
+  kOutOfMemory = -7,
 };
 
 inline const char* status_message(int code) {
@@ -23,6 +26,12 @@ inline const char* status_message(int code) {
       return "an unknown dtype code";
     case kMissingPointer:
       return "a required tensor without an address";
+    case kUnknownExpert:
+      return "an expert that does not exist";
+    case kNotBuilt:
+      return "not built by this compiler";
+    case kOutOfMemory:
+      return "out of memory";
     default:
       return "an unknown error code";
   }

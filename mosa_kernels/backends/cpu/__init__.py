@@ -1,14 +1,12 @@
-"""The CPU backend: plain PyTorch on tiles of tokens that stay in the cache."""
+"""The CPU backend: tiles of tokens that stay in the cache, compiled, or in PyTorch where nothing was built."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from mosa_kernels.backends.arguments import AdapterArguments
-from mosa_kernels.backends.cpu.backward import adapter_backward
-from mosa_kernels.backends.cpu.forward import adapter_forward
-
-__all__ = ["adapter_backward", "adapter_forward", "available", "supports_adapter"]
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
+from mosa_kernels.backends.cpu import backward, compiled, forward
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -26,3 +24,27 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     if args.matmul_dtype not in _DTYPES:
         return False, f"autocast: expected float32 or bfloat16, got {args.matmul_dtype}"
     return True, ""
+
+
+def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """One adapter call without autograd.
+
+    Returns:
+        out: contiguous, shape and dtype of x.
+        mean, rstd: LayerNorm statistics, float32 [T]; empty without a norm.
+    """
+    run = compiled.adapter_forward if compiled.supports_adapter(args)[0] else forward.adapter_forward
+    return run(args)
+
+
+def adapter_backward(
+    args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
+) -> AdapterGradients:
+    """The gradients asked for in `needs`.
+
+    Args:
+        grad_out: gradient of the output, shaped like x.
+        mean, rstd: LayerNorm statistics from `adapter_forward`, float32 [T] or empty.
+    """
+    run = compiled.adapter_backward if compiled.supports_adapter(args)[0] else backward.adapter_backward
+    return run(args, grad_out, mean, rstd, needs)

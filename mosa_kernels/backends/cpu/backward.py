@@ -143,9 +143,10 @@ class _Backward:
         args, needs, operands = self.args, self.needs, self.operands
         if needs.scale:
             assert self.up is not None
-            scale = (self.up * tensors.w_up).sum() * operands.kept_scale  # out's product with grad_out, by cyclic trace
+            # the sum of grad_out * y, with both sums over the tokens done already; in double, as much of it cancels
+            scale = (self.up.double() * tensors.w_up).sum() * operands.kept_scale
             if self.columns is not None and tensors.bias is not None:
-                scale = scale + self.columns.dot(tensors.bias)
+                scale = scale + self.columns.double().dot(tensors.bias.double())
             self.scale = _plus(self.scale, scale)
         if needs.w_up and self.up is not None:
             self.w_up = _plus(self.w_up, self._owned(self.up.mul_(operands.alpha), args.assignment, expert))

@@ -1,0 +1,301 @@
+#include "adapter_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "adapter_cpu_gradients.h"
+#include "adapter_cpu_tile.h"
+#include "parallel.h"
+#include "status.h"
+
+namespace mosa {
+namespace {
+
+// Multiplications below which starting a thread (20 to 50 microseconds) costs more than it saves.
+constexpr int64_t kProductsPerThread = 4'000'000;
+// Runs of tiles that sum weight gradients on their own. A fixed number, so that results do not depend on the threads.
+constexpr int kMaxRuns = 8;
+
+const CpuKernels* kernels_of(InstructionSet set) {
+  if (set == kPortable) return cpu_kernels_portable();
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+  __builtin_cpu_init();
+  if (set == kAvx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? cpu_kernels_avx2() : nullptr;
+  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (set == kAvx512) return avx512 ? cpu_kernels_avx512() : nullptr;
+  return avx512 && __builtin_cpu_supports("avx512bf16") ? cpu_kernels_avx512_bf16() : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+const CpuKernels* choose_kernels(const AdapterCpuParams& p) {
+  const int highest = std::min<int>(p.instruction_set, p.bf16_products ? kAvx512Bf16 : kAvx512);
+  for (int set = highest; set >= kPortable; --set) {
+    if (const CpuKernels* kernels = kernels_of(static_cast<InstructionSet>(set))) return kernels;
+  }
+  return nullptr;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+// 64-byte aligned parts of one allocation. First every part is taken from address 0, to count.
+struct Arena {
+  uintptr_t start = 0;
+  size_t used = 0;
+  template <typename Element>
+  Element* take(size_t elements) {
+    Element* part = reinterpret_cast<Element*>(start + used);
+    used += (elements * sizeof(Element) + 63) / 64 * 64;
+    return part;
+  }
+};
+
+Memory allocate(size_t bytes) {
+  return Memory(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
+}
+
+struct Tile {
+  int64_t start;
+  int64_t stop;
+  int expert;  // index into Plan::experts
+  int sums;    // index of the sums it adds to
+  int run;
+};
+
+// The tokens sorted by expert and cut into tiles.
+struct Plan {
+  std::vector<int> experts;     // ids
+  std::vector<int64_t> tokens;  // [T], the order in which tiles take them
+  std::vector<Tile> tiles;
+  std::vector<int> sums_expert;  // which expert (index) each sum belongs to
+  int runs = 0;
+  int threads = 1;
+};
+
+int64_t expert_of(const AdapterCpuParams& p, int group) { return p.expert != nullptr ? p.expert[group] : p.expert_id; }
+
+Plan make_plan(const AdapterCpuParams& p) {
+  Plan plan;
+  const int64_t length = p.tokens / p.expert_groups;
+  std::vector<int> order(static_cast<size_t>(p.expert_groups));
+  for (int g = 0; g < p.expert_groups; ++g) order[static_cast<size_t>(g)] = g;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return expert_of(p, a) < expert_of(p, b); });
+  plan.tokens.reserve(static_cast<size_t>(p.tokens));
+  for (size_t i = 0; i < order.size();) {
+    const int64_t expert = expert_of(p, order[i]);
+    const int64_t start = static_cast<int64_t>(plan.tokens.size());
+    for (; i < order.size() && expert_of(p, order[i]) == expert; ++i) {
+      for (int64_t t = 0; t < length; ++t) plan.tokens.push_back(order[i] * length + t);
+    }
+    const int64_t count = static_cast<int64_t>(plan.tokens.size()) - start;
+    const int64_t parts = (count + kTileRows - 1) / kTileRows;
+    for (int64_t part = 0; part < parts; ++part) {
+      plan.tiles.push_back({start + count * part / parts, start + count * (part + 1) / parts,
+                            static_cast<int>(plan.experts.size()), 0, 0});
+    }
+    plan.experts.push_back(static_cast<int>(expert));
+  }
+  const int tiles = static_cast<int>(plan.tiles.size());
+  plan.runs = std::min(kMaxRuns, (tiles + 1) / 2);
+  for (int i = 0; i < tiles; ++i) {
+    Tile& tile = plan.tiles[static_cast<size_t>(i)];
+    tile.run = static_cast<int>(static_cast<int64_t>(i) * plan.runs / tiles);
+    const bool same = i > 0 && tile.run == plan.tiles[static_cast<size_t>(i - 1)].run &&
+                      tile.expert == plan.tiles[static_cast<size_t>(i - 1)].expert;
+    if (!same) plan.sums_expert.push_back(tile.expert);
+    tile.sums = static_cast<int>(plan.sums_expert.size()) - 1;
+  }
+  const int64_t products = p.tokens * p.width * p.rank * 2;
+  plan.threads = static_cast<int>(std::clamp<int64_t>(products / kProductsPerThread, 1, std::max(p.threads, 1)));
+  return plan;
+}
+
+int check(const AdapterCpuParams& p) {
+  if (p.tokens < 0 || p.width < 1 || p.rank < 1 || p.experts < 0 || p.expert_groups < 1 || p.seed_groups < 1) {
+    return kNegativeSize;
+  }
+  if (p.x.data == nullptr || p.w_down.data == nullptr || p.w_up.data == nullptr) {
+    return kMissingPointer;
+  }
+  for (const CpuTensor* t :
+       {&p.x, &p.residual, &p.w_down, &p.w_down_init, &p.b_down, &p.w_up, &p.b_up, &p.gamma, &p.beta}) {
+    if (t->data != nullptr && t->dtype >= kDTypeCount) return kUnknownDType;
+  }
+  if (p.x.dtype == kFloat16 || p.activation >= kActivationCount) return kUnknownDType;
+  for (int g = 0; g < p.expert_groups; ++g) {
+    if (expert_of(p, g) < kMerged || (p.experts > 0 && expert_of(p, g) >= p.experts)) return kUnknownExpert;
+  }
+  return kOk;
+}
+
+CpuTileCall tile_call(const AdapterCpuParams& p) {
+  CpuTileCall call = {};
+  call.x = p.x.data;
+  call.residual = p.residual.data;
+  call.seed = p.seed != nullptr ? p.seed : &p.seed_id;
+  call.rows_per_seed = std::max<int64_t>(p.tokens / p.seed_groups, 1);
+  call.width = p.width;
+  call.rank = p.rank;
+  call.dropout = p.dropout_p > 0;
+  call.scale = p.scale;
+  call.alpha = static_cast<float>(p.scale / (1.0 - p.dropout_p));
+  call.norm_eps = p.norm_eps;
+  call.drop_below = static_cast<uint32_t>(std::min(p.dropout_p * 4294967296.0, 4294967295.0));
+  call.activation = p.activation;
+  call.half_tokens = p.x.dtype == kBFloat16;
+  call.add_input = p.add_input;
+  return call;
+}
+
+// Makes the packed weights of all experts that run.
+std::vector<CpuExpert> take_experts(const AdapterCpuParams& p, const Plan& plan, const CpuKernels& kernels,
+                                    bool backward, Arena* arena) {
+  const size_t wide = static_cast<size_t>(padded(p.width)), narrow = static_cast<size_t>(padded(p.rank));
+  std::vector<CpuExpert> experts(plan.experts.size());
+  for (CpuExpert& e : experts) {
+    e.down_rows = arena->take<float>(static_cast<size_t>(p.rank) * wide);
+    e.up_rows = arena->take<float>(static_cast<size_t>(p.width) * narrow);
+    e.b_down = arena->take<float>(narrow);
+    e.b_up = arena->take<float>(wide);
+    e.down = arena->take<char>(kernels.panel_bytes(p.width, p.rank));
+    e.up = backward ? nullptr : arena->take<char>(kernels.panel_bytes(p.rank, p.width));
+    e.down_back = backward ? arena->take<char>(kernels.panel_bytes(p.rank, p.width)) : nullptr;
+    e.up_back = backward ? arena->take<char>(kernels.panel_bytes(p.width, p.rank)) : nullptr;
+  }
+  return experts;
+}
+
+void pack_experts(const AdapterCpuParams& p, const Plan& plan, const CpuKernels& kernels, bool backward,
+                  const std::vector<CpuExpert>& experts) {
+  const int64_t wide = padded(p.width), narrow = padded(p.rank);
+  parallel_for(static_cast<int64_t>(experts.size()) * 2, plan.threads, [&](int64_t item) {
+    const CpuExpert& e = experts[static_cast<size_t>(item / 2)];
+    const int id = plan.experts[static_cast<size_t>(item / 2)];
+    if (item % 2 == 0) {
+      expert_down(p, id, e);
+      kernels.pack_transposed(e.down_rows, wide, p.width, p.rank, e.down);
+      if (backward) kernels.pack(e.down_rows, wide, p.rank, p.width, e.down_back);
+    } else {
+      expert_up(p, id, e);
+      if (backward) {
+        kernels.pack(e.up_rows, narrow, p.width, p.rank, e.up_back);
+      } else {
+        kernels.pack_transposed(e.up_rows, narrow, p.rank, p.width, e.up);
+      }
+    }
+  });
+}
+
+std::vector<CpuSums> take_sums(const AdapterCpuParams& p, const Plan& plan, Arena* arena) {
+  const size_t wide = static_cast<size_t>(padded(p.width)), narrow = static_cast<size_t>(padded(p.rank));
+  std::vector<CpuSums> sums(plan.sums_expert.size());
+  for (CpuSums& s : sums) {
+    s.up = arena->take<float>(static_cast<size_t>(p.rank) * wide);
+    s.down = arena->take<float>(static_cast<size_t>(p.rank) * wide);
+    s.b_down = arena->take<float>(narrow);
+    s.columns = arena->take<float>(wide);
+  }
+  return sums;
+}
+
+}  // namespace
+
+bool adapter_cpu_has(InstructionSet set) { return kernels_of(set) != nullptr; }
+
+int adapter_cpu_forward(const AdapterCpuParams& params, const AdapterCpuOutputs& outputs) {
+  if (const int code = check(params); code != kOk) return code;
+  const CpuKernels* kernels = choose_kernels(params);
+  if (kernels == nullptr) return kNotBuilt;
+  if (params.tokens == 0) return kOk;
+  const Plan plan = make_plan(params);
+  const size_t scratch_bytes = kernels->scratch_bytes(params.width, params.rank, false);
+
+  std::vector<CpuExpert> experts;
+  std::vector<char*> scratch(static_cast<size_t>(plan.threads));
+  Memory memory;
+  for (const bool counting : {true, false}) {
+    Arena arena;
+    arena.start = reinterpret_cast<uintptr_t>(memory.get());
+    experts = take_experts(params, plan, *kernels, false, &arena);
+    for (char*& part : scratch) part = arena.take<char>(scratch_bytes);
+    if (!counting) break;
+    memory = allocate(arena.used);
+    if (memory == nullptr) return kOutOfMemory;
+  }
+  pack_experts(params, plan, *kernels, false, experts);
+
+  CpuTileCall call = tile_call(params);
+  call.out = outputs.out;
+  call.mean = outputs.mean;
+  call.rstd = outputs.rstd;
+  const int64_t tiles = static_cast<int64_t>(plan.tiles.size());
+  std::atomic<int64_t> next{0};
+  parallel_for(plan.threads, plan.threads, [&](int64_t worker) {
+    for (int64_t i = next.fetch_add(1); i < tiles; i = next.fetch_add(1)) {
+      const Tile& tile = plan.tiles[static_cast<size_t>(i)];
+      kernels->forward(call, plan.tokens.data() + tile.start, static_cast<int>(tile.stop - tile.start),
+                       experts[static_cast<size_t>(tile.expert)], scratch[static_cast<size_t>(worker)]);
+    }
+  });
+  return kOk;
+}
+
+int adapter_cpu_backward(const AdapterCpuParams& params, const AdapterCpuGradients& gradients) {
+  if (const int code = check(params); code != kOk) return code;
+  const CpuKernels* kernels = choose_kernels(params);
+  if (kernels == nullptr) return kNotBuilt;
+  if (params.tokens == 0) return kOk;
+  const Plan plan = make_plan(params);
+  const size_t scratch_bytes = kernels->scratch_bytes(params.width, params.rank, true);
+
+  std::vector<CpuExpert> experts;
+  std::vector<CpuSums> sums;
+  std::vector<char*> scratch(static_cast<size_t>(plan.threads));
+  Memory memory;
+  for (const bool counting : {true, false}) {
+    Arena arena;
+    arena.start = reinterpret_cast<uintptr_t>(memory.get());
+    experts = take_experts(params, plan, *kernels, true, &arena);
+    sums = take_sums(params, plan, &arena);
+    for (char*& part : scratch) part = arena.take<char>(scratch_bytes);
+    if (!counting) break;
+    memory = allocate(arena.used);
+    if (memory == nullptr) return kOutOfMemory;
+  }
+  pack_experts(params, plan, *kernels, true, experts);
+
+  CpuTileCall call = tile_call(params);
+  call.grad_out = gradients.grad_out;
+  call.out = gradients.x;
+  call.mean = const_cast<float*>(gradients.mean);
+  call.rstd = const_cast<float*>(gradients.rstd);
+  call.weights = wants_sums(gradients);
+  std::atomic<int> next{0};
+  parallel_for(plan.threads, plan.threads, [&](int64_t worker) {
+    for (int run = next.fetch_add(1); run < plan.runs; run = next.fetch_add(1)) {
+      int last = -1;
+      for (const Tile& tile : plan.tiles) {
+        if (tile.run != run) continue;
+        CpuSums into = sums[static_cast<size_t>(tile.sums)];
+        into.fresh = tile.sums != last;
+        last = tile.sums;
+        kernels->backward(call, plan.tokens.data() + tile.start, static_cast<int>(tile.stop - tile.start),
+                          experts[static_cast<size_t>(tile.expert)], into, scratch[static_cast<size_t>(worker)]);
+      }
+    }
+  });
+  if (call.weights) finish_gradients(params, gradients, plan.experts, experts, plan.sums_expert, sums, plan.threads);
+  return kOk;
+}
+
+}  // namespace mosa

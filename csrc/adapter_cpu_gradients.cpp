@@ -1,0 +1,269 @@
+#include "adapter_cpu_gradients.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace mosa {
+namespace {
+
+constexpr int64_t kColumns = 32;  // of the width that one work item of finish_gradients takes
+
+void load_floats(const CpuTensor& tensor, int64_t first, int64_t count, float* to) {
+  if (tensor.dtype == kFloat32) {
+    std::copy_n(static_cast<const float*>(tensor.data) + first, count, to);
+  } else if (tensor.dtype == kBFloat16) {
+    const uint16_t* from = static_cast<const uint16_t*>(tensor.data) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = bfloat16_to_float(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = load_float(tensor.data, tensor.dtype, first + i);
+  }
+}
+
+float element(const CpuTensor& tensor, int64_t index, float otherwise) {
+  return tensor.data == nullptr ? otherwise : load_float(tensor.data, tensor.dtype, index);
+}
+
+// The factor on what an expert owns, and whether it owns an entry.
+struct Ownership {
+  const uint8_t* owner;
+  int id;
+  float factor;
+  Ownership(const AdapterCpuParams& p, const uint8_t* assignment, int expert)
+      : owner(expert == kMerged ? nullptr : assignment),
+        id(expert),
+        factor(assignment == nullptr ? 1.0f
+               : expert == kMerged   ? p.merged_scale
+                                     : p.expert_scale) {}
+  bool owns(int64_t index) const { return owner == nullptr || owner[index] == id; }
+};
+
+}  // namespace
+
+void expert_down(const AdapterCpuParams& p, int id, const CpuExpert& expert) {
+  const int64_t width = p.width, wide = padded(width), narrow = padded(p.rank);
+  const Ownership own(p, p.assignment_down, id);
+  std::vector<float> gamma(static_cast<size_t>(width), 1.0f), beta(static_cast<size_t>(width), 0.0f);
+  if (p.gamma.data != nullptr) load_floats(p.gamma, 0, width, gamma.data());
+  if (p.beta.data != nullptr) load_floats(p.beta, 0, width, beta.data());
+  std::vector<float> initial(static_cast<size_t>(width), 0.0f);
+  std::fill_n(expert.b_down, narrow, 0.0f);
+  for (int64_t k = 0; k < p.rank; ++k) {
+    float* row = expert.down_rows + k * wide;
+    load_floats(p.w_down, k * width, width, row);
+    if (p.assignment_down != nullptr) {
+      load_floats(p.w_down_init, k * width, width, initial.data());
+      for (int64_t j = 0; j < width; ++j) {
+        const float start = initial[static_cast<size_t>(j)];
+        const float trained = own.factor == 1.0f ? row[j] : start + own.factor * (row[j] - start);
+        row[j] = own.owns(k * width + j) ? trained : start;
+      }
+    }
+    double constant = element(p.b_down, k, 0.0f);
+    if (p.beta.data != nullptr) {
+      for (int64_t j = 0; j < width; ++j) constant += static_cast<double>(row[j]) * beta[static_cast<size_t>(j)];
+    }
+    expert.b_down[k] = static_cast<float>(constant);
+    if (p.gamma.data != nullptr) {
+      for (int64_t j = 0; j < width; ++j) row[j] *= gamma[static_cast<size_t>(j)];
+    }
+    std::fill(row + width, row + wide, 0.0f);
+  }
+}
+
+void expert_up(const AdapterCpuParams& p, int id, const CpuExpert& expert) {
+  const int64_t width = p.width, rank = p.rank, wide = padded(width), narrow = padded(rank);
+  const Ownership own(p, p.assignment, id);
+  for (int64_t j = 0; j < width; ++j) {
+    float* row = expert.up_rows + j * narrow;
+    load_floats(p.w_up, j * rank, rank, row);
+    if (own.owner != nullptr) {
+      const uint8_t* owner = own.owner + j * rank;
+      for (int64_t k = 0; k < rank; ++k) row[k] = owner[k] == id ? row[k] * own.factor : 0.0f;
+    } else if (own.factor != 1.0f) {
+      for (int64_t k = 0; k < rank; ++k) row[k] *= own.factor;
+    }
+    std::fill(row + rank, row + narrow, 0.0f);
+  }
+  std::fill_n(expert.b_up, wide, 0.0f);
+  if (p.b_up.data == nullptr) return;
+  std::vector<float> row(static_cast<size_t>(width));
+  const bool mean = p.experts > 0 && id == kMerged;
+  const int64_t first = p.experts > 0 && !mean ? id : 0, count = mean ? p.experts : 1;
+  for (int64_t e = first; e < first + count; ++e) {
+    load_floats(p.b_up, e * width, width, row.data());
+    for (int64_t j = 0; j < width; ++j) expert.b_up[j] += row[static_cast<size_t>(j)];
+  }
+  for (int64_t j = 0; j < width; ++j) expert.b_up[j] /= static_cast<float>(count);
+}
+
+bool wants_sums(const AdapterCpuGradients& g) {
+  return g.w_down != nullptr || g.b_down != nullptr || g.w_up != nullptr || g.b_up != nullptr || g.gamma != nullptr ||
+         g.beta != nullptr || g.scale != nullptr;
+}
+
+namespace {
+
+// The gradients of `count` columns of the width from column `first` on.
+class ColumnGradients {
+ public:
+  ColumnGradients(const AdapterCpuParams& params, const AdapterCpuGradients& gradients, int64_t first, int64_t count)
+      : p(params), g(gradients), first_(first), count_(count), up_(size()), down_(size()), columns_(kColumns) {
+    for (int64_t k = 0; k < p.rank; ++k) {
+      if (g.w_down != nullptr) std::fill_n(g.w_down + k * p.width + first, count, 0.0f);
+    }
+    if (g.w_up != nullptr) std::fill_n(g.w_up + first * p.rank, count * p.rank, 0.0f);
+    for (int64_t e = 0; g.b_up != nullptr && e < std::max(p.experts, 1); ++e) {
+      std::fill_n(g.b_up + e * p.width + first, count, 0.0f);
+    }
+    if (g.gamma != nullptr) std::fill_n(g.gamma + first, count, 0.0f);
+    if (g.beta != nullptr) std::fill_n(g.beta + first, count, 0.0f);
+  }
+
+  // Adds one expert's part; returns its part of scale's gradient.
+  double add(int id, const CpuExpert& expert, const std::vector<const CpuSums*>& sums,
+             const std::vector<float>& b_down) {
+    gather(sums);
+    if (g.w_up != nullptr) add_up(id);
+    if (g.b_up != nullptr) add_bias(id);
+    if (g.w_down != nullptr || g.gamma != nullptr || g.beta != nullptr) add_down(id, b_down);
+    return g.scale != nullptr ? scale_part(expert) : 0.0;
+  }
+
+ private:
+  size_t size() const { return static_cast<size_t>(p.rank * kColumns); }
+
+  void gather(const std::vector<const CpuSums*>& sums) {
+    const int64_t wide = padded(p.width);
+    std::fill(columns_.begin(), columns_.end(), 0.0f);
+    for (const CpuSums* s : sums) {
+      for (int64_t j = 0; j < count_; ++j) columns_[static_cast<size_t>(j)] += s->columns[first_ + j];
+    }
+    for (int64_t k = 0; k < p.rank; ++k) {
+      float* up = &up_[static_cast<size_t>(k * kColumns)];
+      float* down = &down_[static_cast<size_t>(k * kColumns)];
+      std::fill_n(up, kColumns, 0.0f);
+      std::fill_n(down, kColumns, 0.0f);
+      for (const CpuSums* s : sums) {
+        const float* from_up = s->up + k * wide + first_;
+        const float* from_down = s->down + k * wide + first_;
+        for (int64_t j = 0; j < count_; ++j) up[j] += from_up[j];
+        for (int64_t j = 0; j < count_; ++j) down[j] += from_down[j];
+      }
+    }
+  }
+
+  void add_up(int id) {
+    const Ownership own(p, p.assignment, id);
+    const float factor = static_cast<float>(p.scale / (1.0 - p.dropout_p)) * own.factor;
+    for (int64_t j = 0; j < count_; ++j) {
+      const int64_t row = (first_ + j) * p.rank;
+      for (int64_t k = 0; k < p.rank; ++k) {
+        if (own.owns(row + k)) g.w_up[row + k] += factor * up_[static_cast<size_t>(k * kColumns + j)];
+      }
+    }
+  }
+
+  void add_bias(int id) {
+    const bool spread = p.experts > 0 && id == kMerged;
+    const int64_t first = p.experts > 0 && !spread ? id : 0, rows = spread ? p.experts : 1;
+    const float factor = p.scale / static_cast<float>(rows);
+    for (int64_t e = first; e < first + rows; ++e) {
+      float* row = g.b_up + e * p.width + first_;
+      for (int64_t j = 0; j < count_; ++j) row[j] += factor * columns_[static_cast<size_t>(j)];
+    }
+  }
+
+  // With G = grad_z.T @ xhat: that of w_down is G * gamma + b_down's (x) beta, that of gamma the column sums of w_down
+  // * G, that of beta w_down.T @ b_down's.
+  void add_down(int id, const std::vector<float>& b_down) {
+    const Ownership own(p, p.assignment_down, id);
+    for (int64_t j = 0; j < count_; ++j) {
+      gamma_[j] = element(p.gamma, first_ + j, 1.0f);
+      beta_[j] = element(p.beta, first_ + j, 0.0f);
+    }
+    const bool norm = g.gamma != nullptr || g.beta != nullptr;
+    for (int64_t k = 0; k < p.rank; ++k) {
+      const int64_t row = k * p.width + first_;
+      const float* along = &down_[static_cast<size_t>(k * kColumns)];
+      const float bias = b_down[static_cast<size_t>(k)];
+      if (g.w_down != nullptr) {
+        for (int64_t j = 0; j < count_; ++j) {
+          if (own.owns(row + j)) g.w_down[row + j] += own.factor * (along[j] * gamma_[j] + bias * beta_[j]);
+        }
+      }
+      if (!norm) continue;
+      unscaled_row(own, k);
+      for (int64_t j = 0; j < count_ && g.gamma != nullptr; ++j) g.gamma[first_ + j] += weights_[j] * along[j];
+      for (int64_t j = 0; j < count_ && g.beta != nullptr; ++j) g.beta[first_ + j] += weights_[j] * bias;
+    }
+  }
+
+  // w_down as the expert sees it, without gamma, which may be zero.
+  void unscaled_row(const Ownership& own, int64_t k) {
+    const int64_t row = k * p.width + first_;
+    load_floats(p.w_down, row, count_, weights_);
+    if (p.assignment_down == nullptr) return;
+    for (int64_t j = 0; j < count_; ++j) {
+      const float start = element(p.w_down_init, row + j, 0.0f);
+      const float trained = own.factor == 1.0f ? weights_[j] : start + own.factor * (weights_[j] - start);
+      weights_[j] = own.owns(row + j) ? trained : start;
+    }
+  }
+
+  double scale_part(const CpuExpert& expert) const {
+    double total = 0;
+    for (int64_t j = 0; j < count_; ++j) {
+      const float* row = expert.up_rows + (first_ + j) * padded(p.rank);
+      double sum = 0;
+      for (int64_t k = 0; k < p.rank; ++k)
+        sum += static_cast<double>(row[k]) * up_[static_cast<size_t>(k * kColumns + j)];
+      total +=
+          sum / (1.0 - p.dropout_p) + static_cast<double>(expert.b_up[first_ + j]) * columns_[static_cast<size_t>(j)];
+    }
+    return total;
+  }
+
+  const AdapterCpuParams& p;
+  const AdapterCpuGradients& g;
+  const int64_t first_;
+  const int64_t count_;
+  std::vector<float> up_;       // [rank, kColumns] the expert's summed a.T @ grad_out
+  std::vector<float> down_;     // [rank, kColumns] its grad_z.T @ xhat
+  std::vector<float> columns_;  // [kColumns] its column sums of grad_out
+  float gamma_[kColumns];
+  float beta_[kColumns];
+  float weights_[kColumns];
+};
+
+}  // namespace
+
+void finish_gradients(const AdapterCpuParams& p, const AdapterCpuGradients& g, const std::vector<int>& ids,
+                      const std::vector<CpuExpert>& experts, const std::vector<int>& sums_expert,
+                      const std::vector<CpuSums>& sums, int threads) {
+  std::vector<std::vector<const CpuSums*>> of_expert(experts.size());
+  for (size_t i = 0; i < sums.size(); ++i) of_expert[static_cast<size_t>(sums_expert[i])].push_back(&sums[i]);
+  std::vector<std::vector<float>> b_down(experts.size(), std::vector<float>(static_cast<size_t>(p.rank), 0.0f));
+  if (g.b_down != nullptr) std::fill_n(g.b_down, p.rank, 0.0f);
+  for (size_t e = 0; e < experts.size(); ++e) {
+    for (const CpuSums* s : of_expert[e]) {
+      for (int64_t k = 0; k < p.rank; ++k) b_down[e][static_cast<size_t>(k)] += s->b_down[k];
+    }
+    for (int64_t k = 0; k < p.rank && g.b_down != nullptr; ++k) g.b_down[k] += b_down[e][static_cast<size_t>(k)];
+  }
+  const int64_t items = (p.width + kColumns - 1) / kColumns;
+  std::vector<double> scale(static_cast<size_t>(items), 0.0);
+  parallel_for(items, threads, [&](int64_t item) {
+    const int64_t first = item * kColumns;
+    ColumnGradients columns(p, g, first, std::min(kColumns, p.width - first));
+    for (size_t e = 0; e < experts.size(); ++e) {
+      scale[static_cast<size_t>(item)] += columns.add(ids[e], experts[e], of_expert[e], b_down[e]);
+    }
+  });
+  if (g.scale == nullptr) return;
+  double total = 0;
+  for (const double part : scale) total += part;
+  *g.scale = static_cast<float>(total);
+}
+
+}  // namespace mosa

@@ -1,0 +1,173 @@
+// Matrix products of a tile, for one instruction set: C[m, n] (+)= A[m, k] B[k, n].
+//
+// A stands row by row. B stands in panels of kPanel columns, all k rows of a panel together, so that the inner loop
+// reads it in order; each loaded row of a panel serves kRowsAtOnce rows of C, which stay in registers.
+#pragma once
+
+#include "adapter_cpu_tile.h"
+#include "adapter_cpu_vector.h"
+
+#if defined(MOSA_BF16_PRODUCTS)
+#include <immintrin.h>
+#endif
+
+namespace mosa {
+namespace {
+
+constexpr int kPanel = kPanelVectors * kLanes;
+constexpr int kRowsAtOnce = 6;  // 6 x 4 sums and 4 loaded vectors of 32 registers; 6 x 2 and 2 of 16
+constexpr int kDepth = 64;      // of B worked on at once: 16 KiB of a panel, half the L1 cache
+
+#if defined(MOSA_BF16_PRODUCTS)
+typedef uint16_t Operand;
+constexpr int kPair = 2;  // neighbouring k are multiplied and added by one instruction
+#else
+typedef float Operand;
+constexpr int kPair = 1;
+#endif
+
+constexpr int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
+
+inline void set_operand(float* to, Vector v) { store(to, v); }
+inline void set_operand(uint16_t* to, Vector v) { store(to, v); }
+inline void set_operand(float* to, float v) { *to = v; }
+inline void set_operand(uint16_t* to, float v) {
+  const uint32_t bits = bit_cast<uint32_t>(v);
+  *to = static_cast<uint16_t>(v != v ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Where element (row, column) of B stands.
+inline int64_t panel_index(int64_t depth, int64_t row, int64_t column) {
+  return (column / kPanel) * even(depth) * kPanel + (row / kPair) * kPair * kPanel + (column % kPanel) * kPair +
+         row % kPair;
+}
+inline int64_t panel_elements(int64_t depth, int64_t columns) {
+  return (padded(columns) + kPanel - 1) / kPanel * even(depth) * kPanel;
+}
+
+inline Vector multiply_add(const Operand* a, const Operand* b, Vector c) {
+#if defined(MOSA_BF16_PRODUCTS)
+  uint32_t pair;
+  __builtin_memcpy(&pair, a, sizeof(pair));
+  const __m512i left = _mm512_set1_epi32(static_cast<int>(pair));
+  const __m512i right = _mm512_loadu_si512(b);
+  return bit_cast<Vector>(_mm512_dpbf16_ps(bit_cast<__m512>(c), bit_cast<__m512bh>(left), bit_cast<__m512bh>(right)));
+#else
+  return c + splat(*a) * load(b);
+#endif
+}
+
+template <int Rows, int Vectors>
+void product_block(int64_t depth, const Operand* a, int64_t a_stride, const Operand* b, float* c, int64_t c_stride,
+                   bool accumulate) {
+  Vector sums[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = accumulate ? load(c + i * c_stride + v * kLanes) : Vector{};
+  }
+  for (int64_t k = 0; k < depth; k += kPair) {
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        sums[i][v] = multiply_add(a + i * a_stride + k, b + k * kPanel + v * kLanes * kPair, sums[i][v]);
+      }
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) store(c + i * c_stride + v * kLanes, sums[i][v]);
+  }
+}
+
+template <int Rows>
+void product_rows(int vectors, int64_t depth, const Operand* a, int64_t a_stride, const Operand* b, float* c,
+                  int64_t c_stride, bool accumulate) {
+  switch (vectors) {
+    case 1:
+      return product_block<Rows, 1>(depth, a, a_stride, b, c, c_stride, accumulate);
+    case 2:
+      return product_block<Rows, 2>(depth, a, a_stride, b, c, c_stride, accumulate);
+#if defined(__AVX512F__)
+    case 3:
+      return product_block<Rows, 3>(depth, a, a_stride, b, c, c_stride, accumulate);
+    case 4:
+      return product_block<Rows, 4>(depth, a, a_stride, b, c, c_stride, accumulate);
+#endif
+  }
+}
+
+// `b` holds the panels of a matrix of `panel_rows` rows, of which the first k are used. Columns of C from n to
+// padded(n) are written too. Where k is odd, one more operand a row is read, and has to be finite in A and zero in B or
+// the reverse.
+void product(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_stride, const Operand* b, int64_t panel_rows,
+             float* c, int64_t c_stride, bool accumulate) {
+  const int64_t columns = padded(n);
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const int64_t width = columns - column < kPanel ? columns - column : kPanel;
+    const int vectors = static_cast<int>(width / kLanes);
+    const Operand* panel = b + column * even(panel_rows);
+    for (int64_t start = 0; start < k; start += kDepth) {
+      const int64_t depth = k - start < kDepth ? k - start : kDepth;
+      const bool add = accumulate || start > 0;
+      for (int64_t row = 0; row < m; row += kRowsAtOnce) {
+        const Operand* left = a + row * a_stride + start;
+        const Operand* right = panel + start * kPanel;
+        float* to = c + row * c_stride + column;
+        switch (m - row) {
+          case 1:
+            product_rows<1>(vectors, depth, left, a_stride, right, to, c_stride, add);
+            break;
+          case 2:
+            product_rows<2>(vectors, depth, left, a_stride, right, to, c_stride, add);
+            break;
+          case 3:
+            product_rows<3>(vectors, depth, left, a_stride, right, to, c_stride, add);
+            break;
+          case 4:
+            product_rows<4>(vectors, depth, left, a_stride, right, to, c_stride, add);
+            break;
+          case 5:
+            product_rows<5>(vectors, depth, left, a_stride, right, to, c_stride, add);
+            break;
+          default:
+            product_rows<kRowsAtOnce>(vectors, depth, left, a_stride, right, to, c_stride, add);
+        }
+      }
+    }
+  }
+}
+
+size_t panel_bytes(int64_t k, int64_t n) { return static_cast<size_t>(panel_elements(k, n)) * sizeof(Operand); }
+
+inline void clear_panel_row(Operand* panels, int64_t row, int64_t n) {
+  for (int64_t column = 0; column < padded(n); ++column) panels[panel_index(row, row, column)] = Operand(0);
+}
+
+// Panels of B [k, n] from its rows, which are padded with zeros to `stride` >= padded(n).
+void pack(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels) {
+  Operand* to = static_cast<Operand*>(panels);
+  for (int64_t row = 0; row < k; ++row) {
+    for (int64_t column = 0; column < padded(n); ++column) {
+      set_operand(to + panel_index(k, row, column), rows[row * stride + column]);
+    }
+  }
+  if (kPair > 1 && k % 2 != 0) clear_panel_row(to, k, n);
+}
+
+// Panels of B [k, n] from the rows of its transpose [n, k].
+void pack_transposed(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels) {
+  Operand* to = static_cast<Operand*>(panels);
+  constexpr int64_t kBlock = 16;  // as many rows are read side by side, and stay in L1 whatever their stride
+  for (int64_t first = 0; first < padded(n); first += kBlock) {
+    const int64_t given = n - first < kBlock ? n - first : kBlock;
+    for (int64_t row = 0; row < k; ++row) {
+      for (int64_t i = 0; i < given; ++i) {
+        set_operand(to + panel_index(k, row, first + i), rows[(first + i) * stride + row]);
+      }
+      for (int64_t i = given; i < kBlock; ++i) to[panel_index(k, row, first + i)] = Operand(0);
+    }
+  }
+  if (kPair > 1 && k % 2 != 0) clear_panel_row(to, k, n);
+}
+
+}  // namespace
+}  // namespace mosa

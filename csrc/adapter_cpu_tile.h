@@ -1,0 +1,77 @@
+// What adapter_cpu.cpp asks of the code for one instruction set: packing an expert's weights, and one tile of tokens.
+// Plain pointers only: the sources behind it are compiled for CPUs that may not be this one, so they share no inline
+// function with the rest of the module.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mosa {
+
+constexpr int kTileRows =
+    48;                   // with 768 columns and rank 64 a tile and its weights take 0.7 MB of L2; rows come in sixes
+constexpr int kPad = 16;  // columns of fp32 scratch come in multiples of it
+
+constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// One expert's projections: effective weights as fp32 rows, then as panels for the matrix products.
+struct CpuExpert {
+  float* down_rows;  // [rank, padded(width)] w_down_e * gamma
+  float* up_rows;    // [width, padded(rank)] w_up_e
+  float* b_down;     // [padded(rank)] b_down + w_down_e @ beta
+  float* b_up;       // [padded(width)] b_up_e, zeros without one
+  void* down;        // panels of [width, rank]: x to bottleneck
+  void* up;          // panels of [rank, width]: bottleneck to output
+  void* down_back;   // panels of [rank, width]: gradient of the bottleneck to that of x
+  void* up_back;     // panels of [width, rank]: gradient of the output to that of the bottleneck
+};
+
+// One expert's sums over a run of tiles. Rows stand padded(width) apart.
+struct CpuSums {
+  float* up;       // [rank, padded(width)] a.T @ grad_out
+  float* down;     // [rank, padded(width)] grad_z.T @ normalised x
+  float* b_down;   // [padded(rank)] column sums of grad_z
+  float* columns;  // [padded(width)] column sums of grad_out
+  bool fresh;      // holds nothing yet
+};
+
+struct CpuTileCall {
+  const void* x;
+  const void* residual;
+  const void* grad_out;
+  void* out;    // forward: the output; backward: the gradient of x or null
+  float* mean;  // forward: written, backward: read; null without a norm
+  float* rstd;
+  const int64_t* seed;
+  int64_t rows_per_seed;
+  int64_t width;
+  int64_t rank;
+  float scale;
+  float alpha;  // scale / (1 - p)
+  float norm_eps;
+  uint32_t drop_below;
+  uint8_t activation;
+  bool dropout;
+  bool half_tokens;  // x, residual, grad_out and out are bf16, else fp32
+  bool add_input;
+  bool weights;  // backward: whether the sums over tokens are wanted
+};
+
+struct CpuKernels {
+  size_t (*panel_bytes)(int64_t k, int64_t n);  // of the panels of a [k, n] matrix
+  size_t (*scratch_bytes)(int64_t width, int64_t rank, bool backward);
+  void (*pack)(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels);             // from [k, n]
+  void (*pack_transposed)(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels);  // from [n, k]
+  // tokens: the indices of the tile's n tokens.
+  void (*forward)(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, void* scratch);
+  void (*backward)(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, const CpuSums& sums,
+                   void* scratch);
+};
+
+// Null where the compiler could not build them.
+const CpuKernels* cpu_kernels_portable();
+const CpuKernels* cpu_kernels_avx2();
+const CpuKernels* cpu_kernels_avx512();
+const CpuKernels* cpu_kernels_avx512_bf16();
+
+}  // namespace mosa
