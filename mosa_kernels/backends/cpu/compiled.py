@@ -34,7 +34,10 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(args)
     out = empty_contiguous(args.x)
-    mean, rstd = args.x.new_empty((2, call.tokens if args.norm_weight is not None else 0), dtype=torch.float32)
+    statistics = call.tokens if args.norm_weight is not None else 0
+    mean, rstd = (
+        torch.empty(statistics, dtype=torch.float32) for _ in range(2)
+    )  # an operator's outputs may not share memory
     if call.tokens:
         call.run("adapter_cpu_forward", (out, mean, rstd))
     return out, mean, rstd
