@@ -22,38 +22,29 @@ def adapter_backward(
     parts = parts_of(args, plan, needs)
     weights = parts.down or parts.up
     dx = torch.empty(args.x.shape, dtype=args.x.dtype, device=device) if needs.x else None
-    h = da = None
+    h = None
     if weights:
-        shape = (2, plan.tokens, plan.padded_bottleneck)
-        h, da = torch.empty(shape, dtype=args.matmul_dtype, device=device)
+        h = torch.empty((2, plan.tokens, plan.padded_bottleneck), dtype=args.matmul_dtype, device=device)
     if needs.x or weights:
-        tokens_launch(args, plan, x, grad, mean, rstd, dx, h, da).run()
-    if not weights:
+        tokens_launch(args, plan, x, grad, mean, rstd, dx, h).run()
+    if h is None:
         return AdapterGradients(x=dx, activity=expert_activity(args) if needs.activity else None)
-    assert h is not None
-    assert da is not None
 
-    r, d = args.w_down.shape
-    buffers = (
-        torch.empty((parts.number, r, d), dtype=torch.float32, device=device) if parts.down else None,
-        torch.empty((parts.number, d, r), dtype=torch.float32, device=device) if parts.up else None,
-        torch.empty((parts.number, parts.layout[4]), dtype=torch.float32, device=device),
+    buffer = torch.empty((parts.number, parts.layout[-1]), dtype=torch.float32, device=device)
+    weights_launch(args, plan, parts, x, grad, mean, rstd, h, buffer).run()
+    w_down, w_up, norm_weight, norm_bias, b_up, b_down, scale, activity = gradients = (
+        _gradient_of(args.w_down, needs.w_down),
+        _gradient_of(args.w_up, needs.w_up),
+        _gradient_of(args.norm_weight, needs.norm_weight),
+        _gradient_of(args.norm_bias, needs.norm_bias),
+        _gradient_of(args.b_up, needs.b_up),
+        _gradient_of(args.b_down, needs.b_down),
+        _gradient_of(args.scale_tensor, needs.scale),
+        _gradient_of(args.activity, needs.activity),
     )
-    weights_launch(args, plan, parts, x, grad, mean, rstd, h, da, buffers).run()
-    wanted = (
-        (needs.w_down, args.w_down),
-        (needs.w_up, args.w_up),
-        (needs.norm_weight, args.norm_weight),
-        (needs.norm_bias, args.norm_bias),
-        (needs.b_up, args.b_up),
-        (needs.b_down, args.b_down),
-        (needs.scale, args.scale_tensor),
-        (needs.activity, args.activity),
-    )
-    gradients = tuple(
-        torch.empty(source.shape, dtype=source.dtype, device=device) if need and source is not None else None
-        for need, source in wanted
-    )
-    reduce_launch(args, plan, parts, buffers, gradients).run()
-    w_down, w_up, norm_weight, norm_bias, b_up, b_down, scale, activity = gradients
+    reduce_launch(args, parts, buffer, gradients).run()
     return AdapterGradients(dx, w_down, b_down, w_up, b_up, norm_weight, norm_bias, scale, activity)
+
+
+def _gradient_of(source: Tensor | None, needed: bool) -> Tensor | None:
+    return torch.empty_like(source) if needed and source is not None else None

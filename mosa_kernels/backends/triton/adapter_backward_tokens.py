@@ -78,7 +78,7 @@ def recompute(
 
 @triton.jit
 def finish(
-    z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, da_out, tokens, rows, token_mean, token_rstd,
+    z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, rows, token_mean, token_rstd,
     w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id, seed_group, threshold,
     keep_scale,
     D: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, DROPOUT: tl.constexpr,
@@ -96,6 +96,7 @@ def finish(
     if h_out is not None:
         at = tokens.to(tl.int64)[:, None] * BLOCK_R + units[None, :]
         tl.store(h_out + at, h.to(DTYPE), mask=rows[:, None])
+        da_out = h_out + num_tokens.to(tl.int64) * BLOCK_R
         if RAW:
             tl.store(da_out + at, (da * token_rstd[:, None]).to(DTYPE), mask=rows[:, None])
         else:
@@ -124,7 +125,7 @@ def finish(
 
 @triton.jit
 def adapter_backward_tokens_kernel(
-    x, grad, dx, h_out, da_out, mean, rstd, w_down, b_down, w_up, owner_up, owner_down, w_down_init, expert,
+    x, grad, dx, h_out, mean, rstd, w_down, b_down, w_up, owner_up, owner_down, w_down_init, expert,
     gamma, beta, scale_tensor, seed,
     num_tokens, expert_group, expert_id, seed_group, seed_id, threshold,
     keep_scale, scale, expert_scale, merged_scale,
@@ -171,9 +172,10 @@ def adapter_backward_tokens_kernel(
                 )  # fmt: skip
                 e = tl.min(tl.where(ids > e, ids, NO_EXPERT), 0)
         finish(
-            z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, da_out, tokens, valid, token_mean, token_rstd,
-            w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id, seed_group,
-            threshold, keep_scale, D, R, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+            z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, valid, token_mean,
+            token_rstd, w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id,
+            seed_group, threshold, keep_scale,
+            D, R, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
         )  # fmt: skip
     else:
         while e < NO_EXPERT:
@@ -187,7 +189,7 @@ def adapter_backward_tokens_kernel(
                 D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
             )  # fmt: skip
             finish(
-                z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, da_out, tokens, rows, token_mean,
+                z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, rows, token_mean,
                 token_rstd, w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id,
                 seed_group, threshold, keep_scale,
                 D, R, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
@@ -207,13 +209,12 @@ def tokens_launch(
     rstd: Tensor,
     dx: Tensor | None,
     h: Tensor | None,
-    da: Tensor | None,
 ) -> Launch:
-    """The launch for x and grad as `rows_of` gives them; h and da [T, padded r], or None where nothing needs them."""
+    """The launch for x and grad as `rows_of` gives them; h [2, T, padded r] for h and da, or None."""
     config = plan.configs.tokens
     norm = args.norm_weight is not None
     tensors = (
-        x, grad, dx, h, da, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
+        x, grad, dx, h, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
         args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
         args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
     )  # fmt: skip

@@ -135,10 +135,11 @@ def up_gradients(
 
 @triton.jit
 def down_part(
-    x, da, mean, rstd, w_down, owner_down, w_down_init, expert, gamma, beta, parts, vector,
-    begin, end, expert_group, e, expert_scale, merged_scale, part, column_block,
+    x, da, mean, rstd, w_down, owner_down, w_down_init, expert, gamma, beta, out,
+    begin, end, expert_group, e, expert_scale, merged_scale, column_block,
     D: tl.constexpr, R: tl.constexpr, X_STRIDE: tl.constexpr, GROUPED: tl.constexpr, RAW: tl.constexpr,
-    AT_BETA: tl.constexpr, AT_DOWN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    AT_GAMMA: tl.constexpr, AT_BETA: tl.constexpr, AT_DOWN_BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Writes a program's part of the gradients of w_down, b_down, gamma and beta."""
@@ -175,22 +176,22 @@ def down_part(
             product, db, w_down, owner_down, w_down_init, gamma, beta, cols, e, expert_scale, merged_scale,
             D, R, BLOCK_D, BLOCK_R,
         )  # fmt: skip
-    at = part * (R * D) + units[:, None] * D + cols[None, :]
-    tl.store(parts + at, dw, mask=inside(units, R, BLOCK_R)[:, None] & mask[None, :])
+    at = units[:, None] * D + cols[None, :]
+    tl.store(out + at, dw, mask=inside(units, R, BLOCK_R)[:, None] & mask[None, :])
     if gamma is not None:
-        tl.store(vector + cols, dgamma, mask=mask)
-        tl.store(vector + AT_BETA + cols, dbeta, mask=mask)
+        tl.store(out + AT_GAMMA + cols, dgamma, mask=mask)
+        tl.store(out + AT_BETA + cols, dbeta, mask=mask)
     if column_block == 0:
-        tl.store(vector + AT_DOWN + units, db, mask=inside(units, R, BLOCK_R))
+        tl.store(out + AT_DOWN_BIAS + units, db, mask=inside(units, R, BLOCK_R))
 
 
 @triton.jit
 def up_part(
-    grad, h, w_up, b_up, owner_up, expert, parts, vector,
-    begin, end, expert_group, e, scale, expert_scale, merged_scale, part, column_block,
+    grad, h, w_up, b_up, owner_up, expert, out,
+    begin, end, expert_group, e, scale, expert_scale, merged_scale, column_block,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, GRAD_STRIDE: tl.constexpr, GROUPED: tl.constexpr,
-    NEED_SCALE: tl.constexpr, AT_UP: tl.constexpr, AT_SCALE: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEED_SCALE: tl.constexpr, AT_UP: tl.constexpr, AT_BIAS: tl.constexpr, AT_SCALE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes a program's part of the gradients of w_up, b_up and the scale."""
@@ -225,24 +226,25 @@ def up_part(
             product, bias, w_up, owner_up, b_up, cols, e, scale, expert_scale, merged_scale,
             D, R, N, NEED_SCALE, DTYPE, BLOCK_D, BLOCK_R, BLOCK_N,
         )  # fmt: skip
-    at = part * (R * D) + cols[:, None] * R + units[None, :]
-    tl.store(parts + at, dw, mask=mask[:, None] & inside(units, R, BLOCK_R)[None, :])
+    at = AT_UP + cols[:, None] * R + units[None, :]
+    tl.store(out + at, dw, mask=mask[:, None] & inside(units, R, BLOCK_R)[None, :])
     if BIAS:
-        at_bias = AT_UP + rows[:, None] * D + cols[None, :]
-        tl.store(vector + at_bias, db, mask=(rows < max(N, 1))[:, None] & mask[None, :])
+        at_bias = AT_BIAS + rows[:, None] * D + cols[None, :]
+        tl.store(out + at_bias, db, mask=(rows < max(N, 1))[:, None] & mask[None, :])
     if NEED_SCALE:
-        tl.store(vector + AT_SCALE + column_block, dscale)
+        tl.store(out + AT_SCALE + column_block, dscale)
 
 
 @triton.jit
 def adapter_backward_weights_kernel(
-    x, grad, h, da, mean, rstd, w_down, w_up, b_up, owner_up, owner_down, w_down_init, expert, gamma, beta,
-    scale_tensor, down_parts, up_parts, vector_parts,
+    x, grad, h, mean, rstd, w_down, w_up, b_up, owner_up, owner_down, w_down_init, expert, gamma, beta,
+    scale_tensor, parts,
     num_tokens, expert_group, expert_id, tokens_a_part,
     scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
-    GROUPED: tl.constexpr, RAW: tl.constexpr, NEED_SCALE: tl.constexpr,
-    AT_BETA: tl.constexpr, AT_UP: tl.constexpr, AT_DOWN: tl.constexpr, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr,
+    GROUPED: tl.constexpr, RAW: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, NEED_SCALE: tl.constexpr,
+    AT_UP: tl.constexpr, AT_GAMMA: tl.constexpr, AT_BETA: tl.constexpr, AT_BIAS: tl.constexpr,
+    AT_DOWN_BIAS: tl.constexpr, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -250,26 +252,28 @@ def adapter_backward_weights_kernel(
     part = tl.program_id(1)
     begin = part * tokens_a_part
     end = tl.minimum(begin + tokens_a_part, num_tokens)
-    vector = vector_parts + part * LENGTH
+    out = parts + part * LENGTH
+    da = h + num_tokens.to(tl.int64) * BLOCK_R
     if scale_tensor is not None:
         scale = tl.load(scale_tensor).to(tl.float32)
     e = expert_id
     if expert is not None and not GROUPED:
         e = tl.load(expert).to(tl.int32)
     # The last program id chooses the projection; where only one is wanted it has one value.
-    if down_parts is not None:
+    if DOWN:
         if tl.program_id(2) == 0:
             down_part(
-                x, da, mean, rstd, w_down, owner_down, w_down_init, expert, gamma, beta, down_parts, vector,
-                begin, end, expert_group, e, expert_scale, merged_scale, part, column_block,
-                D, R, X_STRIDE, GROUPED, RAW, AT_BETA, AT_DOWN, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+                x, da, mean, rstd, w_down, owner_down, w_down_init, expert, gamma, beta, out,
+                begin, end, expert_group, e, expert_scale, merged_scale, column_block,
+                D, R, X_STRIDE, GROUPED, RAW, AT_GAMMA, AT_BETA, AT_DOWN_BIAS, DTYPE, PRECISION,
+                BLOCK_T, BLOCK_D, BLOCK_R,
             )  # fmt: skip
-    if up_parts is not None:
+    if UP:
         if tl.program_id(2) == tl.num_programs(2) - 1:
             up_part(
-                grad, h, w_up, b_up, owner_up, expert, up_parts, vector,
-                begin, end, expert_group, e, scale, expert_scale, merged_scale, part, column_block,
-                D, R, N, GRAD_STRIDE, GROUPED, NEED_SCALE, AT_UP, AT_SCALE, DTYPE, PRECISION,
+                grad, h, w_up, b_up, owner_up, expert, out,
+                begin, end, expert_group, e, scale, expert_scale, merged_scale, column_block,
+                D, R, N, GRAD_STRIDE, GROUPED, NEED_SCALE, AT_UP, AT_BIAS, AT_SCALE, DTYPE, PRECISION,
                 BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_N,
             )  # fmt: skip
 
@@ -286,16 +290,15 @@ def weights_launch(
     mean: Tensor,
     rstd: Tensor,
     h: Tensor,
-    da: Tensor,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor],
+    buffer: Tensor,
 ) -> Launch:
-    """The launch that fills the buffers for the gradients of w_down, of w_up and of vectors, float32 [parts, ...]."""
+    """The launch that fills the buffer of parts, float32 [number, length], from h and da, [2, T, padded r]."""
     config = plan.configs.weights
     norm = args.norm_weight is not None
     tensors = (
-        x, grad, h, da, mean if norm else None, rstd if norm else None, args.w_down, args.w_up, args.b_up,
+        x, grad, h, mean if norm else None, rstd if norm else None, args.w_down, args.w_up, args.b_up,
         args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
-        args.norm_weight, args.norm_bias, args.scale_tensor, *buffers,
+        args.norm_weight, args.norm_bias, args.scale_tensor, buffer,
     )  # fmt: skip
     scalars = (
         plan.tokens, plan.expert_group, args.expert_id, parts.tokens, args.scale, args.expert_scale,
@@ -303,7 +306,7 @@ def weights_launch(
     )  # fmt: skip
     constants = (
         args.width, args.bottleneck, plan.bias_rows, x.stride(0), grad.stride(0), plan.grouped, plan.raw,
-        parts.scale, *parts.layout, plan.dtype, plan.precision,
+        parts.down, parts.up, parts.scale, *parts.layout, plan.dtype, plan.precision,
         config.block_t, config.block_d, plan.padded_bottleneck, 1 << (max(plan.bias_rows, 1) - 1).bit_length(),
     )  # fmt: skip
     grid = (parts.column_blocks, parts.number, int(parts.down) + int(parts.up))

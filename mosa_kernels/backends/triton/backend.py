@@ -73,8 +73,10 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
     from mosa_kernels.backends.triton.adapter_forward import adapter_forward
 
-    with torch.cuda.device_of(args.x):
-        return adapter_forward(args)
+    if _on_current_device(args.x):
+        return adapter_forward(_with_dense_ids(args))
+    with torch.cuda.device(args.x.device):
+        return adapter_forward(_with_dense_ids(args))
 
 
 def adapter_backward(
@@ -82,5 +84,21 @@ def adapter_backward(
 ) -> AdapterGradients:
     from mosa_kernels.backends.triton.adapter_backward import adapter_backward
 
-    with torch.cuda.device_of(args.x):
-        return adapter_backward(args, grad_out, mean, rstd, needs)
+    if _on_current_device(args.x):
+        return adapter_backward(_with_dense_ids(args), grad_out, mean, rstd, needs)
+    with torch.cuda.device(args.x.device):
+        return adapter_backward(_with_dense_ids(args), grad_out, mean, rstd, needs)
+
+
+def _on_current_device(x: Tensor) -> bool:
+    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
+
+
+def _with_dense_ids(args: AdapterArguments) -> AdapterArguments:
+    """The kernels step through ids and seeds one by one: a column of a table of ids is gathered first."""
+    expert, seed = args.expert, args.seed
+    if expert is not None and not expert.is_contiguous():
+        args = args._replace(expert=expert.contiguous())
+    if seed is not None and not seed.is_contiguous():
+        args = args._replace(seed=seed.contiguous())
+    return args

@@ -62,11 +62,25 @@ class Launch(NamedTuple):
         key = (self.function, *kinds, self._aligned(), self.constants, self.num_warps, torch.cuda.current_device())
         kernel = _compiled.get(key)
         if kernel is None:
-            kernel = _compiled[key] = self.compile(triton.runtime.driver.active.get_current_target())
+            driver = triton.runtime.driver.active
+            limit = driver.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+            kernel = _compiled[key] = self.compile(driver.get_current_target(), limit)
         kernel[self.grid](*self.tensors, *self.scalars, *self.constants)
 
-    def compile(self, target: GPUTarget) -> CompiledKernel:
-        """This variant's machine code for a target, which need not be present."""
+    def compile(self, target: GPUTarget, shared_limit: int) -> CompiledKernel:
+        """This variant's machine code for a target, which need not be present.
+
+        Tiles of float32 weights in a half precision product, and those of a sparse down-projection, need more memory
+        than the table counts on: a variant over the limit (bytes of shared memory) prefetches less far.
+        """
+        kernel = self._compile(target, self.num_stages)
+        for stages in range(self.num_stages - 1, 0, -1):
+            if kernel.metadata.shared <= shared_limit:
+                break
+            kernel = self._compile(target, stages)
+        return kernel
+
+    def _compile(self, target: GPUTarget, num_stages: int) -> CompiledKernel:
         names = self.function.arg_names
         kinds = ["constexpr" if tensor is None else _POINTERS[tensor.dtype] for tensor in self.tensors]
         kinds += [*self.scalar_types, *("constexpr" for _ in self.constants)]
@@ -76,7 +90,7 @@ class Launch(NamedTuple):
         divisible = [["tt.divisibility", _ALIGNMENT]]
         attributes = {(i,): divisible for i, kind in enumerate(kinds) if kind[0] == "*"} if self._aligned() else {}
         source = ASTSource(self.function, signature, constants, attributes)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
         return triton.compile(source, target=target, options=options)
 
     def _aligned(self) -> bool:

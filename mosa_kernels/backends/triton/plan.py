@@ -69,7 +69,9 @@ class Parts(NamedTuple):
     column_blocks: int
     number: int
     tokens: int  # in one part
-    layout: tuple[int, int, int, int, int]  # where beta, b_up, b_down and the scale begin after gamma; the end
+    layout: tuple[
+        int, ...
+    ]  # where w_up, gamma, beta, b_up, b_down and the scale begin in a part, after w_down; the end
 
 
 def parts_of(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts:
@@ -82,10 +84,12 @@ def parts_of(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts:
     blocks = -(-plan.tokens // config.block_t)
     count = max(1, min(blocks, plan.configs.programs // (column_blocks * max(1, int(down) + int(up)))))
     tokens = -(-blocks // count) * config.block_t
-    at_beta = d if args.norm_weight is not None else 0
-    at_up = 2 * at_beta
-    at_down = at_up + (0 if args.b_up is None else args.b_up.numel())
-    at_scale = at_down + args.bottleneck
+    size, norm = d * args.bottleneck, d if args.norm_weight is not None else 0
+    at_up = size if down else 0
+    at_gamma = at_up + (size if up else 0)
+    at_bias = at_gamma + 2 * norm
+    at_down_bias = at_bias + (0 if args.b_up is None else args.b_up.numel())
+    at_scale = at_down_bias + args.bottleneck
     return Parts(
         down=down,
         up=up,
@@ -93,7 +97,7 @@ def parts_of(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts:
         column_blocks=column_blocks,
         number=-(-plan.tokens // tokens),
         tokens=tokens,
-        layout=(at_beta, at_up, at_down, at_scale, at_scale + column_blocks),
+        layout=(at_up, at_gamma, at_gamma + norm, at_bias, at_down_bias, at_scale, at_scale + column_blocks),
     )
 
 

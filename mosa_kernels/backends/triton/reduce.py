@@ -10,7 +10,7 @@ from torch import Tensor
 from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.triton.device import NO_EXPERT
 from mosa_kernels.backends.triton.launch import Launch
-from mosa_kernels.backends.triton.plan import Parts, Plan
+from mosa_kernels.backends.triton.plan import Parts
 
 _BLOCK = 512
 _AT_ONCE = 8
@@ -39,10 +39,11 @@ def store_slice(out, index, total, BEGIN: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def reduce_kernel(
-    down_parts, up_parts, vector_parts, w_down, w_up, gamma, beta, b_up, b_down, scale, activity, expert,
-    count, expert_id, num_ids,
-    SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, AT_BETA: tl.constexpr, AT_UP: tl.constexpr,
-    AT_DOWN: tl.constexpr, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr,
+    parts, w_down, w_up, gamma, beta, b_up, b_down, scale, activity, expert,
+    number, expert_id, num_ids,
+    SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    AT_UP: tl.constexpr, AT_GAMMA: tl.constexpr, AT_BETA: tl.constexpr, AT_BIAS: tl.constexpr,
+    AT_DOWN_BIAS: tl.constexpr, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr,
     DOWN_BLOCKS: tl.constexpr, UP_BLOCKS: tl.constexpr, VECTOR_BLOCKS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -50,26 +51,26 @@ def reduce_kernel(
     if program < DOWN_BLOCKS:
         if w_down is not None:
             index = program * BLOCK + tl.arange(0, BLOCK)
-            total = sum_parts(down_parts, index, index < SIZE, count, SIZE, BLOCK, AT_ONCE)
-            tl.store(w_down + index, total.to(w_down.dtype.element_ty), mask=index < SIZE)
+            total = sum_parts(parts, index, index < SIZE, number, LENGTH, BLOCK, AT_ONCE)
+            store_slice(w_down, index, total, 0, SIZE)
     elif program < DOWN_BLOCKS + UP_BLOCKS:
         if w_up is not None:
-            index = (program - DOWN_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-            total = sum_parts(up_parts, index, index < SIZE, count, SIZE, BLOCK, AT_ONCE)
-            tl.store(w_up + index, total.to(w_up.dtype.element_ty), mask=index < SIZE)
+            index = AT_UP + (program - DOWN_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+            total = sum_parts(parts, index, index < AT_UP + SIZE, number, LENGTH, BLOCK, AT_ONCE)
+            store_slice(w_up, index, total, AT_UP, SIZE)
     elif program < DOWN_BLOCKS + UP_BLOCKS + VECTOR_BLOCKS:
-        index = (program - DOWN_BLOCKS - UP_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-        total = sum_parts(vector_parts, index, index < AT_SCALE, count, LENGTH, BLOCK, AT_ONCE)
-        store_slice(gamma, index, total, 0, D)
+        index = AT_GAMMA + (program - DOWN_BLOCKS - UP_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+        total = sum_parts(parts, index, index < AT_SCALE, number, LENGTH, BLOCK, AT_ONCE)
+        store_slice(gamma, index, total, AT_GAMMA, D)
         store_slice(beta, index, total, AT_BETA, D)
-        store_slice(b_up, index, total, AT_UP, AT_DOWN - AT_UP)
-        store_slice(b_down, index, total, AT_DOWN, R)
+        store_slice(b_up, index, total, AT_BIAS, AT_DOWN_BIAS - AT_BIAS)
+        store_slice(b_down, index, total, AT_DOWN_BIAS, R)
     else:
         if scale is not None:
             columns = LENGTH - AT_SCALE
             at = tl.arange(0, BLOCK_SCALE)
             index = at // columns * LENGTH + AT_SCALE + at % columns
-            terms = tl.load(vector_parts + index, mask=at < count * columns, other=0)
+            terms = tl.load(parts + index, mask=at < number * columns, other=0)
             tl.store(scale, tl.sum(terms, 0).to(scale.dtype.element_ty))
         if activity is not None:
             n = tl.arange(0, BLOCK_N)
@@ -87,24 +88,19 @@ def reduce_kernel(
 SCALAR_TYPES = ("i32", "i32", "i32")
 
 
-def reduce_launch(
-    args: AdapterArguments,
-    plan: Plan,
-    parts: Parts,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor],
-    gradients: tuple[Tensor | None, ...],
-) -> Launch:
+def reduce_launch(args: AdapterArguments, parts: Parts, buffer: Tensor, gradients: tuple[Tensor | None, ...]) -> Launch:
     """The launch that writes the gradients of w_down, w_up, gamma, beta, b_up, b_down, scale and activity."""
     assert parts.number * parts.column_blocks <= _MOST_SCALE_PARTS
     w_down, w_up, activity = gradients[0], gradients[1], gradients[-1]
     size = args.width * args.bottleneck
+    _, at_gamma, *_, at_scale, _ = parts.layout
     blocks = (
         -(-size // _BLOCK) if w_down is not None else 0,
         -(-size // _BLOCK) if w_up is not None else 0,
-        -(-parts.layout[3] // _BLOCK) if any(g is not None for g in gradients[2:6]) else 0,
+        -(-(at_scale - at_gamma) // _BLOCK),
     )
-    num_experts = activity.numel() if activity is not None else 1
-    tensors = (*buffers, *gradients, args.expert if activity is not None else None)
+    num_experts = activity.shape[0] if activity is not None else 1
+    tensors = (buffer, *gradients, args.expert if activity is not None else None)
     scalars = (parts.number, args.expert_id, args.expert.numel() if args.expert is not None else 0)
     constants = (
         size, args.width, args.bottleneck, *parts.layout, *blocks, num_experts,

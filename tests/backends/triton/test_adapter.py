@@ -6,7 +6,7 @@ The interpreter multiplies the raw bits of bf16 operands, so that bf16 is checke
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -21,6 +21,7 @@ from mosa_kernels.backends.triton import backend
 from mosa_kernels.functional.adapter import mosa_adapter
 
 pytest.importorskip("triton", reason="PyTorch came without Triton")
+from mosa_kernels.backends.triton import adapter_backward, adapter_forward, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -38,17 +39,18 @@ needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter knows no str
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN, so that what a kernel forgets to write is seen."""
-    empty = torch.empty
 
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocated(*args: object, **kwargs: object) -> Tensor:
+            with torch.no_grad():
+                return allocate(*args, **kwargs).fill_(float("nan"))
 
-    torch.empty = poisoned
-    try:
+        return allocated
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
         yield
-    finally:
-        torch.empty = empty
 
 
 def run(args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None) -> tuple[Tensor, AdapterGradients]:
@@ -211,6 +213,26 @@ def test_rows_that_are_not_contiguous() -> None:
 def test_addresses_that_are_not_aligned() -> None:
     base = torch.randn(1 + 2 * 10 * 33, generator=torch.Generator().manual_seed(8)).to(DEVICE)
     check(call(2, 10, 33, 5)._replace(x=base[1:].view(2, 10, 33).requires_grad_()))
+
+
+def test_ids_and_seeds_that_are_columns_of_a_table() -> None:
+    table = torch.tensor([[0, 3], [2, -1], [1, 0]])
+    args = call(3, 10, 32, 6, dropout_p=0.3)._replace(seed=(table * 2**33 + 7).to(DEVICE)[:, 1])
+    check(args._replace(expert=table.to(DEVICE)[:, 0]))
+    check(args._replace(expert=table.to(DEVICE)[1, 0].expand(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_products_on_the_raw_x(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bf16 takes, in dtypes that the interpreter multiplies rightly."""
+
+    def raw_plan(args: AdapterArguments, arch: int) -> plan.Plan:
+        return plan.plan_of(args, arch)._replace(raw=True, centre=False)
+
+    for module in (adapter_forward, adapter_backward):
+        monkeypatch.setattr(module, "plan_of", raw_plan)
+    check(call(2, 50, 48, 10, dtype, expert=torch.tensor([3, -1])))
+    check(call(2, 50, 48, 10, dtype, expert=torch.tensor([3, -1]), **sparse_down(48, 10)))
 
 
 def test_through_the_operator_and_autograd() -> None:

@@ -1,0 +1,165 @@
+"""Every row of the table compiled for GPUs that need not be there: registers, spills and shared memory are facts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
+from mosa_kernels.backends.triton import configs as table
+
+triton = pytest.importorskip("triton", reason="PyTorch came without Triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+
+from mosa_kernels.backends.triton import adapter_backward_tokens, adapter_backward_weights, reduce  # noqa: E402
+from mosa_kernels.backends.triton.adapter_forward import adapter_forward_kernel, forward_launch  # noqa: E402
+from mosa_kernels.backends.triton.launch import Launch, interpreted  # noqa: E402
+from mosa_kernels.backends.triton.plan import parts_of, plan_of, rows_of  # noqa: E402
+
+pytestmark = pytest.mark.skipif(interpreted(adapter_forward_kernel), reason="the interpreter compiles nothing")
+
+SMALL_SHARED = 99 * 1024  # bytes a block may use on compute capability 8.6, 8.9 and 12.x
+KERNELS = ("forward", "tokens", "weights", "reduce")
+
+
+def call(
+    d: int, r: int, dtype: torch.dtype, weight_dtype: torch.dtype | None = None, **options: Any
+) -> AdapterArguments:
+    """A call with every common option, an expert for each sample and dropout; without memory behind it."""
+
+    def empty(*shape: int, of: torch.dtype = weight_dtype or dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    values: dict[str, Any] = {
+        "x": empty(128, 197, d, of=dtype),
+        "residual": empty(128, 197, d, of=dtype),
+        "w_down": empty(r, d),
+        "b_down": empty(r),
+        "w_up": empty(d, r),
+        "b_up": empty(4, d),
+        "assignment": empty(d, r, of=torch.uint8),
+        "assignment_down": None,
+        "w_down_init": None,
+        "expert": empty(128, of=torch.int64),
+        "norm_weight": empty(d),
+        "norm_bias": empty(d),
+        "scale_tensor": None,
+        "seed": empty(of=torch.int64),
+        "activity": empty(4, of=torch.float32),
+        "scale": 0.1,
+        "dropout_p": 0.1,
+    }
+    return AdapterArguments(**{**values, **options})
+
+
+def launches(args: AdapterArguments, arch: int) -> Iterator[tuple[str, Launch]]:
+    plan = plan_of(args, arch)
+    needs = AdapterNeeds(*(True for _ in AdapterNeeds._fields))
+    parts = parts_of(args, plan, needs)
+    x = rows_of(args.x)
+    residual = None if args.residual is None else rows_of(args.residual)
+    floats = torch.empty(plan.tokens, device="meta")
+    h = torch.empty(2, plan.tokens, plan.padded_bottleneck, dtype=args.matmul_dtype, device="meta")
+    gradients = (
+        args.w_down, args.w_up, args.norm_weight, args.norm_bias, args.b_up, args.b_down, args.scale_tensor,
+        args.activity,
+    )  # fmt: skip
+    yield "forward", forward_launch(args, plan, x, residual, args.x, floats, floats)
+    yield "tokens", adapter_backward_tokens.tokens_launch(args, plan, x, x, floats, floats, args.x, h)
+    yield "weights", adapter_backward_weights.weights_launch(args, plan, parts, x, x, floats, floats, h, floats)
+    yield "reduce", reduce.reduce_launch(args, parts, floats, gradients)
+
+
+def compiled(args: AdapterArguments, kernel: str, arch: int) -> Any:
+    return dict(launches(args, arch))[kernel].compile(GPUTarget("cuda", arch, 32), SMALL_SHARED)
+
+
+def registers_and_spills(kernel: Any, arch: int, scratch: Path) -> tuple[int, int]:
+    """As the assembler reports them: registers a thread, bytes spilled a thread."""
+    source = scratch / "kernel.ptx"
+    source.write_text(kernel.asm["ptx"])
+    target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
+    assert target is not None
+    command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(scratch / "kernel.cubin")]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    used = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert used is not None
+    assert spilled is not None
+    return int(used[1]), max(int(spilled[1]), int(spilled[2]))
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:3])
+@pytest.mark.parametrize("r", [64, 128, 256])
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.bfloat16), (90, torch.bfloat16), (80, torch.float32)], ids=str)
+def test_the_table(kernel: str, r: int, arch: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    machine_code = compiled(call(768, r, dtype), kernel, arch)
+    registers, spilled = registers_and_spills(machine_code, arch, tmp_path)
+    assert machine_code.metadata.shared <= SMALL_SHARED
+    assert spilled == 0
+    assert registers * machine_code.metadata.num_warps * 32 <= 65536, "not one block fits on a multiprocessor"
+    wide_loads = len(
+        re.findall(r"cp\.async\.cg\.shared\.global|ld\.global\.v[24]|ld\.global.*\.v[24]", machine_code.asm["ptx"])
+    )
+    assert wide_loads > 0, "columns are loaded one by one"
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.float32, "compute_dtype": torch.bfloat16},
+        {"dtype": torch.float16, "weight_dtype": torch.float32, "sparse_down": True},
+        {"dtype": torch.float32},
+    ],
+    ids=["autocast", "float32 weights, sparse down", "float32"],
+)
+def test_options_that_need_the_most_memory(kernel: str, options: dict[str, Any], tmp_path: Path) -> None:
+    d, r = 768, 64
+    options = dict(options)
+    if options.pop("sparse_down", False):
+        options["assignment_down"] = torch.empty(r, d, dtype=torch.uint8, device="meta")
+        options["w_down_init"] = torch.empty(r, d, device="meta")
+    machine_code = compiled(call(d, r, options.pop("dtype"), options.pop("weight_dtype", None), **options), kernel, 90)
+    _, spilled = registers_and_spills(machine_code, 90, tmp_path)
+    assert machine_code.metadata.shared <= SMALL_SHARED
+    assert spilled == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_plainest_call_at_odd_sizes(kernel: str, tmp_path: Path) -> None:
+    """Dense, without any option, and nothing a multiple of anything."""
+    absent = dict.fromkeys(("residual", "b_down", "b_up", "assignment", "expert", "norm_weight", "norm_bias", "seed"))
+    args = call(101, 7, torch.float16, **absent, dropout_p=0.0, activation="silu")
+    _, spilled = registers_and_spills(compiled(args, kernel, 80), 80, tmp_path)
+    assert spilled == 0
+
+
+def test_the_matrix_units_are_used() -> None:
+    for arch, instruction in ((80, "mma.sync"), (90, "wgmma")):
+        for kernel in KERNELS[:3]:
+            assert instruction in compiled(call(768, 64, torch.bfloat16), kernel, arch).asm["ptx"], (arch, kernel)
+
+
+def test_the_token_count_is_no_key() -> None:
+    def constants(tokens: int) -> list[tuple[Any, ...]]:
+        args = call(768, 64, torch.bfloat16)
+        args = args._replace(x=args.x[:1, :tokens], residual=None, expert=None)
+        return [(launch.constants, launch.num_warps, launch.num_stages) for _, launch in launches(args, 90)]
+
+    assert constants(1) == constants(7) == constants(197)
+
+
+def test_small_gpus_of_new_families_get_small_tiles() -> None:
+    for arch in (86, 89, 120):
+        assert table.configs(768, 64, torch.bfloat16, arch)[:3] == table.configs(768, 64, torch.bfloat16, 80)[:3]
+    assert table.configs(768, 64, torch.bfloat16, 100)[:3] == table.configs(768, 64, torch.bfloat16, 90)[:3]
