@@ -8,6 +8,7 @@ import torch
 from timm_models import SWIN, VIT, Family, images, make, train_a_little
 from torch import Tensor, nn
 
+from mosa_kernels.nn.sampler import Draw, ExpertSampler
 from mosa_kernels.nn.streams import derived_seed, read_mark
 from mosa_kernels.peft import MoSAConfig, TwoPassOutput, disable_adapter, inject_adapter, two_pass
 
@@ -90,6 +91,24 @@ def test_draws_are_fresh_and_seeded() -> None:
     assert not torch.equal(first.logits1, first.logits2)
 
 
+def test_adapters_draw_independently_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+    draw_passes = ExpertSampler.draw_passes
+
+    def spy(self: ExpertSampler, *arguments: object) -> Draw:
+        draw = draw_passes(self, *arguments)  # type: ignore[arg-type]
+        assert isinstance(draw.expert, Tensor)
+        drawn.append(draw.expert)
+        return draw
+
+    monkeypatch.setattr(ExpertSampler, "draw_passes", spy)
+    two_pass(trained(), images(batch=64))
+    counts = torch.zeros(4, 4)
+    counts.index_put_((drawn[0], drawn[1]), torch.ones(128), accumulate=True)
+    assert counts.min() >= 1, "every pair of experts of the two layers occurs"
+    assert not torch.equal(drawn[0][:64], drawn[0][64:])
+
+
 @torch.no_grad()
 def test_an_anchored_first_pass_is_the_merged_adapter() -> None:
     model, x = trained(anchored=True, dropout=0.0), images()
@@ -158,6 +177,7 @@ def test_what_it_refuses() -> None:
         two_pass(model, x)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_features_without_a_gradient_are_refused() -> None:
     model, x = trained(), images()
     model.set_grad_checkpointing(True)
