@@ -31,7 +31,7 @@ from mosa_kernels.backends.triton.device import (
     up_tile,
 )
 from mosa_kernels.backends.triton.launch import Launch
-from mosa_kernels.backends.triton.plan import Plan
+from mosa_kernels.backends.triton.plan import Plan, Rows
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def adapter_backward_tokens_kernel(
         token_rstd = tl.load(rstd + tokens, mask=valid, other=0)
     e = expert_id
     if GROUPED:
-        ids = tl.load(expert + tokens // expert_group, mask=valid, other=NO_EXPERT).to(tl.int32)
+        ids = tl.where(valid, tl.load(expert + tokens // expert_group, mask=valid, other=0).to(tl.int32), NO_EXPERT)
         e = tl.min(ids, 0)
     elif expert is not None:
         e = tl.load(expert).to(tl.int32)
@@ -203,18 +203,18 @@ SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32"
 def tokens_launch(
     args: AdapterArguments,
     plan: Plan,
-    x: Tensor,
-    grad: Tensor,
+    x: Rows,
+    grad: Rows,
     mean: Tensor,
     rstd: Tensor,
     dx: Tensor | None,
     h: Tensor | None,
 ) -> Launch:
-    """The launch for x and grad as `rows_of` gives them; h [2, T, padded r] for h and da, or None."""
+    """The launch that fills dx, contiguous, and h and da [2, T, padded r]; either may be None."""
     config = plan.configs.tokens
     norm = args.norm_weight is not None
     tensors = (
-        x, grad, dx, h, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
+        x.data, grad.data, dx, h, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
         args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
         args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def tokens_launch(
         plan.keep_scale, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
     constants = (
-        args.width, args.bottleneck, x.stride(0), grad.stride(0), args.activation, args.add_input, plan.grouped,
+        args.width, args.bottleneck, x.stride, grad.stride, args.activation, args.add_input, plan.grouped,
         args.dropout_p > 0, plan.centre, plan.raw, plan.dtype, plan.precision,
         config.block_t, config.block_d, plan.padded_bottleneck,
     )  # fmt: skip

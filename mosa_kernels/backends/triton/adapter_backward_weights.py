@@ -20,7 +20,7 @@ from torch import Tensor
 from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.triton.device import down_tile, factor_of, inside, up_bias, up_tile
 from mosa_kernels.backends.triton.launch import Launch
-from mosa_kernels.backends.triton.plan import Parts, Plan
+from mosa_kernels.backends.triton.plan import Parts, Plan, Rows
 
 
 @triton.jit
@@ -285,8 +285,8 @@ def weights_launch(
     args: AdapterArguments,
     plan: Plan,
     parts: Parts,
-    x: Tensor,
-    grad: Tensor,
+    x: Rows,
+    grad: Rows,
     mean: Tensor,
     rstd: Tensor,
     h: Tensor,
@@ -296,7 +296,7 @@ def weights_launch(
     config = plan.configs.weights
     norm = args.norm_weight is not None
     tensors = (
-        x, grad, h, mean if norm else None, rstd if norm else None, args.w_down, args.w_up, args.b_up,
+        x.data, grad.data, h, mean if norm else None, rstd if norm else None, args.w_down, args.w_up, args.b_up,
         args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
         args.norm_weight, args.norm_bias, args.scale_tensor, buffer,
     )  # fmt: skip
@@ -305,7 +305,7 @@ def weights_launch(
         args.merged_scale,
     )  # fmt: skip
     constants = (
-        args.width, args.bottleneck, plan.bias_rows, x.stride(0), grad.stride(0), plan.grouped, plan.raw,
+        args.width, args.bottleneck, plan.bias_rows, x.stride, grad.stride, plan.grouped, plan.raw,
         parts.down, parts.up, parts.scale, *parts.layout, plan.dtype, plan.precision,
         config.block_t, config.block_d, plan.padded_bottleneck, 1 << (max(plan.bias_rows, 1) - 1).bit_length(),
     )  # fmt: skip

@@ -30,7 +30,7 @@ from mosa_kernels.backends.triton.device import (
     up_tile,
 )
 from mosa_kernels.backends.triton.launch import Launch
-from mosa_kernels.backends.triton.plan import Plan, architecture, plan_of, rows_of
+from mosa_kernels.backends.triton.plan import Plan, Rows, architecture, plan_of, rows_of
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def adapter_forward_kernel(
         scale = tl.load(scale_tensor).to(tl.float32)
     e = expert_id
     if GROUPED:
-        ids = tl.load(expert + tokens // expert_group, mask=valid, other=NO_EXPERT).to(tl.int32)
+        ids = tl.where(valid, tl.load(expert + tokens // expert_group, mask=valid, other=0).to(tl.int32), NO_EXPERT)
         e = tl.min(ids, 0)
     elif expert is not None:
         e = tl.load(expert).to(tl.int32)
@@ -153,13 +153,14 @@ SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32"
 
 
 def forward_launch(
-    args: AdapterArguments, plan: Plan, x: Tensor, residual: Tensor | None, out: Tensor, mean: Tensor, rstd: Tensor
+    args: AdapterArguments, plan: Plan, x: Rows, residual: Rows | None, out: Tensor, mean: Tensor, rstd: Tensor
 ) -> Launch:
-    """The launch for x and residual as `rows_of` gives them, [T, d] with unit column stride."""
+    """The launch that fills out, like x but contiguous, and mean and rstd [T]."""
     config = plan.configs.forward
     norm = args.norm_weight is not None
+    summand, summand_stride = (None, args.width) if residual is None else residual
     tensors = (
-        x, residual, out, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
+        x.data, summand, out, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
         args.b_up, args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
         args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
     )  # fmt: skip
@@ -167,9 +168,8 @@ def forward_launch(
         plan.tokens, plan.expert_group, args.expert_id, plan.seed_group, args.seed_id, plan.threshold,
         plan.keep_scale, args.norm_eps, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
-    residual_stride = args.width if residual is None else residual.stride(0)
     constants = (
-        args.width, args.bottleneck, plan.bias_rows, x.stride(0), residual_stride,
+        args.width, args.bottleneck, plan.bias_rows, x.stride, summand_stride,
         args.activation, args.add_input, plan.grouped, args.dropout_p > 0, plan.centre, plan.dtype, plan.precision,
         config.block_t, config.block_d, plan.padded_bottleneck,
     )  # fmt: skip

@@ -58,8 +58,16 @@ class Launch(NamedTuple):
         if interpreted(self.function):
             self.function[self.grid](*self.tensors, *self.scalars, *self.constants)
             return
-        kinds = [None if tensor is None else tensor.dtype for tensor in self.tensors]
-        key = (self.function, *kinds, self._aligned(), self.constants, self.num_warps, torch.cuda.current_device())
+        kinds: list[torch.dtype | None] = []
+        addresses = 0
+        for tensor in self.tensors:
+            if tensor is None:
+                kinds.append(None)
+            else:
+                kinds.append(tensor.dtype)
+                addresses |= tensor.data_ptr()
+        aligned = addresses % _ALIGNMENT == 0
+        key = (id(self.function), *kinds, aligned, self.constants, self.num_warps, torch.cuda.current_device())
         kernel = _compiled.get(key)
         if kernel is None:
             driver = triton.runtime.driver.active

@@ -115,7 +115,18 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x as [T, d] with neighbouring columns, a view where its strides allow it."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+class Rows(NamedTuple):
+    """A tensor [..., d] as the kernels address it: neighbouring columns, rows one stride apart."""
+
+    data: Tensor
+    stride: int
+
+
+def rows_of(x: Tensor) -> Rows:
+    """The rows of x in place, or of a copy where its strides do not allow that."""
+    if x.is_contiguous():
+        return Rows(x, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return Rows(rows, rows.stride(0))

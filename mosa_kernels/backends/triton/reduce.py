@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments
-from mosa_kernels.backends.triton.device import NO_EXPERT
 from mosa_kernels.backends.triton.launch import Launch
 from mosa_kernels.backends.triton.plan import Parts
 
@@ -79,8 +78,8 @@ def reduce_kernel(
                 ran = n < 0
                 for start in range(0, num_ids, AT_ONCE):
                     at = start + tl.arange(0, AT_ONCE)
-                    ids = tl.load(expert + at, mask=at < num_ids, other=NO_EXPERT).to(tl.int32)
-                    hits = (ids[:, None] == n[None, :]) | (ids < 0)[:, None]
+                    ids = tl.load(expert + at, mask=at < num_ids, other=0).to(tl.int32)
+                    hits = ((ids[:, None] == n[None, :]) | (ids < 0)[:, None]) & (at < num_ids)[:, None]
                     ran = ran | (tl.max(hits.to(tl.int32), 0) > 0)
             tl.store(activity + n, ran.to(tl.float32), mask=n < NUM_EXPERTS)
 

@@ -159,6 +159,19 @@ def test_the_token_count_is_no_key() -> None:
     assert constants(1) == constants(7) == constants(197)
 
 
+def test_float32_products_follow_pytorch() -> None:
+    def precision() -> str:
+        return plan_of(call(64, 8, torch.float32), 80).precision
+
+    assert precision() == "tf32x3"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_small_gpus_of_new_families_get_small_tiles() -> None:
     for arch in (86, 89, 120):
         assert table.configs(768, 64, torch.bfloat16, arch)[:3] == table.configs(768, 64, torch.bfloat16, 80)[:3]
