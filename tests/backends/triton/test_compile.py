@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from mosa_kernels.backends.triton import configs as table
 triton = pytest.importorskip("triton", reason="PyTorch came without Triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 
 from mosa_kernels.backends.triton import adapter_backward_tokens, adapter_backward_weights, reduce  # noqa: E402
 from mosa_kernels.backends.triton.adapter_forward import adapter_forward_kernel, forward_launch  # noqa: E402
@@ -89,7 +90,9 @@ def registers_and_spills(kernel: Any, arch: int, scratch: Path) -> tuple[int, in
     source.write_text(kernel.asm["ptx"])
     target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
     assert target is not None
-    command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(scratch / "kernel.cubin")]
+    takes_arch = bool(inspect.signature(nvidia.get_ptxas).parameters)  # not in Triton 3.5
+    assembler = nvidia.get_ptxas(arch) if takes_arch else nvidia.get_ptxas()
+    command = [assembler.path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(scratch / "kernel.cubin")]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     used = re.search(r"Used (\d+) registers", report)
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
