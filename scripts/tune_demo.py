@@ -31,8 +31,8 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "adaptformer": {"base_lr": (1e-2, 3e-2, 1e-1)},
     "dropout": {"base_lr": (3e-2, 1e-1), "dropout": (0.3, 0.6)},
     "dropout-two-pass": {"base_lr": (3e-2, 1e-1), "dropout": (0.15, 0.3)},
-    "mosa-batch": {"base_lr": (3e-2, 1e-1)},
-    "mosa-sample": {"base_lr": (3e-2, 1e-1)},
+    "mosa-batch": {"base_lr": (1e-2, 3e-2, 1e-1)},
+    "mosa-sample": {"base_lr": (1e-2, 3e-2, 1e-1)},
 }
 
 

@@ -14,6 +14,7 @@ from mosa_kernels.peft.files import CONFIG_FILE, read_adapter
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.folder import CONFIG, read_json
 from mosa_kernels.train.keeping import HEAD_WEIGHTS, load_trained
+from mosa_kernels.train.methods import find_method, train_head_only
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.setup import seed_everything
 
@@ -78,6 +79,8 @@ def open_saved(
         pretrained=settings.pretrained,
         image_size=settings.image_size,
     )
+    if find_method(settings.method).mode is None:
+        train_head_only(built)
     load_trained(built, directory)
     return Saved(built.eval(), settings, directory, num_classes)
 

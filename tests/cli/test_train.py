@@ -1,0 +1,131 @@
+"""`mosa-kernels train`: what it prints, stores, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mosa_kernels.cli.train import settings_of
+from mosa_kernels.train.settings import Settings
+
+
+def test_it_prints_what_it_will_do_and_what_came_out(trained: tuple[Path, str]):
+    folder, printed = trained
+    for words in (
+        "15 training",
+        "recipe paper",
+        "sha256",
+        "normalisation",
+        "epoch 2/2",
+        "merged by mean (reported)",
+        "stochastic",
+    ):
+        assert words in " ".join(printed.split()), words
+    assert json.loads((folder / "result.json").read_text())["test"].keys() == {"mean", "jigsaw", "stochastic"}
+
+
+def test_resume_needs_no_other_words_and_changes_nothing_in_a_finished_run(trained: tuple[Path, str], command: Any):
+    folder, _ = trained
+    before = (folder / "result.json").read_text()
+    result = command("train", "--output", folder, "--resume")
+    assert result.exit_code == 0, result.output
+    assert (folder / "result.json").read_text() == before
+
+
+def test_a_stopped_run_says_how_to_go_on(command: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from mosa_kernels.train.objective import Objective
+
+    calls, original = 0, Objective.__call__
+
+    def stopped(self: Objective, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    folder = tmp_path / "a run"
+    words = (
+        "--data",
+        pictures,
+        "--epochs",
+        2,
+        "--batch-size",
+        5,
+        "--bottleneck",
+        4,
+        "--cpu",
+        "--method",
+        "adaptformer",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "__call__", stopped)
+        result = command("train", "--output", folder, *words)
+    assert result.exit_code == 130
+    printed = " ".join(result.stdout.split())
+    assert "1 of 2 epochs are complete and kept" in printed
+    assert "mosa-kernels train --output" in printed
+    assert "--resume" in printed
+    assert command("train", "--output", folder, "--resume").exit_code == 0
+    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_official_recipe_and_its_overrides_are_stored():
+    settings = settings_of(
+        {"data": "x", "recipe": "official", "epochs": 20, "layers": "0,2", "expert_scale": "N"}, None
+    )
+    assert settings.recipe.name == "official"
+    assert (settings.recipe.epochs, settings.recipe.warmup_epochs, settings.recipe.seed) == (20, 2, 3407)
+    assert (settings.adapter.layers, settings.adapter.expert_scale) == ((0, 2), "N")
+    assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+def test_options_given_again_on_resuming_are_no_difference():
+    given = {"data": "x", "lr": 0.01, "batch_size": 64, "method": "sparseadapter", "dropout": 0.1}
+    settings = settings_of(given, None)
+    assert settings_of(given, settings.as_dict()) == settings
+    assert settings_of({}, settings.as_dict()) == settings
+    assert settings_of({"lr": 0.02}, settings.as_dict()) != settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "data: expected a folder of images or a name such as offline:digits; give --data"),
+        (("--data", "/no/such/folder"), "data: '/no/such/folder' is neither a folder nor a name"),
+        (("--data", "offline:digitz"), "offline task: expected one of digits"),
+        (("--data", "offline:digits", "--model", "vit_base_patch16_244"), "did you mean vit_base_patch16_224"),
+        (("--data", "offline:digits", "--method", "adaptfromer"), "did you mean adaptformer?"),
+        (("--data", "offline:digits", "--recipe", "papper"), "recipe: expected one of paper, official, got 'papper'"),
+        (("--data", "offline:digits", "--lr", "1", "--base-lr", "1"), "lr, base_lr: expected one of them, got both"),
+        (("--data", "offline:digits", "--passes", "3"), "passes: expected 1 or 2, got 3"),
+        (("--data", "offline:digits", "--mixed-precision", "fp8"), "mixed_precision: expected one of no, bf16, fp16"),
+        (("--data", "offline:digits", "--mixed-precision", "fp16", "--cpu"), "fp16 needs a GPU"),
+        (("--data", "offline:digits", "--accumulate", "3"), "accumulate: expected a divisor of the batch size 128"),
+        (("--data", "offline:digits", "--layers", "first"), "layers: expected numbers of blocks such as 0,1,5"),
+        (("--data", "offline:digits", "--bottleneck", "0"), "bottleneck: expected at least 1, got 0"),
+        (("--data", "offline:digits", "--checkpoint", "/no/file.npz"), "checkpoint: no file /no/file.npz"),
+        (("--resume",), "there is no run to resume or read"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_is_wrong(
+    words: tuple[str, ...], message: str, command: Any, tmp_path: Path
+):
+    result = command("train", "--output", tmp_path / "run", *words)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_existing_run_is_not_overwritten(trained: tuple[Path, str], command: Any, pictures: Path):
+    folder, _ = trained
+    result = command("train", "--data", pictures, "--output", folder)
+    assert result.exit_code == 1
+    assert "it holds a run; go on with --resume" in result.stderr
+    result = command("train", "--output", folder, "--resume", "--epochs", 5)
+    assert result.exit_code == 1
+    assert "recipe.epochs: the run has 2, now 5" in result.stderr
