@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -40,7 +42,20 @@ class AdapterBook(nn.Module):
         self.trainable = trainable
         self.backbone_head = None
         self.heads = nn.ModuleDict()
-        self._model = (model,)  # in a tuple, so that the model does not become its own grandchild
+        self._model = weakref.ref(model)  # weak, so that the model's memory is free as soon as its user drops it
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model that these adapters are in is gone")
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": self._model()}  # copies and pickles follow the model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_model": weakref.ref(state["_model"])})
 
     def train(self, mode: bool = True) -> AdapterBook:
         super().train(mode)
@@ -50,7 +65,7 @@ class AdapterBook(nn.Module):
 
     def frozen_modules(self) -> Iterator[nn.Module]:
         """The backbone's modules but the model itself, its containers and its classifier."""
-        (model,) = self._model
+        model = self.model
         own = {id(module) for slot in self.slots() for module in slot.modules()}
         own |= {id(module) for module in self.modules()}
         own |= {id(module) for path in head_paths(model) for module in model.get_submodule(path).modules()}
@@ -60,7 +75,7 @@ class AdapterBook(nn.Module):
 
     def slots(self) -> list[AdapterSlot]:
         """The slot of every block, in order."""
-        (model,) = self._model
+        model = self.model
         return [model.get_submodule(f"{path}.{SLOT}") for path in self.blocks]  # type: ignore[misc]
 
     def adapters(self, name: str) -> Iterator[tuple[str, str, FusedMoSAAdapter]]:

@@ -23,9 +23,10 @@ def inject_adapter(
     """Puts adapters into the blocks of a timm ViT or Swin, in place, and makes them the ones that run and train.
 
     The backbone is frozen, and stays in evaluation mode when the model trains: no dropout, no stochastic depth, no
-    running statistics. The head trains. The output does not change: a fresh adapter adds nothing. Several adapters,
-    each with its own head, share one backbone: the first takes the model's head, the others start from a copy of the
-    head that the model came with.
+    running statistics. The head trains. The output does not change: a fresh adapter adds zeros. (In the few models
+    whose tokens lie transposed in memory and are pooled without a norm, such as vit_relpos, the pooling sums in
+    another order.) Several adapters, each with its own head, share one backbone: the first takes the model's head,
+    the others start from a copy of the head that the model came with.
 
     Args:
         model: of `timm.create_model`; its blocks keep the names of their modules and parameters.
