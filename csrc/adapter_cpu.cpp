@@ -84,6 +84,13 @@ struct Plan {
 
 int64_t expert_of(const AdapterCpuParams& p, int group) { return p.expert != nullptr ? p.expert[group] : p.expert_id; }
 
+// Rows of each tile of `count` tokens: an even number of nearly equal tiles, in sixes as the products work on them.
+int64_t tile_rows(int64_t count) {
+  const int64_t least = (count + kTileRows - 1) / kTileRows;
+  const int64_t parts = least == 1 ? 1 : (least + 1) / 2 * 2;
+  return (count + 6 * parts - 1) / (6 * parts) * 6;
+}
+
 Plan make_plan(const AdapterCpuParams& p) {
   Plan plan;
   const int64_t length = p.tokens / p.expert_groups;
@@ -98,15 +105,14 @@ Plan make_plan(const AdapterCpuParams& p) {
       for (int64_t t = 0; t < length; ++t) plan.tokens.push_back(order[i] * length + t);
     }
     const int64_t count = static_cast<int64_t>(plan.tokens.size()) - start;
-    const int64_t parts = (count + kTileRows - 1) / kTileRows;
-    for (int64_t part = 0; part < parts; ++part) {
-      plan.tiles.push_back({start + count * part / parts, start + count * (part + 1) / parts,
-                            static_cast<int>(plan.experts.size()), 0, 0});
+    const int64_t rows = tile_rows(count);
+    for (int64_t from = start; from < start + count; from += rows) {
+      plan.tiles.push_back({from, std::min(from + rows, start + count), static_cast<int>(plan.experts.size()), 0, 0});
     }
     plan.experts.push_back(static_cast<int>(expert));
   }
   const int tiles = static_cast<int>(plan.tiles.size());
-  plan.runs = std::min(kMaxRuns, (tiles + 1) / 2);
+  plan.runs = std::clamp(tiles / 2, 1, kMaxRuns);
   for (int i = 0; i < tiles; ++i) {
     Tile& tile = plan.tiles[static_cast<size_t>(i)];
     tile.run = static_cast<int>(static_cast<int64_t>(i) * plan.runs / tiles);
@@ -166,6 +172,7 @@ std::vector<CpuExpert> take_experts(const AdapterCpuParams& p, const Plan& plan,
     e.down_rows = arena->take<float>(static_cast<size_t>(p.rank) * wide);
     e.up_rows = arena->take<float>(static_cast<size_t>(p.width) * narrow);
     e.b_down = arena->take<float>(narrow);
+    e.row_sums = arena->take<float>(narrow);
     e.b_up = arena->take<float>(wide);
     e.down = arena->take<char>(kernels.panel_bytes(p.width, p.rank));
     e.up = backward ? nullptr : arena->take<char>(kernels.panel_bytes(p.rank, p.width));

@@ -32,7 +32,6 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch : ForwardScratch {
-  float* other_row;    // [padded(width)]
   float* grad_a;       // [rows, padded(rank)]
   Operand* grad_out;   // [rows, padded(width)]
   Operand* grad_z;     // [rows, padded(rank)]
@@ -42,7 +41,6 @@ struct BackwardScratch : ForwardScratch {
   Operand* grad_out_panels;
   BackwardScratch(Scratch* from, int64_t width, int64_t rank)
       : ForwardScratch(from, width, rank),
-        other_row(from->take<float>(padded(width))),
         grad_a(from->take<float>(kTileRows * padded(rank))),
         grad_out(from->take<Operand>(kTileRows * padded(width))),
         grad_z(from->take<Operand>(kTileRows * padded(rank))),
@@ -70,6 +68,19 @@ inline void each_vector(int64_t width, const Whole& whole, const Part& part) {
   if (column < width) part(column, width - column);
 }
 
+// The sum of term(column) over a padded row. Four sums at once: one would wait for each addition.
+template <typename Term>
+inline Vector total(int64_t wide, const Term& term) {
+  Vector sums[4] = {};
+  int64_t column = 0;
+  for (; column + 4 * kLanes <= wide; column += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) sums[i] += term(column + i * kLanes);
+  }
+  for (; column < wide; column += kLanes) sums[0] += term(column);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// A row of tokens as fp32, with zeros up to padded(width).
 template <typename Token>
 inline void load_row(const Token* from, int64_t width, float* row) {
   each_vector(
@@ -80,55 +91,50 @@ inline void load_row(const Token* from, int64_t width, float* row) {
   }
 }
 
-// Two passes over the row in the L1 cache: the second is about the mean of the first, so nothing cancels.
-void statistics(const float* row, int64_t width, float eps, float* mean, float* rstd) {
+// Mean and reciprocal standard deviation of a zero-padded row, whose padding is overwritten. The second pass goes over
+// the row in the L1 cache about the mean of the first, so nothing cancels.
+inline void statistics(float* row, int64_t width, float eps, float* mean, float* rstd) {
   const float inverse = 1.0f / static_cast<float>(width);
-  Vector total = {};
-  for (int64_t column = 0; column < padded(width); column += kLanes) total += load(row + column);
-  const float first = sum(total) * inverse;
-  Vector deviations = {}, squares = {};
-  float last_deviations = 0, last_squares = 0;
-  each_vector(
-      width,
-      [&](int64_t column) {
-        const Vector deviation = load(row + column) - first;
-        deviations += deviation;
-        squares += deviation * deviation;
-      },
-      [&](int64_t column, int64_t count) {
-        for (int64_t i = column; i < column + count; ++i) {
-          const float deviation = row[i] - first;
-          last_deviations += deviation;
-          last_squares += deviation * deviation;
-        }
-      });
-  const float shift = (sum(deviations) + last_deviations) * inverse;
-  const float variance = (sum(squares) + last_squares) * inverse - shift * shift;
+  const float first = sum(total(padded(width), [&](int64_t column) { return load(row + column); })) * inverse;
+  for (int64_t i = width; i < padded(width); ++i) row[i] = first;
+  Vector squares[2] = {};
+  const Vector deviations = total(padded(width), [&](int64_t column) {
+    const Vector deviation = load(row + column) - first;
+    squares[(column / kLanes) % 2] += deviation * deviation;
+    return deviation;
+  });
+  const float shift = sum(deviations) * inverse;
+  const float variance = sum(squares[0] + squares[1]) * inverse - shift * shift;
   *mean = first + shift;
   *rstd = 1.0f / __builtin_sqrtf((variance > 0 ? variance : 0.0f) + eps);
 }
 
-// row = (row - mean) * rstd; the padding stays zero.
-inline void normalize(float* row, int64_t width, float mean, float rstd) {
-  each_vector(
-      width, [&](int64_t column) { store(row + column, (load(row + column) - mean) * rstd); },
-      [&](int64_t column, int64_t count) {
-        for (int64_t i = column; i < column + count; ++i) row[i] = (row[i] - mean) * rstd;
-      });
-}
-
-inline void set_row(Operand* to, const float* row, int64_t width) {
-  for (int64_t column = 0; column < padded(width); column += kLanes) set_operand(to + column, load(row + column));
-}
-
-// One row of the panels of a [kTileRows, width] matrix.
-inline void set_panel_row(Operand* panels, int row, const Operand* from, int64_t width) {
-  for (int64_t column = 0; column < padded(width); column += kPanel) {
-    const int64_t count = padded(width) - column < kPanel ? padded(width) - column : kPanel;
-    Operand* to = panels + panel_index(kTileRows, row, column);
-    for (int64_t i = 0; i < count; ++i) to[i * kPair] = from[column + i];
+// (row - mean) * rstd as an operand. What it writes into the padding is finite and multiplied by zeros.
+inline void set_normalized(Operand* to, const float* row, int64_t width, float mean, float rstd) {
+  for (int64_t column = 0; column < padded(width); column += kLanes) {
+    set_operand(to + column, (load(row + column) - mean) * rstd);
   }
 }
+
+#if defined(MOSA_BF16_PRODUCTS)
+// Rows `row` and `row` + 1 of the panels of a [kTileRows, width] matrix, interleaved.
+inline void set_panel_pair(Operand* panels, int row, const Operand* even_row, const Operand* odd_row, int64_t width) {
+  for (int64_t column = 0; column < padded(width); column += kLanes) {
+    Halves low, high;
+    __builtin_memcpy(&low, even_row + column, sizeof(low));
+    __builtin_memcpy(&high, odd_row + column, sizeof(high));
+    const Bits pairs = __builtin_convertvector(low, Bits) | (__builtin_convertvector(high, Bits) << 16);
+    __builtin_memcpy(panels + panel_index(kTileRows, row, column), &pairs, sizeof(pairs));
+  }
+}
+#else
+inline void set_panel_pair(Operand* panels, int row, const Operand* even_row, const Operand* odd_row, int64_t width) {
+  for (int64_t column = 0; column < padded(width); column += kLanes) {
+    store(panels + panel_index(kTileRows, row, column), load(even_row + column));
+    store(panels + panel_index(kTileRows, row + 1, column), load(odd_row + column));
+  }
+}
+#endif
 
 inline Vector keep_factor(const CpuTileCall& call, int64_t token, int64_t unit) {
   const int64_t group = token / call.rows_per_seed;
@@ -146,14 +152,13 @@ void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const C
 
   for (int i = 0; i < n; ++i) {
     load_row(x + tokens[i] * width, width, s.row);
+    float mean = 0, rstd = 1;
     if (call.rstd != nullptr) {
-      float mean, rstd;
       statistics(s.row, width, call.norm_eps, &mean, &rstd);
-      normalize(s.row, width, mean, rstd);
       call.mean[tokens[i]] = mean;
       call.rstd[tokens[i]] = rstd;
     }
-    set_row(s.u + i * wide, s.row, width);
+    set_normalized(s.u + i * wide, s.row, width, mean, rstd);
   }
   product(n, call.rank, width, s.u, wide, static_cast<const Operand*>(expert.down), width, s.z, narrow, false);
   for (int i = 0; i < n; ++i) {
@@ -185,18 +190,53 @@ void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const C
   }
 }
 
-// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g the gradient of xhat; overwrites grad.
-inline void through_norm(float* grad, const float* normalized, int64_t width, float rstd) {
-  Vector total = {}, along = {};
-  for (int64_t column = 0; column < padded(width); column += kLanes) {
-    total += load(grad + column);  // the padding of both is zero
-    along += load(grad + column) * load(normalized + column);
+// Row `row` of the tile: the normalised token and the gradient of the output, as operands.
+template <typename Token>
+inline void set_backward_row(const CpuTileCall& call, int64_t token, const BackwardScratch& s, int row,
+                             const CpuSums& sums) {
+  const int64_t width = call.width, wide = padded(width);
+  const float mean = call.rstd != nullptr ? call.mean[token] : 0.0f;
+  const float rstd = call.rstd != nullptr ? call.rstd[token] : 1.0f;
+  const Token* x = static_cast<const Token*>(call.x) + token * width;
+  const Token* grad_out = static_cast<const Token*>(call.grad_out) + token * width;
+  Operand* u = s.u + row * wide;
+  Operand* grad = s.grad_out + row * wide;
+  const auto set = [&](int64_t column, Vector token_part, Vector grad_part) {
+    set_operand(u + column, (token_part - mean) * rstd);
+    set_operand(grad + column, grad_part);
+    if (call.weights) store(sums.columns + column, load(sums.columns + column) + grad_part);
+  };
+  each_vector(
+      width, [&](int64_t column) { set(column, load(x + column), load(grad_out + column)); },
+      [&](int64_t column, int64_t count) {
+        set(column, load_part(x + column, count), load_part(grad_out + column, count));
+      });
+  for (int64_t column = (width + kLanes - 1) / kLanes * kLanes; column < wide; column += kLanes) {
+    set_operand(u + column, Vector{});
+    set_operand(grad + column, Vector{});
   }
-  const float inverse = 1.0f / static_cast<float>(width);
-  const float mean = sum(total) * inverse, slope = sum(along) * inverse;
-  for (int64_t column = 0; column < padded(width); column += kLanes) {
-    store(grad + column, (load(grad + column) - mean - load(normalized + column) * slope) * rstd);
-  }
+}
+
+// dx = [g] + rstd * (du - mean(du) - xhat * mean(du * xhat)) with the two means at hand.
+template <typename Token>
+inline void set_grad_x(const CpuTileCall& call, int64_t token, const float* grad_u, float mean_grad, float slope) {
+  const int64_t width = call.width;
+  const float mean = call.rstd != nullptr ? call.mean[token] : 0.0f;
+  const float rstd = call.rstd != nullptr ? call.rstd[token] : 1.0f;
+  const Token* x = static_cast<const Token*>(call.x) + token * width;
+  const Token* grad_out = static_cast<const Token*>(call.grad_out) + token * width;
+  Token* out = static_cast<Token*>(call.out) + token * width;
+  const auto through = [&](int64_t column, Vector token_part, Vector grad_part) {
+    Vector v = load(grad_u + column);
+    if (call.rstd != nullptr) v = (v - mean_grad - (token_part - mean) * rstd * slope) * rstd;
+    return call.add_input ? v + grad_part : v;
+  };
+  each_vector(
+      width, [&](int64_t column) { store(out + column, through(column, load(x + column), load(grad_out + column))); },
+      [&](int64_t column, int64_t count) {
+        store_part(out + column, through(column, load_part(x + column, count), load_part(grad_out + column, count)),
+                   count);
+      });
 }
 
 template <typename Token>
@@ -205,47 +245,46 @@ void backward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const 
   Scratch scratch = {reinterpret_cast<uintptr_t>(memory)};
   const BackwardScratch s(&scratch, call.width, call.rank);
   const int64_t width = call.width, wide = padded(width), narrow = padded(call.rank);
-  const Token* x = static_cast<const Token*>(call.x);
-  const Token* grad_out = static_cast<const Token*>(call.grad_out);
 
-  if (sums.fresh) {
+  if (call.weights && sums.fresh) {
     for (int64_t i = 0; i < wide; i += kLanes) store(sums.columns + i, Vector{});
     for (int64_t i = 0; i < narrow; i += kLanes) store(sums.b_down + i, Vector{});
   }
-  for (int i = 0; i < n; ++i) {
-    load_row(x + tokens[i] * width, width, s.row);
-    if (call.rstd != nullptr) normalize(s.row, width, call.mean[tokens[i]], call.rstd[tokens[i]]);
-    set_row(s.u + i * wide, s.row, width);
-    load_row(grad_out + tokens[i] * width, width, s.row);
-    set_row(s.grad_out + i * wide, s.row, width);
-    if (!call.weights) continue;
-    for (int64_t c = 0; c < wide; c += kLanes) store(sums.columns + c, load(sums.columns + c) + load(s.row + c));
-    set_panel_row(s.u_panels, i, s.u + i * wide, width);
-    set_panel_row(s.grad_out_panels, i, s.grad_out + i * wide, width);
-  }
-  if (call.weights && n % 2 != 0) {  // the partner of the last token in a pair
+  for (int i = 0; i < n; ++i) set_backward_row<Token>(call, tokens[i], s, i, sums);
+  if (n % 2 != 0) {  // the last token's partner in a pair
     for (int64_t c = 0; c < wide; c += kLanes) set_operand(s.u + n * wide + c, Vector{});
-    set_panel_row(s.u_panels, n, s.u + n * wide, width);
-    set_panel_row(s.grad_out_panels, n, s.u + n * wide, width);
+    for (int64_t c = 0; c < wide; c += kLanes) set_operand(s.grad_out + n * wide + c, Vector{});
+  }
+  for (int i = 0; call.weights && i < n; i += 2) {
+    set_panel_pair(s.u_panels, i, s.u + i * wide, s.u + (i + 1) * wide, width);
+    set_panel_pair(s.grad_out_panels, i, s.grad_out + i * wide, s.grad_out + (i + 1) * wide, width);
   }
   product(n, call.rank, width, s.u, wide, static_cast<const Operand*>(expert.down), width, s.z, narrow, false);
   product(n, call.rank, width, s.grad_out, wide, static_cast<const Operand*>(expert.up_back), width, s.grad_a, narrow,
           false);
 
+  float mean_grad[kTileRows], slope_grad[kTileRows];  // of du and of du * xhat, as products over the bottleneck
+  const float inverse = 1.0f / static_cast<float>(width);
   for (int i = 0; i < n; ++i) {
+    Vector along_sums = {}, along_z = {};
     for (int64_t k = 0; k < narrow; k += kLanes) {
       Vector slope;
-      Vector a = activate(call.activation, load(s.z + i * narrow + k) + load(expert.b_down + k), &slope);
+      const Vector z = load(s.z + i * narrow + k);
+      Vector a = activate(call.activation, z + load(expert.b_down + k), &slope);
       Vector grad_z = load(s.grad_a + i * narrow + k) * call.alpha * slope;
       if (call.dropout) {
         const Mask keep = keep_factor(call, tokens[i], k) != 0.0f;
         a = select(keep, a, Vector{});
         grad_z = select(keep, grad_z, Vector{});
       }
+      along_sums += grad_z * load(expert.row_sums + k);
+      along_z += grad_z * z;
       set_operand(s.a + i * narrow + k, a);
       set_operand(s.grad_z + i * narrow + k, grad_z);
       if (call.weights) store(sums.b_down + k, load(sums.b_down + k) + grad_z);
     }
+    mean_grad[i] = sum(along_sums) * inverse;
+    slope_grad[i] = sum(along_z) * inverse;
   }
   if (call.weights) {
     for (int64_t k = 0; k < call.rank; ++k) {
@@ -262,26 +301,7 @@ void backward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const 
 
   product(n, width, call.rank, s.grad_z, narrow, static_cast<const Operand*>(expert.down_back), call.rank, s.y, wide,
           false);
-  for (int i = 0; i < n; ++i) {
-    const int64_t first = tokens[i] * width;
-    float* grad = s.y + i * wide;
-    if (call.rstd != nullptr) {
-      load_row(x + first, width, s.row);
-      normalize(s.row, width, call.mean[tokens[i]], call.rstd[tokens[i]]);
-      through_norm(grad, s.row, width, call.rstd[tokens[i]]);
-    }
-    Token* out = static_cast<Token*>(call.out) + first;
-    each_vector(
-        width,
-        [&](int64_t column) {
-          const Vector v = load(grad + column);
-          store(out + column, call.add_input ? v + load(grad_out + first + column) : v);
-        },
-        [&](int64_t column, int64_t count) {
-          const Vector v = load(grad + column);
-          store_part(out + column, call.add_input ? v + load_part(grad_out + first + column, count) : v, count);
-        });
-  }
+  for (int i = 0; i < n; ++i) set_grad_x<Token>(call, tokens[i], s.y + i * wide, mean_grad[i], slope_grad[i]);
 }
 
 void forward(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, void* scratch) {

@@ -7,10 +7,6 @@
 #include "adapter_cpu_tile.h"
 #include "adapter_cpu_vector.h"
 
-#if defined(MOSA_BF16_PRODUCTS)
-#include <immintrin.h>
-#endif
-
 namespace mosa {
 namespace {
 
@@ -138,35 +134,48 @@ void product(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_stride
 
 size_t panel_bytes(int64_t k, int64_t n) { return static_cast<size_t>(panel_elements(k, n)) * sizeof(Operand); }
 
-inline void clear_panel_row(Operand* panels, int64_t row, int64_t n) {
-  for (int64_t column = 0; column < padded(n); ++column) panels[panel_index(row, row, column)] = Operand(0);
+#if defined(MOSA_BF16_PRODUCTS)
+// kLanes columns of rows `row` and `row` + 1 of B, interleaved; `to` is where panel_index puts the first of them.
+inline void set_panel_vectors(Operand* to, Vector even_row, Vector odd_row) {
+  const Bits low = __builtin_convertvector(to_bfloat16(even_row), Bits);
+  const Bits high = __builtin_convertvector(to_bfloat16(odd_row), Bits);
+  const Bits pairs = low | (high << 16);
+  __builtin_memcpy(to, &pairs, sizeof(pairs));
 }
+#else
+inline void set_panel_vectors(Operand* to, Vector even_row, Vector odd_row) {
+  store(to, even_row);
+  store(to + kPanel, odd_row);
+}
+#endif
 
 // Panels of B [k, n] from its rows, which are padded with zeros to `stride` >= padded(n).
 void pack(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels) {
   Operand* to = static_cast<Operand*>(panels);
-  for (int64_t row = 0; row < k; ++row) {
-    for (int64_t column = 0; column < padded(n); ++column) {
-      set_operand(to + panel_index(k, row, column), rows[row * stride + column]);
+  for (int64_t row = 0; row < k; row += 2) {
+    const float* from = rows + row * stride;
+    for (int64_t column = 0; column < padded(n); column += kLanes) {
+      const Vector odd_row = row + 1 < k ? load(from + stride + column) : Vector{};
+      set_panel_vectors(to + panel_index(k, row, column), load(from + column), odd_row);
     }
   }
-  if (kPair > 1 && k % 2 != 0) clear_panel_row(to, k, n);
 }
 
 // Panels of B [k, n] from the rows of its transpose [n, k].
 void pack_transposed(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels) {
   Operand* to = static_cast<Operand*>(panels);
-  constexpr int64_t kBlock = 16;  // as many rows are read side by side, and stay in L1 whatever their stride
-  for (int64_t first = 0; first < padded(n); first += kBlock) {
-    const int64_t given = n - first < kBlock ? n - first : kBlock;
-    for (int64_t row = 0; row < k; ++row) {
+  // As many source rows are read side by side as a vector has lanes: few enough to stay in L1 whatever their stride.
+  for (int64_t first = 0; first < padded(n); first += kLanes) {
+    const int64_t given = n - first < kLanes ? n - first : kLanes;
+    for (int64_t row = 0; row < k; row += 2) {
+      float even_row[kLanes] = {}, odd_row[kLanes] = {};
       for (int64_t i = 0; i < given; ++i) {
-        set_operand(to + panel_index(k, row, first + i), rows[(first + i) * stride + row]);
+        even_row[i] = rows[(first + i) * stride + row];
+        odd_row[i] = row + 1 < k ? rows[(first + i) * stride + row + 1] : 0.0f;
       }
-      for (int64_t i = given; i < kBlock; ++i) to[panel_index(k, row, first + i)] = Operand(0);
+      set_panel_vectors(to + panel_index(k, row, first), load(even_row), load(odd_row));
     }
   }
-  if (kPair > 1 && k % 2 != 0) clear_panel_row(to, k, n);
 }
 
 }  // namespace

@@ -12,13 +12,14 @@ constexpr int kTileRows =
     48;                   // with 768 columns and rank 64 a tile and its weights take 0.7 MB of L2; rows come in sixes
 constexpr int kPad = 16;  // columns of fp32 scratch come in multiples of it
 
-constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+static constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 // One expert's projections: effective weights as fp32 rows, then as panels for the matrix products.
 struct CpuExpert {
   float* down_rows;  // [rank, padded(width)] w_down_e * gamma
   float* up_rows;    // [width, padded(rank)] w_up_e
   float* b_down;     // [padded(rank)] b_down + w_down_e @ beta
+  float* row_sums;   // [padded(rank)] of down_rows
   float* b_up;       // [padded(width)] b_up_e, zeros without one
   void* down;        // panels of [width, rank]: x to bottleneck
   void* up;          // panels of [rank, width]: bottleneck to output

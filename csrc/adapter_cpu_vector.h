@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(MOSA_BF16_PRODUCTS)
+#include <immintrin.h>
+#endif
+
 namespace mosa {
 namespace {
 
@@ -48,13 +52,18 @@ inline float sum(Vector v) {
   return total;
 }
 
-inline Halves to_bfloat16(Vector v) {  // to nearest, ties to even; NaN stays NaN
+// To nearest, ties to even; NaN stays NaN.
+inline Halves to_bfloat16(Vector v) {
+#if defined(MOSA_BF16_PRODUCTS)
+  return bit_cast<Halves>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#else
   const Bits bits = bit_cast<Bits>(v);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits quiet = (bits >> 16) | 0x40u;
   const Mask nan = (v != v);
   const Bits chosen = (bit_cast<Bits>(nan) & quiet) | (~bit_cast<Bits>(nan) & rounded);
   return __builtin_convertvector(chosen, Halves);
+#endif
 }
 inline Vector from_bfloat16(Halves h) { return bit_cast<Vector>(__builtin_convertvector(h, Bits) << 16); }
 
