@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mosa_kernels.cli.errors import plain_errors
+from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.train.comparison import (
     CHOSEN,
     CONTENDERS,
@@ -131,7 +132,12 @@ def watch(tasks: list[Task], processes: int, console: Console) -> list[Outcome]:
 
     with overall:
         total = overall.add_task("all runs", total=len(tasks), state="")
-        return run_tasks(tasks, processes, on_step, on_done)
+        try:
+            return run_tasks(tasks, processes, on_step, on_done)
+        except BrokenProcessPool as error:
+            raise MendableError(
+                "a run's process was ended from outside, perhaps for lack of memory; try --workers 1"
+            ) from error
 
 
 def report(
@@ -142,12 +148,12 @@ def report(
     sentence = verdict(summaries)
     methods, mechanisms = rows_of_methods(summaries), rows_of_mechanisms(summaries)
     merges = [outcome.merge for outcome in outcomes if outcome.merge is not None]
-    mosa = [outcome.merge for outcome in outcomes if outcome.merge is not None and outcome.contender.method == "mosa"]
-    largest = max(merge["largest_difference"] for merge in mosa)
-    same, images = (sum(merge[key] for merge in mosa) for key in ("same_predictions", "images"))
+    largest = max(merge["largest_difference"] for merge in merges)
+    same, images = (sum(merge[key] for merge in merges) for key in ("same_predictions", "images"))
+    finding = "merging changed nothing" if all(merge["unchanged"] for merge in merges) else "MERGING CHANGED A MODEL"
     merging = (
-        f"Merging {len(mosa)} MoSA models: largest logit difference {largest:.1e}, {same:,} of {images:,} predictions "
-        f"identical: {'merging changed nothing' if all(m['unchanged'] for m in merges) else 'MERGING CHANGED A MODEL'}."
+        f"Merging {len(merges)} MoSA models: largest logit difference {largest:.1e}, {same:,} of {images:,} "
+        f"predictions identical: {finding}."
     )
     warning = "QUICK: a few steps of one seed, to see that everything works. These are not the real figures.\n\n"
     parts = [markdown_table(methods), markdown_table(mechanisms), sentence, merging]

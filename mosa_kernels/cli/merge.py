@@ -16,9 +16,7 @@ from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.peft.book import find_book
 from mosa_kernels.train.backbones import data_config
 from mosa_kernels.train.evaluate import evaluate, warn_of_merge_loss
-from mosa_kernels.train.folder import versions
-from mosa_kernels.train.keeping import backbone_hash
-from mosa_kernels.train.merging import MergeCheck, check_merge, merged_copy, random_images, write_merged
+from mosa_kernels.train.merging import MergeCheck, check_merge, merged_card, merged_copy, random_images, write_merged
 from mosa_kernels.train.saved import Saved, open_saved
 
 
@@ -46,8 +44,7 @@ def merge(
         book = find_book(saved.model)
         if book is None or book.active is None:
             raise ValueError(f"{path}: it holds the head of a linear probe; there is nothing to merge")
-        config = book.configs[book.active]
-        chosen = rule or config.merge_rule
+        chosen = rule or book.configs[book.active].merge_rule
         loader: Iterable[Any] = random_images(data_config(saved.model, saved.settings.image_size)["input_size"])
         if data is not None:
             _, loader = open_loader(
@@ -60,7 +57,8 @@ def merge(
             _compare(saved, loader, check, chosen, split, console)
         if not check.unchanged:
             raise MendableError("the merged model does not compute what the adapters do; nothing was written")
-        write_merged(merged, output, _card(saved, config.to_dict(), chosen, check, path))
+        card = merged_card(saved.model, saved.settings, saved.num_classes, chosen, check)
+        write_merged(merged, output, {**card, "from": str(path)})
         size = output.stat().st_size / 2**20
         console.print(f"wrote {output} ({size:.1f} MiB) and {output.with_suffix('.json')}", highlight=False)
 
@@ -79,17 +77,3 @@ def _compare(saved: Saved, loader: Iterable[Any], check: MergeCheck, rule: str, 
     warning = warn_of_merge_loss({**results, rule: check.after.as_dict()}, rule)
     if warning is not None:
         console.print(f"warning: {warning}", highlight=False)
-
-
-def _card(saved: Saved, config: dict[str, Any], rule: str, check: MergeCheck, path: Path) -> dict[str, Any]:
-    return {
-        "kind": "a merged model as a plain state dict; mosa_kernels.train.merging.load_merged rebuilds it",
-        "rule": rule,
-        "config": config,
-        "num_classes": saved.num_classes,
-        "settings": saved.settings.as_dict(),
-        "backbone_sha256": backbone_hash(saved.model),
-        "check": check.as_dict(),
-        "from": str(path),
-        "versions": versions(),
-    }

@@ -20,7 +20,7 @@ from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import MECHANISMS, evaluate
 from mosa_kernels.train.keeping import save_trained
 from mosa_kernels.train.loop import Row
-from mosa_kernels.train.merging import check_merge, merged_copy, write_merged
+from mosa_kernels.train.merging import check_merge, merged_card, merged_copy, write_merged
 from mosa_kernels.train.methods import AdapterOptions, find_method
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import Recipe
@@ -89,7 +89,7 @@ class Outcome:
         stored: parameters to keep for inference once the adapters are merged, the head included.
         seconds: of training.
         rows: the training curve, a row an epoch.
-        merge: what `MergeCheck` found, for adapters that were tested.
+        merge: what `MergeCheck` found, for a tested MoSA.
     """
 
     contender: Contender
@@ -171,7 +171,7 @@ def run_contender(
         splits: from `demo_splits`.
         test: measure on test images, by every mechanism, and check the merge; else on validation images, merged only.
         reporter: shows what happens.
-        keep_in: a folder for the adapter and the merged weights, or None.
+        keep_in: a folder for the adapter and the merged weights, or None; not for linear probing.
     """
     accelerator = make_accelerator(settings)
     prepared = prepare(settings, accelerator.num_processes, splits)
@@ -194,10 +194,12 @@ def run_contender(
     merged, check = prepared.model, None
     if find_method(contender.method).mode is not None:
         merged = merged_copy(prepared.model, rule)
-        check = check_merge(prepared.model, merged, loader, rule) if test else None
+        if test and contender.method == "mosa":
+            check = check_merge(prepared.model, merged, loader, rule)
     if keep_in is not None:
         save_trained(prepared.model, Path(keep_in) / "adapter")
-        write_merged(merged, Path(keep_in) / "merged.safetensors", {"rule": rule, "settings": settings.as_dict()})
+        card = merged_card(prepared.model, settings, splits.num_classes, rule, check)
+        write_merged(merged, Path(keep_in) / "merged.safetensors", card)
     return Outcome(
         contender=contender,
         seed=settings.data_seed,

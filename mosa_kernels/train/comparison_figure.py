@@ -66,7 +66,8 @@ def _methods(axes: Any, summaries: Sequence[Summary]) -> None:
     axes.set_xlim(max(0.0, low - 3 * margin), high + 2.5 * margin)
     axes.set_yticks(places, [summary.contender.title for summary in summaries], fontsize=9)
     axes.invert_yaxis()
-    axes.set(title="test accuracy, mean and spread over seeds (axis cut)", xlabel="%")
+    axes.set_title("test accuracy, mean and spread over seeds (axis cut)", fontsize=10)
+    axes.set_xlabel("%")
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -85,8 +86,9 @@ def _mechanisms(axes: Any, summaries: Sequence[Summary]) -> None:
             axes.text(2, place + offset, f"{value:.1f}", va="center", fontsize=8, color="white")
     axes.set_yticks(places, [MECHANISM_TITLES[name] for name in names], fontsize=9)
     axes.invert_yaxis()
-    axes.set(title="MoSA by inference mechanism: test accuracy", xlabel="%")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_title("the same MoSA weights used differently: test accuracy", fontsize=10)
+    axes.set_xlabel("%")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -99,8 +101,10 @@ def _curves(area: Any, outcomes: Sequence[Outcome], keys: Sequence[str]) -> None
         for axes, name in ((losses, "loss"), (accuracies, "train_accuracy")):
             values = np.mean([[row[name] for row in run.rows] for run in runs], axis=0)
             axes.plot(epochs, values, color=_colour(number), label=runs[0].contender.title, linewidth=1.4)
-    losses.set(title="training loss, whole (two passes: with consistency and alignment)", xlabel="epoch", yscale="log")
+    losses.set(xlabel="epoch", yscale="log")
+    losses.set_title("training loss, whole (two passes: with consistency and alignment)", fontsize=10)
     losses.legend(fontsize=7)
-    accuracies.set(title="training accuracy (random experts, with dropout)", xlabel="epoch", ylabel="%")
+    accuracies.set(xlabel="epoch", ylabel="%")
+    accuracies.set_title("training accuracy (random experts, with dropout)", fontsize=10)
     for axes in (losses, accuracies):
         axes.grid(alpha=0.3)

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload
+from mosa_kernels.peft.book import book_of
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.evaluate import Predictions, merged_by, predict
-from mosa_kernels.train.folder import read_json, write_json
+from mosa_kernels.train.folder import read_json, versions, write_json
+from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.settings import Settings
 
 
@@ -95,6 +97,25 @@ def random_images(size: tuple[int, ...], count: int = 32, seed: int = 0) -> Iter
     yield torch.randn(count, *size, generator=generator), torch.zeros(count, dtype=torch.int64)
 
 
+def merged_card(
+    model: nn.Module, settings: Settings, num_classes: int, rule: str, check: MergeCheck | None
+) -> dict[str, Any]:
+    """What goes into the JSON file beside merged weights; `model` is the one before merging."""
+    book = book_of(model)
+    if book.active is None:
+        raise ValueError("model: expected an active adapter, got one within disable_adapter")
+    return {
+        "kind": "a merged model as a plain state dict; mosa_kernels.train.merging.load_merged rebuilds it",
+        "rule": rule,
+        "config": book.configs[book.active].to_dict(),
+        "num_classes": num_classes,
+        "settings": settings.as_dict(),
+        "backbone_sha256": backbone_hash(model),
+        "check": None if check is None else check.as_dict(),
+        "versions": versions(),
+    }
+
+
 def load_merged(path: Path) -> nn.Module:
     """Rebuilds the model that `mosa-kernels merge` wrote: timm's architecture, plain adapters, the file's weights.
 
@@ -112,8 +133,7 @@ def load_merged(path: Path) -> nn.Module:
             f"{path.with_suffix('.json')}: expected the card of a merged model, without {error}"
         ) from error
     model = create_backbone(settings.model, classes, pretrained=False, image_size=settings.image_size)
-    if card["config"] is not None:
-        model = merge_and_unload(inject_adapter(model, MoSAConfig.from_dict(card["config"])))
+    model = merge_and_unload(inject_adapter(model, MoSAConfig.from_dict(card["config"])))
     model.load_state_dict(load_file(path))
     return model.eval()
 
