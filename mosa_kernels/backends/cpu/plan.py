@@ -11,12 +11,20 @@ from torch import Tensor
 from mosa_kernels.backends.arguments import MERGED, AdapterArguments
 
 TILE_BYTES = 1536 * 1024
-"""Size of a tile of x: 512 tokens of ViT-B in float32."""
+"""Size of a tile of x: 512 tokens of ViT-B in float32.
+
+Forward + backward of 64 x 197 tokens, d 768, r 64, one core, tiles of 384, 768, 1536, 3072, 6144, 12288 KiB: 154, 139,
+136, 140, 144, 188 ms in float32, 93, 85, 84, 76, 82, 96 ms in bfloat16.
+"""
 
 MINIMUM_ROWS = 16
 
 SHORT_RUN = 64
-"""Mean tokens per run below which tokens are gathered by expert first."""
+"""Mean tokens per run below which tokens are gathered by expert first.
+
+Forward + backward of 4096 tokens in runs of 16, 32, 64, 128: 89, 65, 53, 49 ms as they are against 56 to 62 ms gathered
+in float32, 116, 68, 48, 38 ms against 34 ms in bfloat16.
+"""
 
 
 class Tile(NamedTuple):
