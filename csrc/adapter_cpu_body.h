@@ -142,6 +142,14 @@ inline Vector keep_factor(const CpuTileCall& call, int64_t token, int64_t unit) 
   return kept(static_cast<uint32_t>(first), call.seed[group], call.drop_below);
 }
 
+// Asks for a row that is needed after the next matrix products.
+template <typename Token>
+inline void prefetch_row(const Token* row, int64_t width) {
+  for (int64_t column = 0; column < width; column += 64 / static_cast<int64_t>(sizeof(Token))) {
+    __builtin_prefetch(row + column, 0, 2);
+  }
+}
+
 template <typename Token>
 void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, void* memory) {
   Scratch scratch = {reinterpret_cast<uintptr_t>(memory)};
@@ -159,6 +167,7 @@ void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const C
       call.rstd[tokens[i]] = rstd;
     }
     set_normalized(s.u + i * wide, s.row, width, mean, rstd);
+    if (residual != nullptr) prefetch_row(residual + tokens[i] * width, width);
   }
   product(n, call.rank, width, s.u, wide, static_cast<const Operand*>(expert.down), width, s.z, narrow, false);
   for (int i = 0; i < n; ++i) {
