@@ -29,8 +29,8 @@ SEEDS = (101, 102, 103, 104)
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "linear": {"base_lr": (1e-2, 3e-2, 1e-1)},
     "adaptformer": {"base_lr": (1e-2, 3e-2, 1e-1)},
-    "dropout": {"base_lr": (3e-2, 1e-1), "dropout": (0.3, 0.6)},
-    "dropout-two-pass": {"base_lr": (3e-2, 1e-1), "dropout": (0.15, 0.3, 0.45)},
+    "dropout": {"base_lr": (1e-2, 3e-2, 1e-1), "dropout": (0.3, 0.6)},
+    "dropout-two-pass": {"base_lr": (1e-2, 3e-2, 1e-1), "dropout": (0.15, 0.3, 0.45)},
     "mosa-batch": {"base_lr": (1e-2, 3e-2, 1e-1)},
     "mosa-sample": {"base_lr": (1e-2, 3e-2, 1e-1)},
 }

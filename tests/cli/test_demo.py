@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,23 @@ from typing import Any
 import pytest
 
 from mosa_kernels.cli import demo as demo_module
-from mosa_kernels.train.comparison import CONTENDERS
+from mosa_kernels.data.splits import ArrayDataset, DataSplits
+from mosa_kernels.train import comparison_runs
+from mosa_kernels.train.comparison import CONTENDERS, demo_splits
 from mosa_kernels.train.merging import load_merged
+
+
+def few_test_images(seed: int) -> DataSplits:
+    splits = demo_splits(seed)
+    assert isinstance(splits.test, ArrayDataset)
+    return dataclasses.replace(splits, test=ArrayDataset(splits.test.images[:200], splits.test.labels[:200]))
 
 
 @pytest.mark.slow
 def test_quick_demo_leaves_tables_picture_and_weights(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo_module, "QUICK_EPOCHS", 1)
+    monkeypatch.setattr(demo_module, "demo_splits", few_test_images)
+    monkeypatch.setattr(comparison_runs, "data_of", few_test_images)
     result = command("demo", "--quick", "--output", tmp_path, "--workers", 1)
     assert result.exit_code == 0, result.output
     printed = " ".join(result.stdout.split())
