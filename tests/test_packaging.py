@@ -228,9 +228,16 @@ def install(what: Path, target: Path, *options: str, ok: bool = True, **environm
     return run(*pip, *options, "--target", target, what, cwd=what.parent, ok=ok, **environment)
 
 
+NO_EDITABLE = """
+import sys
+editable = lambda finder: getattr(finder, "__module__", "").startswith("__editable__")
+sys.meta_path[:] = [finder for finder in sys.meta_path if not editable(finder)]
+"""
+
+
 def ask(target: Path, code: str, tmp_path: Path) -> str:
-    """Runs code against the installation in `target`, far from the clone."""
-    return run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target)).strip()
+    """Runs code against the installation in `target`, far from the clone and from an editable installation of it."""
+    return run(sys.executable, "-c", NO_EDITABLE + code, cwd=tmp_path, PYTHONPATH=str(target)).strip()
 
 
 REPORT = """
