@@ -21,12 +21,13 @@ from mosa_kernels.train.loop import Row, Trainer
 from mosa_kernels.train.plots import plot_curve
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import Settings
-from mosa_kernels.train.setup import Prepared, make_accelerator, make_trainer, prepare
+from mosa_kernels.train.setup import Prepared, make_accelerator, make_trainer, prepare, seed_everything
 
 SELECTION = {
     "best": "weights of the epoch with the highest validation accuracy, the earliest of equals; test touched once",
     "last": "weights of the last epoch; test touched once",
 }
+RANK_STRIDE = 1_000_003  # apart enough that seeds of runs and seeds of processes do not meet
 PLOT_EVERY = 30.0  # seconds: a picture takes as long as an epoch of a small task
 
 
@@ -59,6 +60,10 @@ class Job:
             self.folder.require_new()
         self.accelerator: Accelerator = make_accelerator(self.settings)
         self.prepared: Prepared = prepare(self.settings, self.accelerator.num_processes)
+        if not self.accelerator.is_main_process:
+            self.reporter = Reporter()
+            # Every process began with the same weights; experts and dropout are each one's own.
+            seed_everything(self.settings.recipe.seed + RANK_STRIDE * self.accelerator.process_index)
         self.parameters = parameter_counts(self.prepared.model)
         self.rows: list[Row] = []
         self._plotted = time.monotonic()
@@ -68,6 +73,8 @@ class Job:
             stored = self.folder.read_config()
             for what in ("backbone", "data", "normalisation"):
                 require_same(_flat(stored[what]), _flat(_plain(config[what])), what)
+            processes = ({"processes": record["processes"]} for record in (stored, config))
+            require_same(*processes, "number of processes")
             self._warn_of_versions(stored["versions"], config["versions"])
             self._restore()
         elif self.accelerator.is_main_process:

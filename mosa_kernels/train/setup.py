@@ -141,6 +141,7 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
 def make_trainer(settings: Settings, prepared: Prepared, accelerator: Accelerator, reporter: Reporter) -> Trainer:
     """The one training loop, configured."""
     recipe = settings.recipe
+    prepared.model.to(accelerator.device)  # before the optimizer sees its parameters
     criterion = None
     if settings.passes == 2:
         criterion = MoSALoss(recipe.alpha, recipe.beta, recipe.align, detach_targets=recipe.detach)
