@@ -11,7 +11,6 @@ programs hardly disturb.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from mosa_kernels import mosa_adapter, split
 from mosa_kernels._extension import extension
+from mosa_kernels.train.folder import processor
 
 
 class Shape(NamedTuple):
@@ -112,16 +112,10 @@ def measure_pair(
 
 
 def machine() -> str:
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), model)
-    except OSError:
-        pass
     module = extension().module
     compiled = extension().reason or ", ".join(module.adapter_cpu_instruction_sets())  # type: ignore[union-attr]
     return (
-        f"{model}, {torch.get_num_threads()} threads, PyTorch {torch.__version__} "
+        f"{processor()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__} "
         f"({torch.backends.cpu.get_cpu_capability()}); compiled kernels: {compiled}"
     )
 

@@ -35,7 +35,7 @@ from mosa_kernels.train.comparison_report import (
     verdict,
 )
 from mosa_kernels.train.comparison_runs import Step, Task, run_tasks
-from mosa_kernels.train.folder import versions, write_json, write_text
+from mosa_kernels.train.folder import processor, versions, write_json, write_text
 
 SEEDS = (0, 1, 2)
 QUICK_EPOCHS = 3
@@ -176,6 +176,7 @@ def report(
         "data": splits_summary,
         "seconds": seconds,
         "processes": processes,
+        "machine": processor(),
         "versions": versions(),
         "markdown": markdown,
         "tables": [methods, mechanisms],
