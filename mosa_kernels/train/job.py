@@ -73,8 +73,8 @@ class Job:
             stored = self.folder.read_config()
             for what in ("backbone", "data", "normalisation"):
                 require_same(_flat(stored[what]), _flat(_plain(config[what])), what)
-            processes = ({"processes": record["processes"]} for record in (stored, config))
-            require_same(*processes, "number of processes")
+            before, now = ({"processes": record["processes"]} for record in (stored, config))
+            require_same(before, now, "number of processes")
             self._warn_of_versions(stored["versions"], config["versions"])
             self._restore()
         elif self.accelerator.is_main_process:
