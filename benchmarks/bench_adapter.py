@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mosa_kernels import mosa_adapter, split
 from mosa_kernels._extension import extension
-from mosa_kernels.train.folder import processor
+from mosa_kernels.train.folder import machine
 
 
 class Shape(NamedTuple):
@@ -111,11 +111,11 @@ def measure_pair(
     return times
 
 
-def machine() -> str:
+def described_machine() -> str:
     module = extension().module
     compiled = extension().reason or ", ".join(module.adapter_cpu_instruction_sets())  # type: ignore[union-attr]
     return (
-        f"{processor()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__} "
+        f"{machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__} "
         f"({torch.backends.cpu.get_cpu_capability()}); compiled kernels: {compiled}"
     )
 
@@ -129,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1 if options.processor_time else options.threads)
     clock = time.thread_time if options.processor_time else time.perf_counter
-    print(machine())
+    print(described_machine())
     print("| shape | dtype | expert | pass | cpu ms (min) | eager ms (min) | ratio |\n|---|---|---|---|---|---|---|")
     for shape in SHAPES[:1] if options.quick else SHAPES:
         for dtype_name, dtype in DTYPES.items():

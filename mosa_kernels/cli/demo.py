@@ -34,7 +34,7 @@ from mosa_kernels.train.comparison_report import (
     verdict,
 )
 from mosa_kernels.train.comparison_runs import Step, Task, run_tasks
-from mosa_kernels.train.folder import processor, versions, write_json, write_text
+from mosa_kernels.train.folder import available_cores, machine, versions, write_json, write_text
 
 SEEDS = (0, 1, 2)
 QUICK_EPOCHS = 3
@@ -171,7 +171,6 @@ def report(
         "seconds": seconds,
         "processes": processes,
         "machine": machine(),
-        "machine": processor(),
         "versions": versions(),
         "markdown": markdown,
         "tables": [methods, mechanisms],

@@ -75,17 +75,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """This machine's processor and how many of its cores there are, as reports name it."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def machine() -> str:
     """The processor and how many cores of it this process may use, in words."""
     name = platform.processor() or platform.machine()
