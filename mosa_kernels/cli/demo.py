@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -73,11 +72,6 @@ def demo(
         console.print(f"{seconds:.0f} s; picture, figures and weights are in {output}/", highlight=False)
         if not all(outcome.merge["unchanged"] for outcome in outcomes if outcome.merge is not None):
             raise typer.Exit(1)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_tasks(seeds: tuple[int, ...], epochs: int | None, output: Path) -> list[Task]:
@@ -176,6 +170,7 @@ def report(
         "data": splits_summary,
         "seconds": seconds,
         "processes": processes,
+        "machine": machine(),
         "versions": versions(),
         "markdown": markdown,
         "tables": [methods, mechanisms],

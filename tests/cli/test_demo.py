@@ -34,7 +34,7 @@ def test_quick_demo_leaves_tables_picture_and_weights(command: Any, tmp_path: Pa
     assert "merging changed nothing" in printed
     record = json.loads((tmp_path / "demo.json").read_text())
     assert record["quick"] is True
-    assert "cores" in record["machine"]
+    assert "core(s)" in record["machine"]
     assert record["methods"].keys() == {contender.key for contender in CONTENDERS}
     for method in record["methods"].values():
         assert 0 < method["accuracy"] <= 100
