@@ -1,4 +1,4 @@
-"""Chooses the numbers of `mosa-kernels demo` on validation data, and records everything that was tried.
+"""Chooses the numbers of `mosa-kernels demo` on validation data, and records what was tried.
 
     python scripts/tune_demo.py
 
@@ -130,11 +130,18 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
             f"initial seeds {INITIAL_SEED} higher; the demo's own seeds and the test images were not looked at"
         ),
         "tried": tried,
+        **_kept_by_hand(options.out),
         "recipe": DEMO.as_dict(),
         "backbone_sha256": json.loads(CARD.read_text())["sha256"],
         "command": "python scripts/tune_demo.py",
         "versions": versions(),
     }
+
+
+def _kept_by_hand(path: Path) -> dict[str, Any]:
+    """Runs outside the grids, and what has to be said of how the choice came about: a new search keeps both."""
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: before[name] for name in ("explored", "history") if name in before}
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """Several methods on the same data and seeds, by the one training loop: what `mosa-kernels demo` shows.
 
 Each contender's learning rate (and dropout) was chosen beforehand on validation data of other seeds by
-`scripts/tune_demo.py`; `assets/demo_settings.json` holds the choice and everything that was tried.
+`scripts/tune_demo.py`; `assets/demo_settings.json` holds the choice, the grids, what was tried outside them, and what
+has to be said of how the choice came about.
 """
 
 from __future__ import annotations

@@ -96,6 +96,9 @@ def test_the_shipped_choice_is_the_best_of_what_was_tried():
         assert len({row["base_lr"] for row in tried}) >= 2
     assert record["recipe"] == json.loads(json.dumps(DEMO.as_dict()))
     assert "validation" in record["protocol"]
+    assert all({"method", "seeds", "accuracy"} <= row.keys() for row in record["explored"])
+    assert not {seed for row in record["explored"] for seed in row["seeds"]} & {0, 1, 2}
+    assert record["history"]
 
 
 def test_final_seeds_were_not_tuned_on():
