@@ -74,8 +74,8 @@ _WIDE_BOTTLENECK, _LARGE_CALL = 64, 2_400_000  # r, and entries of x
 def _pays_off(name: str, args: AdapterArguments) -> bool:
     """Whether a backend is the faster one for a call of this size, by measurement.
 
-    The CPU kernels win by the memory traffic that they save. With a wide bottleneck and an x whose intermediates stay in
-    the cache there is none to save, and eager PyTorch's matrix products are faster. Eager time / ours, forward and
+    The CPU kernels win by the memory traffic that they save. With a wide bottleneck and an x whose intermediates stay
+    in the cache there is none to save, and eager PyTorch's matrix products are faster. Eager time / ours, forward and
     forward + backward, one expert per sample, fp32 | bf16 (EPYC 9004, 2 threads, 32 MB of L3 cache):
 
         d 768, r 64, T   788    0.67 0.77 | 0.86 0.77       d 384, r 16, T  788    1.19 1.03 | 1.46 1.33

@@ -36,7 +36,7 @@ from mosa_kernels.train.comparison_report import (
 from mosa_kernels.train.comparison_runs import Step, Task, run_tasks
 from mosa_kernels.train.folder import available_cores, machine, versions, write_json, write_text
 
-SEEDS = (0, 1, 2)
+SEEDS = (10, 11, 12)  # 0 to 2 were looked at before the settings were final
 QUICK_EPOCHS = 3
 KEPT = "mosa-sample"  # whose adapter and merged weights of the first seed are written
 

@@ -40,7 +40,7 @@ def test_a_name_is_kept_or_refused_with_the_reason() -> None:
         choose_adapter_backend(_call(5, 8, 4, torch.float64), "cpu")
     with pytest.raises(ValueError, match="backend: 'cuda' is not available"):
         choose_adapter_backend(_call(5, 8, 4), "cuda")
-    with pytest.raises(ValueError, match="backend: expected one of .* got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of .* got 'tpu'"):
         choose_adapter_backend(_call(5, 8, 4), "tpu")
 
 
