@@ -17,6 +17,8 @@ class AdapterArguments(NamedTuple):
     The order of the fields is the order of the arguments of the ``adapter_forward`` operator. Weights are as
     `torch.nn.Linear` keeps them. With ``expert`` given, its ``G`` entries belong to ``G`` equal runs of consecutive
     tokens; without it ``expert_id`` holds for all tokens. The same goes for ``seed`` and ``seed_id``.
+
+    What `torch.compile` traces reads fields alone: PyTorch 2.9 does not see the properties of a named tuple.
     """
 
     x: Tensor  # [..., d]

@@ -68,7 +68,7 @@ def expert_bias(b_up: Tensor, expert: Tensor | int) -> Tensor:
 
 def adapter(args: AdapterArguments) -> Tensor:
     """``[x] + [residual] + scale * (dropout(act(u @ w_down.T + b_down)) @ w_up_e.T + b_up_e)``, shaped like x."""
-    x, dtype = args.x, args.matmul_dtype
+    x, dtype = args.x, args.compute_dtype or args.x.dtype
     expert = args.expert_id if args.expert is None else args.expert
     groups = 1 if args.expert is None or args.expert.dim() == 0 else args.expert.shape[0]
     if groups == 1 and isinstance(expert, Tensor):
@@ -85,7 +85,7 @@ def adapter(args: AdapterArguments) -> Tensor:
     w_up = expert_weight(args.w_up, args.assignment, None, expert, args.expert_scale, args.merged_scale).to(dtype)
     u = u.to(dtype)
     if groups > 1:
-        u = u.reshape(groups, -1, args.width)  # [G, T / G, d]
+        u = u.reshape(groups, -1, x.shape[-1])  # [G, T / G, d]
 
     z = u @ w_down.mT
     if args.b_down is not None:
@@ -93,7 +93,8 @@ def adapter(args: AdapterArguments) -> Tensor:
     a = ACTIVATIONS[args.activation].forward(z)
     if args.dropout_p > 0:
         seed = args.seed_id if args.seed is None else args.seed
-        keep = keep_mask(seed, a.numel() // args.bottleneck, args.bottleneck, args.dropout_p, a.device).view(a.shape)
+        r = w_down.shape[-2]
+        keep = keep_mask(seed, a.numel() // r, r, args.dropout_p, a.device).view(a.shape)
         a = torch.where(keep, a / (1 - args.dropout_p), 0)
     y = a @ w_up.mT
     if args.b_up is not None:

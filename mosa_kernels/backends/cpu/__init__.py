@@ -21,8 +21,9 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
         return False, f"x: expected on the CPU, got {args.x.device}"
     if args.x.dtype not in _DTYPES:
         return False, f"x: expected float32 or bfloat16, got {args.x.dtype}"
-    if args.matmul_dtype not in _DTYPES:
-        return False, f"autocast: expected float32 or bfloat16, got {args.matmul_dtype}"
+    dtype = args.compute_dtype or args.x.dtype
+    if dtype not in _DTYPES:
+        return False, f"autocast: expected float32 or bfloat16, got {dtype}"
     return True, ""
 
 

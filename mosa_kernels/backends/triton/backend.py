@@ -58,8 +58,9 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
         return False, "x has 2**31 tokens or more"
     if args.b_up is not None and args.b_up.dim() == 2 and args.b_up.shape[0] > _MAX_BIAS_ROWS:
         return False, f"b_up has {args.b_up.shape[0]} rows, at most {_MAX_BIAS_ROWS} are taken"
-    if args.matmul_dtype not in _DTYPES:
-        return False, f"products in {args.matmul_dtype} are not taken"
+    dtype = args.compute_dtype or args.x.dtype
+    if dtype not in _DTYPES:
+        return False, f"products in {dtype} are not taken"
     for name, tensor in zip(args._fields[:13], args[:13], strict=True):
         if tensor is None or name == "expert":
             continue
