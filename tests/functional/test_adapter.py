@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import mosa_kernels as mk
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.choice import choose_adapter_backend
-from mosa_kernels.functional import flops  # noqa: F401  (registers the formulas)
 from mosa_kernels.functional.adapter import AdapterFunction
 
 D, R, N = 24, 6, 3
