@@ -4,6 +4,7 @@
 #include "adapter_cpu_bindings.h"
 #include "build_info.h"
 #include "merge_bindings.h"
+#include "split_bindings.h"
 #ifdef MOSA_WITH_CUDA
 #include "cuda_device.h"
 #endif
@@ -22,5 +23,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_driver_version", &mosa::cuda_driver_version);
 #endif
   mosa::bind_merge(m);
+  mosa::bind_split(m);
   mosa::bind_adapter_cpu(m);
 }

@@ -12,6 +12,7 @@ enum Status : int {
   kUnknownExpert = -5,
   kNotBuilt = -6,
   kOutOfMemory = -7,
+  kUnknownUnit = -8,
 };
 
 inline const char* status_message(int code) {
@@ -32,6 +33,8 @@ inline const char* status_message(int code) {
       return "not built by this compiler";
     case kOutOfMemory:
       return "out of memory";
+    case kUnknownUnit:
+      return "a unit beyond those of its line";
     default:
       return "an unknown error code";
   }

@@ -13,8 +13,8 @@ from torch import Tensor
 HASH_MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
 
 
-def _as_int32(value: int) -> int:
-    """The signed number with the same 32 bits."""
+def as_int32(value: int) -> int:
+    """The signed number with the same low 32 bits."""
     return ((value + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
@@ -24,8 +24,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def hash32(x: Tensor) -> Tensor:
     """A bijection of the 32-bit integers that mixes every input bit into every output bit. int32 -> int32."""
-    x = (x ^ _shift_right(x, 16)) * _as_int32(HASH_MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 15)) * _as_int32(HASH_MULTIPLIERS[1])
+    x = (x ^ _shift_right(x, 16)) * as_int32(HASH_MULTIPLIERS[0])
+    x = (x ^ _shift_right(x, 15)) * as_int32(HASH_MULTIPLIERS[1])
     return x ^ _shift_right(x, 15)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from mosa_kernels.backends import split as implementations
+from mosa_kernels.backends.cuda import split as cuda
+from mosa_kernels.backends.split import SplitLayout
+
 Granularity = Literal["element", "row", "column", "block", "even_rows", "even_columns"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 MAX_EXPERTS = 255
+MAX_UNITS = 2**31 - 1
 
 
 def split(
@@ -24,15 +28,19 @@ def split(
 ) -> Tensor:
     """Draws the owner of every entry of a projection.
 
-    Every unit (an entry, a row, a column, a block) gets a uniform score; expert i owns the units between the i-th and
-    the (i+1)-th N-quantile, by rank, so the experts are disjoint, cover everything and differ by at most one unit.
+    Eq. 3 gives every unit (an entry, a row, a column, a block) a uniform score, and expert i the units between the i-th
+    and the (i+1)-th N-quantile. Ranks of independent uniform scores are a uniform random permutation, so this draws the
+    permutation itself, from one random number, and `owner = place * N // units`: the same distribution, without scores
+    to sort. The experts are disjoint, cover everything and differ by at most one unit.
+
+    One state of the generator gives one split, bit by bit, whatever device it is made on.
 
     Args:
         shape: shape of the weight, (out_features, in_features).
         num_experts: N, from 1 to 255 and at most the number of units.
         granularity: "element" (the paper), "row" or "column" (an expert owns whole rows or columns), "block" (square
             tiles), "even_rows" or "even_columns" (every row, or column, is shared equally among the experts).
-        generator: source of the scores; it has to live on `device`. None: the default generator.
+        generator: source of the random number, on any device. None: the CPU's default generator.
         block_size: side of the tiles of "block"; the last ones may be smaller.
         device: where the assignment is made; by default that of the generator, else the CPU.
 
@@ -50,44 +58,43 @@ def split(
         raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
-    if device is None:
-        device = generator.device if generator is not None else "cpu"
-
     rows, columns = shape
-    grids = {
-        "element": (1, rows * columns),
-        "row": (1, rows),
-        "column": (1, columns),
-        "block": (1, math.ceil(rows / block_size) * math.ceil(columns / block_size)),
-        "even_rows": (rows, columns),
-        "even_columns": (columns, rows),
-    }
-    lines, units = grids[granularity]
-    if num_experts > units:
+    layout = _layout(rows, columns, num_experts, granularity, block_size)
+    if num_experts > layout.units:
         raise ValueError(
-            f"num_experts: expected at most {units} for {granularity} splits of {rows} x {columns}, got {num_experts}"
+            f"num_experts: expected at most {layout.units} for {granularity} splits of {rows} x {columns}, "
+            f"got {num_experts}"
         )
-    owners = _owners_by_rank(lines, units, num_experts, generator, device)  # [lines, units]
+    if layout.units > MAX_UNITS:
+        raise ValueError(f"shape: expected at most {MAX_UNITS} units for {granularity} splits, got {layout.units}")
+    source = torch.device("cpu") if generator is None else generator.device
+    seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=source)
+    return _owners(layout, seed, torch.device(source if device is None else device))
 
+
+def _layout(rows: int, columns: int, num_experts: int, granularity: str, block_size: int) -> SplitLayout:
     if granularity == "row":
-        owners = owners.view(rows, 1).expand(rows, columns)
-    elif granularity == "column":
-        owners = owners.view(1, columns).expand(rows, columns)
-    elif granularity == "even_columns":
-        owners = owners.t()
-    elif granularity == "block":
-        tiles = owners.view(math.ceil(rows / block_size), -1)
-        owners = tiles.repeat_interleave(block_size, 0)[:rows].repeat_interleave(block_size, 1)[:, :columns]
-    return owners.reshape(rows, columns).contiguous()
+        return SplitLayout(rows, columns, num_experts, rows, unit_per_row=1)
+    if granularity == "column":
+        return SplitLayout(rows, columns, num_experts, columns, unit_per_column=1)
+    if granularity == "even_rows":
+        return SplitLayout(rows, columns, num_experts, columns, line_per_row=1, unit_per_column=1)
+    if granularity == "even_columns":
+        return SplitLayout(rows, columns, num_experts, rows, line_per_column=1, unit_per_row=1)
+    side = block_size if granularity == "block" else 1
+    across = -(-columns // side)
+    units = -(-rows // side) * across
+    return SplitLayout(rows, columns, num_experts, units, side, unit_per_row=across, unit_per_column=1)
 
 
-def _owners_by_rank(
-    lines: int, units: int, num_experts: int, generator: torch.Generator | None, device: torch.device | str
-) -> Tensor:
-    """Per line, `rank * N // units` of uniform scores: uint8 [lines, units]."""
-    scores = torch.rand(lines, units, generator=generator, device=device, dtype=torch.float64)
-    order = scores.argsort(dim=1, stable=True)
-    owners_in_order = (torch.arange(units, device=device) * num_experts // units).to(torch.uint8)
-    return torch.empty(lines, units, dtype=torch.uint8, device=device).scatter_(
-        1, order, owners_in_order.expand(lines, units)
-    )
+def _owners(layout: SplitLayout, seed: Tensor, device: torch.device) -> Tensor:
+    """The kernel of the device where there is one, else the definition."""
+    # Tracing and fake tensors have no addresses to give.
+    plain = type(seed) is Tensor and not torch.compiler.is_compiling()
+    if plain and cuda.supports_split(device)[0]:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        here = seed.is_cuda and seed.get_device() == index
+        return cuda.split(layout, seed if here else int(seed), device)
+    if plain and implementations.supports_cpu(device)[0]:
+        return implementations.cpu(layout, int(seed))
+    return implementations.reference(layout, seed, device)
