@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from mosa_kernels.functional.masked_adamw import BACKENDS, masked_adamw
+from mosa_kernels.functional.masked_adamw import OPERATOR, masked_adamw
 from mosa_kernels.nn.projection import Projection, projection_of
 
 Parameters: TypeAlias = nn.Module | ParamsT
@@ -54,8 +54,7 @@ class MoSAAdamW(Optimizer):
         maximize: bool = False,
         backend: str | None = None,
     ) -> None:
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        OPERATOR.check_name(backend)
         if isinstance(params, nn.Module):
             params = [parameter for parameter in params.parameters() if parameter.requires_grad]
             if not params:

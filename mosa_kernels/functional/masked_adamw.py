@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mosa_kernels.backends import masked_adamw as implementations
+from mosa_kernels.backends import masked_adamw as reference
+from mosa_kernels.backends.cpu import masked_adamw as cpu
+from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
+from mosa_kernels.backends.triton import backend as triton
 
-BACKENDS = {"cpu": implementations.cpu, "reference": implementations.reference}
+
+def _cuda() -> ModuleType:
+    return importlib.import_module("mosa_kernels.backends.cuda.masked_adamw")
+
+
+def _cuda_available() -> tuple[bool, str]:
+    try:
+        return _cuda().available()
+    except ModuleNotFoundError:
+        return False, "this version has no CUDA C++ kernel for the optimizer"
+
+
+def _triton() -> ModuleType:
+    from mosa_kernels.backends.triton import masked_adamw as kernels
+
+    return kernels
+
+
+OPERATOR = Operator(
+    "masked_adamw",
+    {
+        "reference": Backend(reference.available, lambda: reference),
+        "cpu": Backend(cpu.available, lambda: cpu),
+        "triton": Backend(triton.available, _triton),
+        "cuda": Backend(_cuda_available, _cuda),
+    },
+    {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+)
+"""On CUDA each kernel is one launch where the reference makes some fifteen a parameter; neither is timed yet."""
 
 
 @torch.no_grad()
@@ -44,28 +77,23 @@ def masked_adamw(
         active: shaped like `steps`, nonzero where the parameter or expert moves; None where all of it moves.
         lr: learning rate, a number or a tensor [].
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        backend: None for the automatic choice, "cpu" (CPU) or "reference".
+        backend: None for the automatic choice, or "reference", "cpu", "triton" or "cuda". The last two take float32,
+            float16 and bfloat16, in one launch, with nothing read back by the host.
 
     Raises:
         TypeError: a gradient is sparse, or an owner is not uint8.
-        ValueError: a shape, the backend or the length of a list is wrong.
+        ValueError: a shape or the length of a list is wrong, or the backend asked for does not take this call.
     """
     tensors = AdamWTensors(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(owners), list(active)
     )
+    OPERATOR.check_name(backend)
     if not tensors.params:
         return
     _check(tensors)
-    on_cpu = tensors.params[0].device.type == "cpu"
-    if backend is None:
-        backend = "cpu" if on_cpu else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if backend == "cpu" and not on_cpu:
-        raise ValueError(
-            f"backend: 'cpu' reads step counts on the host and takes CPU tensors, got {tensors.params[0].device}"
-        )
-    BACKENDS[backend](tensors, AdamWOptions(lr, *betas, eps, weight_decay))
+    options = AdamWOptions(lr, *betas, eps, weight_decay)
+    name = OPERATOR.choose(tensors.params[0].device.type, backend, tensors, options)
+    OPERATOR.run(name, tensors, options)
 
 
 def _check(tensors: AdamWTensors) -> None:

@@ -1,0 +1,300 @@
+"""One step of AdamW on the active entries of all parameters, in one launch (arXiv 2312.02923, Eq. 4).
+
+An entry of a float32 parameter split by entry costs 29 bytes of memory traffic: 16 to read the parameter, its gradient
+and both moments, 1 for its owner, 12 to write. What stands still is written back as it was read, since stores that
+leave out single entries would need a store instruction for each.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# ruff: noqa: SIM102 (what a constant leaves out has an `if` of its own)
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, log_of
+from mosa_kernels.backends.triton.backend import available
+from mosa_kernels.backends.triton.launch import Launch, interpreted
+from mosa_kernels.backends.triton.pointers import (
+    ALIGNMENT,
+    DTYPE_CODES,
+    arrives_last,
+    capturing,
+    entry,
+    find_item,
+    first_programs,
+    keep,
+    padded_items,
+    pointer,
+    upload,
+)
+
+__all__ = ["available", "masked_adamw", "supports_masked_adamw"]
+
+BLOCK = 1024
+NUM_WARPS = 8  # four entries a thread: one load of 16 bytes for each tensor in float32
+_MOST_TABLES = 8  # optimizers, parameter groups and devices that take turns
+_FEWEST_EXPERTS = 4
+
+
+@triton.jit
+def one_minus_power(steps, log_beta):
+    """1 - beta^steps; by its series where the difference would cancel."""
+    x = steps * log_beta
+    series = 1.0 + x * (1 / 9)
+    series = 1.0 + x * (1 / 8) * series
+    series = 1.0 + x * (1 / 7) * series
+    series = 1.0 + x * (1 / 6) * series
+    series = 1.0 + x * (1 / 5) * series
+    series = 1.0 + x * (1 / 4) * series
+    series = 1.0 + x * (1 / 3) * series
+    series = 1.0 + x * (1 / 2) * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def advance(
+    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
+    gain1, beta2, gain2, eps, decay, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """AdamW on a block of entries. Of those that do not move the very bits are kept."""
+    param_at = pointer(param, DTYPE, ALIGNED) + index
+    average_at = pointer(exp_avg, DTYPE, ALIGNED) + index
+    square_at = pointer(exp_avg_sq, DTYPE, ALIGNED) + index
+    p = tl.load(param_at, mask=inside)
+    m = tl.load(average_at, mask=inside)
+    v = tl.load(square_at, mask=inside)
+    g = tl.load(pointer(grad, DTYPE, ALIGNED) + index, mask=inside).to(tl.float32)
+    average = m.to(tl.float32) + gain1 * (g - m.to(tl.float32))
+    square = beta2 * v.to(tl.float32) + gain2 * (g * g)
+    change = step_size * average / (tl.sqrt(square) * inverse_root + eps)
+    value = p.to(tl.float32)
+    value = value - decay * value - change
+    tl.store(param_at, tl.where(moves, value.to(DTYPE), p), mask=inside)
+    tl.store(average_at, tl.where(moves, average.to(DTYPE), m), mask=inside)
+    tl.store(square_at, tl.where(moves, square.to(DTYPE), v), mask=inside)
+
+
+@triton.jit
+def masked_adamw_kernel(
+    table, changing, tickets, lr_tensor,
+    items, lr, log_beta1, log_beta2, gain1, beta2, gain2, eps, weight_decay,
+    FLOAT32: tl.constexpr, FLOAT16: tl.constexpr, BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr, ITEMS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    item = find_item(table, program, items, ITEMS)
+    block = program - entry(table, 0, items, item).to(tl.int32)
+    programs = entry(table, 1, items, item).to(tl.int32)
+    size = entry(table, 2, items, item).to(tl.int32)
+    row_size = entry(table, 3, items, item).to(tl.int32)
+    num_experts = entry(table, 4, items, item).to(tl.int32)
+    dtype = entry(table, 5, items, item)
+    owner_address = entry(table, 6, items, item)
+    counts = pointer(entry(table, 7, items, item), tl.float32, False)
+    param = entry(table, 8, items, item)
+    exp_avg = entry(table, 9, items, item)
+    exp_avg_sq = entry(table, 10, items, item)
+    grad = entry(changing, 0, items, item)
+    active_address = entry(changing, 1, items, item)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+
+    experts = tl.arange(0, EXPERTS)
+    active = experts < num_experts
+    steps = tl.load(counts + experts, mask=active, other=0) + 1
+    if active_address != 0:
+        flags = tl.load(pointer(active_address, tl.float32, False) + experts, mask=active, other=0)
+        active = flags != 0
+    rate = lr
+    if lr_tensor is not None:
+        rate = tl.load(lr_tensor).to(tl.float32)
+
+    if tl.max(active.to(tl.int32), 0) != 0:
+        step_sizes = rate / one_minus_power(steps, log_beta1)
+        inverse_roots = tl.where(active, tl.rsqrt(one_minus_power(steps, log_beta2)), 0.0)
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        inside = index < size
+        if owner_address != 0:
+            owner = tl.load(pointer(owner_address, tl.uint8, ALIGNED) + index, mask=inside, other=0).to(tl.int32)
+        else:
+            owner = index // row_size
+        listed = tl.minimum(owner, EXPERTS - 1)
+        step_size = tl.gather(step_sizes, listed, 0)
+        inverse_root = tl.gather(inverse_roots, listed, 0)
+        moves = (inverse_root > 0) & (owner < num_experts)
+        decay = rate * weight_decay
+        if FLOAT32:
+            if dtype == 0:
+                advance(
+                    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
+                    gain1, beta2, gain2, eps, decay, tl.float32, ALIGNED,
+                )  # fmt: skip
+        if FLOAT16:
+            if dtype == 1:
+                advance(
+                    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
+                    gain1, beta2, gain2, eps, decay, tl.float16, ALIGNED,
+                )  # fmt: skip
+        if BFLOAT16:
+            if dtype == 2:
+                advance(
+                    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
+                    gain1, beta2, gain2, eps, decay, tl.bfloat16, ALIGNED,
+                )  # fmt: skip
+        # Every program works with the old counts plus one; the last one of a parameter writes them.
+        if arrives_last(tickets + item, programs):
+            tl.store(counts + experts, steps, mask=active)
+
+
+SCALAR_TYPES = ("i32", *("fp32",) * 8)
+_LARGEST = 2**31 - BLOCK
+_MOST_EXPERTS = 256
+
+
+def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
+    """Whether the kernel takes this step, and if not, why."""
+    device = tensors.params[0].device
+    if device.type != "cuda" and not interpreted(masked_adamw_kernel):
+        return False, f"params[0] is on {device}, not on a CUDA device"
+    for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
+        dtype = p.dtype
+        if dtype not in DTYPE_CODES:
+            return False, f"params[{index}] is {dtype}; float32, float16 and bfloat16 are taken"
+        if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
+            return False, f"params[{index}], its gradient and its moments differ in dtype"
+        if not (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+            return False, f"params[{index}] or a moment of it is not contiguous"
+        if owner is not None and not owner.is_contiguous():
+            return False, f"owners[{index}] is not contiguous"
+        if steps.dtype != torch.float32 or not steps.is_contiguous() or steps.numel() > _MOST_EXPERTS:
+            return False, f"steps[{index}] is not contiguous float32 of at most {_MOST_EXPERTS} counts"
+        if active is not None and (active.dtype != torch.float32 or not active.is_contiguous()):
+            return False, f"active[{index}] is not contiguous float32"
+        if p.numel() > _LARGEST:
+            return False, f"params[{index}] has {p.numel()} entries, at most {_LARGEST} are taken"
+        if p.device != device or grad.device != device or steps.device != device:
+            return False, f"params[{index}], its gradient or its counts are not on {device}"
+        if (owner is not None and owner.device != device) or (active is not None and active.device != device):
+            return False, f"owners[{index}] or active[{index}] is not on {device}"
+    return True, ""
+
+
+def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
+    """One step, in place, in one launch. Nothing is read back, so a CUDA graph can hold it.
+
+    The table of what stays where it is lies on the device and is used again. Where gradients or flags have moved since
+    the last step, their addresses are copied anew, 16 bytes a parameter from pinned memory.
+    """
+    # Copies of strided gradients have to live until the launch.
+    tensors = tensors._replace(grads=[grad.contiguous() for grad in tensors.grads])
+    device = tensors.params[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        step_launch(tensors, options).run()
+    else:
+        with torch.cuda.device(device):
+            step_launch(tensors, options).run()
+
+
+def step_launch(tensors: AdamWTensors, options: AdamWOptions) -> Launch:
+    """The launch of one step with gradients that are contiguous."""
+    known = _table_of(tensors)
+    changing, aligned = known.changing(tensors.grads, tensors.active)
+    lr = options.lr
+    lr_tensor = lr if isinstance(lr, Tensor) and lr.device == tensors.params[0].device else None
+    return Launch(
+        masked_adamw_kernel,
+        (known.programs, 1, 1),
+        (known.table, changing, known.tickets, lr_tensor),
+        (
+            len(tensors.params),
+            1.0 if lr_tensor is not None else float(lr),
+            log_of(options.beta1),
+            log_of(options.beta2),
+            1 - options.beta1,
+            options.beta2,
+            1 - options.beta2,
+            options.eps,
+            options.weight_decay,
+        ),
+        SCALAR_TYPES,
+        (*known.dtypes, known.aligned and aligned, padded_items(len(tensors.params)), known.padded_experts, BLOCK),
+        NUM_WARPS,
+        1,
+    )
+
+
+@dataclass
+class _Table:
+    """What stays as it is while parameters, moments, counts and owners stay where they are."""
+
+    table: Tensor  # int64 [11, items]
+    tickets: Tensor  # int32 [items], zero between launches
+    programs: int
+    dtypes: tuple[bool, bool, bool]  # which ones occur
+    aligned: bool
+    padded_experts: int
+    last: tuple[list[int], Tensor] | None = None  # the addresses of gradients and flags, and their table
+
+    def changing(self, grads: list[Tensor], active: list[Tensor | None]) -> tuple[Tensor, bool]:
+        """The table of gradients and flags, int64 [2, items], and whether wide loads may read the gradients."""
+        addresses = [grad.data_ptr() for grad in grads]
+        aligned = all(address % ALIGNMENT == 0 for address in addresses)
+        addresses += [0 if flags is None else flags.data_ptr() for flags in active]
+        device = self.table.device
+        if self.last is not None and self.last[0] == addresses:
+            if capturing(device):
+                keep(self.last[1])
+            return self.last[1], aligned
+        table = upload([addresses[: len(grads)], addresses[len(grads) :]], device)
+        if not capturing(device):  # what is allocated under capture belongs to the graph
+            self.last = addresses, table
+        return table, aligned
+
+
+_tables: OrderedDict[tuple[object, ...], _Table] = OrderedDict()
+
+
+def _table_of(tensors: AdamWTensors) -> _Table:
+    device = tensors.params[0].device
+    owners = [0 if owner is None else owner.data_ptr() for owner in tensors.owners]
+    columns = [[t.data_ptr() for t in column] for column in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs)]
+    counts = [steps.data_ptr() for steps in tensors.steps]
+    sizes = [p.numel() for p in tensors.params]
+    experts = [steps.numel() for steps in tensors.steps]
+    dtypes = [p.dtype for p in tensors.params]
+    key = (device, *owners, *columns[0], *columns[1], *columns[2], *counts, *sizes, *experts, *dtypes)
+    known = _tables.get(key)
+    if known is not None:
+        _tables.move_to_end(key)
+    else:
+        number = [max(1, -(-size // BLOCK)) for size in sizes]  # an empty parameter counts its steps too
+        first, programs = first_programs(number)
+        row_sizes = [
+            max(1, size if owner or steps.dim() == 0 else size // steps.numel())
+            for size, owner, steps in zip(sizes, owners, tensors.steps, strict=True)
+        ]
+        codes = [DTYPE_CODES[dtype] for dtype in dtypes]
+        table = upload([first, number, sizes, row_sizes, experts, codes, owners, counts, *columns], device)
+        aligned = all(value % ALIGNMENT == 0 for column in (owners, sizes, *columns) for value in column)
+        known = _Table(
+            table,
+            torch.zeros(len(sizes), dtype=torch.int32, device=device),
+            programs,
+            (0 in codes, 1 in codes, 2 in codes),
+            aligned,
+            max(_FEWEST_EXPERTS, 1 << (max(experts) - 1).bit_length()),
+        )
+        if not capturing(device):
+            _tables[key] = known
+            if len(_tables) > _MOST_TABLES:
+                _tables.popitem(last=False)
+    if capturing(device):
+        keep(known.table)
+        keep(known.tickets)
+    return known

@@ -1,0 +1,116 @@
+"""One launch over many tensors: a table of their addresses and sizes on the device.
+
+The table is int64 [fields, items]. Its first field is the number of the first program that works on an item.
+"""
+
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The element types that the kernels of this kind take, as their tables number them."""
+
+ALIGNMENT = 16  # bytes of the widest load
+_RESERVE = 1 << 16  # numbers in pinned memory, for some hundred captures of a few hundred tensors each
+
+_reserve: Tensor | None = None
+_reserve_used = 0
+_kept: list[Tensor] = []
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def upload(fields: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The table on the device, int64 [fields, items], enqueued on the current stream; the host does not wait.
+
+    A graph under capture copies the table again whenever it is replayed, from memory that is therefore never reused.
+    """
+    global _reserve, _reserve_used
+    table = torch.tensor(fields, dtype=torch.int64)
+    if device.type != "cuda":
+        return table
+    if not capturing(device):
+        if _reserve is None:  # pinned memory cannot be had everywhere while a graph is captured
+            _reserve = torch.empty(_RESERVE, dtype=torch.int64, pin_memory=True)
+        return table.pin_memory().to(device, non_blocking=True)
+    if _reserve is None or _reserve_used + table.numel() > _reserve.numel():
+        _reserve, _reserve_used = torch.empty(max(_RESERVE, table.numel()), dtype=torch.int64, pin_memory=True), 0
+        keep(_reserve)
+    source = _reserve[_reserve_used : _reserve_used + table.numel()].view(table.shape)
+    _reserve_used += table.numel()
+    return source.copy_(table).to(device, non_blocking=True)
+
+
+def keep(tensor: Tensor) -> None:
+    """Keeps memory that a captured graph reads."""
+    _kept.append(tensor)
+
+
+def tickets(device: torch.device) -> Tensor:
+    """An int32 zero for `arrives_last`, which leaves a zero; launches that may overlap get different ones."""
+    if device.type != "cuda" or capturing(device):
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def first_programs(programs: Sequence[int]) -> tuple[list[int], int]:
+    """The first program of each item that takes so many, and the number of all."""
+    first, total = [], 0
+    for count in programs:
+        first.append(total)
+        total += count
+    return first, total
+
+
+def padded_items(items: int) -> int:
+    """The power of two for `find_item`."""
+    return max(16, 1 << (items - 1).bit_length())
+
+
+@triton.jit
+def find_item(table, program, items, ITEMS: tl.constexpr):
+    """The item that a program works on."""
+    index = tl.arange(0, ITEMS)
+    first = tl.load(table + index, mask=index < items, other=1 << 40)
+    return tl.sum((first <= program).to(tl.int32), 0) - 1
+
+
+@triton.jit
+def entry(table, field, items, item):
+    """A number of the table: int64."""
+    return tl.load(table + field * items + item)
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to elements of this type; ALIGNED promises a multiple of 16 bytes, which allows wide loads."""
+    typed = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        typed = tl.multiple_of(typed, 16)
+    return typed
+
+
+@triton.jit
+def arrives_last(ticket, programs):
+    """Whether all other programs that share this ticket have come here before.
+
+    What they wrote before is visible to the last one, and what they read they have read. The ticket is zero again.
+    """
+    tl.debug_barrier()  # all threads of this program are done, of which one takes the ticket
+    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = arrived == programs - 1
+    tl.store(ticket, 0, mask=last)
+    return last
