@@ -3,6 +3,7 @@
 
 #include "adapter_cpu_bindings.h"
 #include "build_info.h"
+#include "masked_adamw_bindings.h"
 #include "merge_bindings.h"
 #include "split_bindings.h"
 #ifdef MOSA_WITH_CUDA
@@ -24,5 +25,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   mosa::bind_merge(m);
   mosa::bind_split(m);
+  mosa::bind_masked_adamw(m);
   mosa::bind_adapter_cpu(m);
 }

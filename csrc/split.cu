@@ -15,7 +15,10 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   if (entry >= static_cast<int64_t>(params.rows) * params.columns) return;
   const DrawKey key = draw_key(params.seed != nullptr ? *params.seed : params.seed_value);
   const int64_t i = entry / params.columns, j = entry % params.columns;
-  params.owner[entry] = split_owner(params, line_shuffle(params, key, split_line(params, i, j)), i, j);
+  const LineShuffle shuffle = line_shuffle(params, key, split_line(params, i, j));
+  uint32_t place = split_unit(params, i, j);
+  for (uint32_t round = 0; round < kSplitRounds; ++round) place = shuffle_round(shuffle, round, place);
+  params.owner[entry] = owner_at(params, place);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The split of a projection into experts (arXiv 2312.02923, section 3.2, Eq. 3): the owner of every entry.
 //
 // Entry (i, j) belongs to unit `(i / side) * unit_per_row + (j / side) * unit_per_column` of line
-// `i * line_per_row + j * line_per_column`. Every line is shared out by its own random permutation of its units:
-// the unit that comes to place p belongs to expert p * experts / units.
+// `i * line_per_row + j * line_per_column`: a row, a column, or all in one. Every line is shared out by
+// its own random permutation of its units: the unit that comes to place p belongs to expert p * experts / units.
 #pragma once
 
 #include <cstdint>

@@ -32,20 +32,23 @@ MOSA_HOST_DEVICE inline LineShuffle line_shuffle(const SplitParams& params, Draw
   return shuffle;
 }
 
-MOSA_HOST_DEVICE inline uint8_t split_owner(const SplitParams& params, const LineShuffle& shuffle, int64_t i,
-                                            int64_t j) {
-  const uint32_t units = shuffle.units;
-  uint32_t place =
-      static_cast<uint32_t>(i / params.side * params.unit_per_row + j / params.side * params.unit_per_column);
-  for (uint32_t round = 0; round < kSplitRounds; ++round) {
-    // Places are paired by a random mirror; a coin that both of a pair share decides whether they swap.
-    const uint32_t mirror = shuffle.mirrors[round];
-    const uint32_t partner = mirror >= place ? mirror - place : mirror + (units - place);
-    const uint32_t pair = place > partner ? place : partner;
-    const uint32_t coin = draw(shuffle.key, kSplitRounds + round * units + pair) >> 31;
-    place = coin != 0 ? partner : place;
-  }
-  return static_cast<uint8_t>(static_cast<uint64_t>(place) * static_cast<uint32_t>(params.experts) / units);
+MOSA_HOST_DEVICE inline uint32_t split_unit(const SplitParams& params, int64_t i, int64_t j) {
+  return static_cast<uint32_t>(i / params.side * params.unit_per_row + j / params.side * params.unit_per_column);
+}
+
+// Where one round takes a place. Places are paired by a random mirror; a coin that both of a pair share decides whether
+// they swap.
+MOSA_HOST_DEVICE inline uint32_t shuffle_round(const LineShuffle& shuffle, uint32_t round, uint32_t place) {
+  const uint32_t mirror = shuffle.mirrors[round];
+  const uint32_t partner = mirror >= place ? mirror - place : mirror + (shuffle.units - place);
+  const uint32_t pair = place > partner ? place : partner;
+  const uint32_t coin = draw(shuffle.key, kSplitRounds + round * shuffle.units + pair) >> 31;
+  return coin != 0 ? partner : place;
+}
+
+MOSA_HOST_DEVICE inline uint8_t owner_at(const SplitParams& params, uint32_t place) {
+  return static_cast<uint8_t>(static_cast<uint64_t>(place) * static_cast<uint32_t>(params.experts) /
+                              static_cast<uint32_t>(params.units));
 }
 
 }  // namespace mosa

@@ -13,6 +13,9 @@ enum Status : int {
   kNotBuilt = -6,
   kOutOfMemory = -7,
   kUnknownUnit = -8,
+  kUnknownLine = -9,
+  kTooLarge = -10,
+  kUnknownActivation = -11,
 };
 
 inline const char* status_message(int code) {
@@ -35,6 +38,12 @@ inline const char* status_message(int code) {
       return "out of memory";
     case kUnknownUnit:
       return "a unit beyond those of its line";
+    case kUnknownLine:
+      return "lines that are neither rows nor columns";
+    case kTooLarge:
+      return "a size beyond what the kernels take";
+    case kUnknownActivation:
+      return "an unknown activation";
     default:
       return "an unknown error code";
   }

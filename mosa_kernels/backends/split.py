@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension
 from mosa_kernels.backends.dropout import as_int32, hash32
 
 ROUNDS = 24
@@ -39,40 +38,31 @@ class SplitLayout(NamedTuple):
     unit_per_column: int = 0
 
 
-def reference(layout: SplitLayout, seed: Tensor | int, device: torch.device) -> Tensor:
+def available() -> tuple[bool, str]:
+    return True, ""
+
+
+def supports_split(layout: SplitLayout, seed: Tensor, device: torch.device) -> tuple[bool, str]:
+    return True, ""
+
+
+def split(layout: SplitLayout, seed: Tensor, device: torch.device) -> Tensor:
     """The definition, on any device, without reading the seed back.
 
     Args:
-        seed: a number or int64 [].
+        seed: int64 [], on any device.
 
     Returns:
         uint8 [rows, columns].
     """
     lines = 1 + (layout.rows - 1) * layout.line_per_row + (layout.columns - 1) * layout.line_per_column
-    place = _shuffled_places(torch.as_tensor(seed, dtype=torch.int64).to(device), lines, layout.units)
+    place = _shuffled_places(seed.to(device), lines, layout.units)
     owners = (place.long() * layout.num_experts // layout.units).to(torch.uint8)  # [lines, units]
     i = torch.arange(layout.rows, device=device).unsqueeze(1)
     j = torch.arange(layout.columns, device=device)
     line = i * layout.line_per_row + j * layout.line_per_column
     unit = i // layout.side * layout.unit_per_row + j // layout.side * layout.unit_per_column
     return owners[line, unit]
-
-
-def supports_cpu(device: torch.device) -> tuple[bool, str]:
-    """Whether the compiled function makes a split for this device, and if not, why."""
-    if device.type != "cpu":
-        return False, f"device: expected the CPU, got {device}"
-    reason = extension().reason
-    return reason is None, reason or ""
-
-
-def cpu(layout: SplitLayout, seed: int) -> Tensor:
-    """As `reference`, compiled: 0.1 us per entry and thread."""
-    module = extension().module
-    assert module is not None
-    owners = torch.empty(layout.rows, layout.columns, dtype=torch.uint8, device="cpu")
-    module.split_cpu(owners.data_ptr(), seed, layout, torch.get_num_threads())
-    return owners
 
 
 def _shuffled_places(seed: Tensor, lines: int, units: int) -> Tensor:

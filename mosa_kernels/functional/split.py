@@ -7,14 +7,27 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mosa_kernels.backends import split as implementations
+from mosa_kernels.backends import split as reference
+from mosa_kernels.backends.cpu import split as cpu
 from mosa_kernels.backends.cuda import split as cuda
+from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.split import SplitLayout
 
 Granularity = Literal["element", "row", "column", "block", "even_rows", "even_columns"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 MAX_EXPERTS = 255
 MAX_UNITS = 2**31 - 1
+
+OPERATOR = Operator(
+    "split",
+    {
+        "reference": Backend(reference.available, lambda: reference),
+        "cpu": Backend(cpu.available, lambda: cpu),
+        "cuda": Backend(cuda.available, lambda: cuda),
+    },
+    {"cpu": ("cpu",), "cuda": ("cuda",)},
+)
+"""768 x 64 entries on one core: 3.3 ms compiled, 18 ms in PyTorch (ranking as many scores took 4.4 ms)."""
 
 
 def split(
@@ -69,7 +82,8 @@ def split(
         raise ValueError(f"shape: expected at most {MAX_UNITS} units for {granularity} splits, got {layout.units}")
     source = torch.device("cpu") if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=source)
-    return _owners(layout, seed, torch.device(source if device is None else device))
+    device = torch.device(source if device is None else device)
+    return OPERATOR.run(OPERATOR.choose(device.type, None, layout, seed, device), layout, seed, device)
 
 
 def _layout(rows: int, columns: int, num_experts: int, granularity: str, block_size: int) -> SplitLayout:
@@ -85,16 +99,3 @@ def _layout(rows: int, columns: int, num_experts: int, granularity: str, block_s
     across = -(-columns // side)
     units = -(-rows // side) * across
     return SplitLayout(rows, columns, num_experts, units, side, unit_per_row=across, unit_per_column=1)
-
-
-def _owners(layout: SplitLayout, seed: Tensor, device: torch.device) -> Tensor:
-    """The kernel of the device where there is one, else the definition."""
-    # Tracing and fake tensors have no addresses to give.
-    plain = type(seed) is Tensor and not torch.compiler.is_compiling()
-    if plain and cuda.supports_split(device)[0]:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        here = seed.is_cuda and seed.get_device() == index
-        return cuda.split(layout, seed if here else int(seed), device)
-    if plain and implementations.supports_cpu(device)[0]:
-        return implementations.cpu(layout, int(seed))
-    return implementations.reference(layout, seed, device)

@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "atomics.h"
+
 #define __host__
 #define __device__
 #define __global__

@@ -1,0 +1,154 @@
+"""One step of AdamW on the active entries of all parameters, in one launch (arXiv 2312.02923, Eq. 4)."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels.backends.element_types import DTYPE_CODES
+from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
+
+_MOST_ENTRIES = 2**31 - 1
+_MOST_EXPERTS = 256  # kMaxAdamWExperts of csrc/masked_adamw.h
+_LARGE_PARAMETERS = 12010  # the first driver that takes 32 KiB of kernel parameters in place of 4
+
+
+def available() -> tuple[bool, str]:
+    """Whether the kernel was built and there is a GPU, and if not, why."""
+    reason = extension().cuda_reason
+    if reason is not None:
+        return False, reason
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    return True, ""
+
+
+def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
+    """Whether the kernel takes this step, and if not, why."""
+    device = tensors.params[0].device
+    if device.type != "cuda":
+        return False, f"params[0] is on {device}, not on a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if not has_code_for(capability):
+        return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
+    return supports_tensors(tensors, options)
+
+
+def supports_tensors(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
+    """As `supports_masked_adamw`, on any one device."""
+    device = tensors.params[0].device
+    if torch.compiler.is_compiling() or type(tensors.params[0]) not in (Tensor, torch.nn.Parameter):
+        return False, f"params[0] is a {type(tensors.params[0]).__name__} without an address, or is being traced"
+    for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
+        dtype = p.dtype
+        if dtype not in DTYPE_CODES:
+            return False, f"params[{index}] is {dtype}; the kernel takes float32, float16 and bfloat16"
+        if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
+            return False, f"params[{index}], its gradient and its moments differ in dtype"
+        if not (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+            return False, f"params[{index}] or a moment of it is not contiguous"
+        if p.numel() > _MOST_ENTRIES:
+            return False, f"params[{index}] has {p.numel()} entries; the kernel takes {_MOST_ENTRIES}"
+        if steps.dtype != torch.float32 or not steps.is_contiguous() or steps.numel() > _MOST_EXPERTS:
+            return False, f"steps[{index}] is not contiguous float32 of at most {_MOST_EXPERTS} counts"
+        if owner is not None and not owner.is_contiguous():
+            return False, f"owners[{index}] is not contiguous"
+        if active is not None and (active.dtype != torch.float32 or not active.is_contiguous()):
+            return False, f"active[{index}] is not contiguous float32"
+        everything = (p, grad, exp_avg, exp_avg_sq, steps, owner, active)
+        if any(tensor is not None and tensor.device != device for tensor in everything):
+            return False, f"params[{index}], or what belongs to it, is not on {device}"
+    lr = options.lr
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64)):
+        return False, f"lr is {lr.dtype} {list(lr.shape)}; the kernel takes one float32 or float64"
+    return True, ""
+
+
+def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
+    """One step, in place, enqueued on the current stream. The host reads nothing back and copies nothing.
+
+    Addresses, sizes and options travel as parameters of the kernel: one launch takes 454 tensors (55 with a driver
+    older than CUDA 12.1), that is 75 adapters of 6. A CUDA graph that captured the step reads gradients, flags and an
+    lr on the device anew at every replay.
+    """
+    module = extension().module
+    assert module is not None
+    device = tensors.params[0].device
+    stream = torch.cuda.current_stream(device)
+    launch(
+        module, tensors, options, _ticket(device), _takes_large_parameters(), stream.device_index, stream.cuda_stream
+    )
+
+
+def launch(
+    module: ModuleType,
+    tensors: AdamWTensors,
+    options: AdamWOptions,
+    ticket: Tensor,
+    large_parameters: bool,
+    device: int,
+    stream: int,
+) -> None:
+    """Hands the step to the compiled module.
+
+    Args:
+        ticket: int32 [1], zero before and after; launches that may overlap need different ones.
+        large_parameters: whether a launch may have more than 4 KiB of parameters.
+    """
+    grads = [grad.contiguous() for grad in tensors.grads]  # copies have to live until the kernel is enqueued
+    numbers: list[int] = []
+    for p, grad, exp_avg, exp_avg_sq, steps, owner, active in zip(*tensors._replace(grads=grads), strict=True):
+        numbers += (
+            p.data_ptr(),
+            grad.data_ptr(),
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            0 if owner is None else owner.data_ptr(),
+            steps.data_ptr(),
+            0 if active is None else active.data_ptr(),
+            p.numel(),
+            steps.numel(),
+            DTYPE_CODES[p.dtype],
+        )
+    lr, beta1, beta2, eps, weight_decay = options
+    read_there = isinstance(lr, Tensor) and lr.device == ticket.device
+    module.masked_adamw_cuda(
+        numbers,
+        lr_address=lr.data_ptr() if isinstance(lr, Tensor) and read_there else 0,
+        lr_is_double=isinstance(lr, Tensor) and lr.dtype == torch.float64,
+        lr=0.0 if read_there else float(lr),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        ticket=ticket.data_ptr(),
+        large_parameters=large_parameters,
+        device=device,
+        stream=stream,
+    )
+
+
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _ticket(device: torch.device) -> Tensor:
+    """A zero for the blocks of a launch to count themselves; the last one leaves a zero.
+
+    One stream's launches do not overlap. A graph may be replayed on any stream, so what it captures gets its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+@cache
+def _takes_large_parameters() -> bool:
+    module = extension().module
+    return module is not None and module.cuda_driver_version() >= _LARGE_PARAMETERS
