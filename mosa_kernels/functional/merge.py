@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mosa_kernels.backends.merge import (
-    MergedWeights,
-    MergeInput,
-    merge_compiled,
-    merge_reference,
-    supports_compiled,
-)
+from mosa_kernels.backends import merge as reference
+from mosa_kernels.backends.cpu import merge as cpu
+from mosa_kernels.backends.cuda import merge as cuda
+from mosa_kernels.backends.lookup import Backend, Operator
+from mosa_kernels.backends.merge import MergedWeights, MergeInput
+from mosa_kernels.backends.triton import backend as triton
 
-MERGE_BACKENDS = ("reference", "cpu", "cuda")
+
+def _triton() -> ModuleType:
+    from mosa_kernels.backends.triton import merge as kernels
+
+    return kernels
+
+
+OPERATOR = Operator(
+    "merge",
+    {
+        "reference": Backend(reference.available, lambda: reference),
+        "cpu": Backend(cpu.available, lambda: cpu),
+        "triton": Backend(triton.available, _triton),
+        "cuda": Backend(cuda.available, lambda: cuda),
+    },
+    {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+)
+"""On CUDA what is compiled beforehand comes first, since a model is merged once; neither kernel is timed yet."""
 
 
 @torch.no_grad()
@@ -39,7 +56,7 @@ def merge_adapters(
         adapters: any number of adapters, of any shapes, dtypes and devices.
         fold_norm: False leaves the norm alone: u is then normalised with weight and bias.
         dtype: floating dtype of the results; None: that of each adapter's `w_down`.
-        backend: None for the automatic choice per device, or "reference", "cpu", "cuda".
+        backend: None for the automatic choice per device, or "reference", "cpu", "triton", "cuda".
 
     Returns:
         One `MergedWeights` per adapter, in their order.
@@ -53,8 +70,7 @@ def merge_adapters(
         _check_adapter(n, adapter)
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype}")
-    if backend is not None and backend not in MERGE_BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(MERGE_BACKENDS)} or None, got {backend!r}")
+    OPERATOR.check_name(backend)
 
     by_device: dict[torch.device, list[int]] = {}
     for n, adapter in enumerate(adapters):
@@ -62,18 +78,9 @@ def merge_adapters(
     merged: dict[int, MergedWeights] = {}
     for device, numbers in by_device.items():
         group = [adapters[n] for n in numbers]
-        merge = merge_compiled if _runs_compiled(group, dtype, device.type, backend) else merge_reference
-        merged.update(zip(numbers, merge(group, fold_norm, dtype), strict=True))
+        name = OPERATOR.choose(device.type, backend, group, fold_norm, dtype)
+        merged.update(zip(numbers, OPERATOR.run(name, group, fold_norm, dtype), strict=True))
     return [merged[n] for n in range(len(adapters))]
-
-
-def _runs_compiled(group: list[MergeInput], dtype: torch.dtype | None, device_type: str, backend: str | None) -> bool:
-    if backend == "reference" or (backend is None and device_type not in ("cpu", "cuda")):
-        return False
-    ok, reason = supports_compiled(group, dtype, backend or device_type)
-    if backend is not None and not ok:
-        raise ValueError(f"backend: {backend!r} does not take this call: {reason}")
-    return ok
 
 
 def _check_adapter(n: int, adapter: MergeInput) -> None:

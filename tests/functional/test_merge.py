@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import cuda_on_host
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from merges import DTYPES, assert_close, oracle, owners, random_adapter
 from torch import Tensor
 
 from mosa_kernels._extension import extension
-from mosa_kernels.backends import merge as backend
-from mosa_kernels.backends.merge import MergedWeights, MergeInput, merge_reference
+from mosa_kernels.backends import merge as reference
+from mosa_kernels.backends.merge import MergedWeights, MergeInput
+from mosa_kernels.backends.merge_kernels import describe, empty_outputs
 from mosa_kernels.functional.merge import merge_adapters
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HALF_ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest subnormal
 built = extension()
+
+
+def described(
+    module: ModuleType, adapter: MergeInput, fold_norm: bool, out: MergedWeights, keep_alive: list[Tensor]
+) -> object:
+    return module.MergeAdapter(**describe(adapter, fold_norm, out, keep_alive)._asdict())
 
 
 def merge_by_cuda_on_host(adapters, fold_norm=True, dtype=None) -> list[MergedWeights]:
     """The CUDA kernel behind the very descriptors that a GPU would get."""
     module = cuda_on_host.build("merge")
-    outputs = [backend._empty_outputs(a, fold_norm, dtype or a.w_down.dtype) for a in adapters]
+    outputs = [empty_outputs(a, fold_norm, dtype or a.w_down.dtype) for a in adapters]
     keep_alive: list[Tensor] = []
     table = [
-        backend._descriptor(module, a, fold_norm, out, keep_alive) for a, out in zip(adapters, outputs, strict=True)
+        module.MergeAdapter(**describe(a, fold_norm, out, keep_alive)._asdict())
+        for a, out in zip(adapters, outputs, strict=True)
     ]
     module.merge_cuda(table, 0, 0)
     return outputs
@@ -47,83 +55,6 @@ BACKENDS = [
     pytest.param(merge_by_cpu, id="cpu", marks=needs_cpu),
     pytest.param(merge_by_cuda_on_host, id="cuda_on_host", marks=needs_compiler),
 ]
-
-
-def owners(rows: int, columns: int, experts: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(experts, (rows, columns), generator=generator)
-
-
-def oracle(a: MergeInput, fold_norm: bool) -> MergedWeights:
-    """The folded weights, straight from the definition, in float64."""
-
-    def wide(tensor: Tensor | None, default: float, size: int) -> Tensor:
-        return torch.full((size,), default, dtype=torch.float64) if tensor is None else tensor.detach().double()
-
-    r, d = a.w_down.shape
-    w_down, scale = a.w_down.detach().double(), float(a.scale)
-    if a.w_down_init is not None:
-        initial = a.w_down_init.double()
-        w_down = initial + a.down_factor * (w_down - initial)
-    gamma = wide(a.norm_weight if fold_norm else None, 1.0, d)
-    beta = wide(a.norm_bias if fold_norm else None, 0.0, d)
-    has_b_down = a.b_down is not None or (fold_norm and a.norm_bias is not None)
-    return MergedWeights(
-        w_down * gamma,
-        wide(a.b_down, 0.0, r) + w_down @ beta if has_b_down else None,
-        scale * a.up_factor * a.w_up.detach().double(),
-        None if a.b_up is None else scale * a.b_up.detach().double().reshape(-1, d).mean(0),
-    )
-
-
-def assert_close(got: MergedWeights, want: MergedWeights, a: MergeInput, dtype: torch.dtype) -> None:
-    """Within the rounding of the result, plus that of an fp32 sum relative to its largest summand."""
-    d = a.w_down.shape[1]
-    beta = 0.0 if a.norm_bias is None else a.norm_bias.abs().max().item()
-    initial = a.w_down if a.w_down_init is None else a.w_down_init
-    largest = 3 * max(a.w_down.abs().max().item(), initial.abs().max().item())
-    for name, one, other in zip(MergedWeights._fields, got, want, strict=True):
-        assert (one is None) == (other is None), name
-        if one is None or other is None:
-            continue
-        assert one.dtype == dtype
-        assert not one.requires_grad
-        assert one.shape == other.shape
-        summands = d * largest * max(beta, 1.0) if "down" in name else 10.0
-        sum_error = 2.0**-23 * (summands if name == "b_down" else max(summands / d, 10.0))
-        bound = other.abs() * (HALF_ULP[dtype] * 1.001 + 2.0**-21) + SMALLEST[dtype] + sum_error
-        excess = ((one.double() - other).abs() - bound).max().item()
-        assert excess <= 0, f"{name}: off by {excess} more than allowed"
-
-
-def random_adapter(
-    d: int,
-    r: int,
-    experts: int,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    *,
-    shared_bias: bool = False,
-    sparse_down: bool = False,
-    without: tuple[str, ...] = (),
-) -> MergeInput:
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(dtype)
-
-    adapter = MergeInput(
-        w_down=draw(r, d),
-        b_down=draw(r),
-        w_up=draw(d, r),
-        b_up=draw(d) if shared_bias else draw(experts, d),
-        norm_weight=draw(d) + 1,
-        norm_bias=draw(d),
-        scale=0.1,
-        up_factor=1 / experts,
-        w_down_init=draw(r, d) if sparse_down else None,
-        down_factor=1 / experts if sparse_down else 1.0,
-    )
-    return adapter._replace(**dict.fromkeys(without))
 
 
 @pytest.mark.parametrize("merge", BACKENDS)
@@ -223,10 +154,10 @@ def test_thread_count_does_not_change_the_result() -> None:
     module, results = extension().module, []
     assert module is not None
     for threads in (1, 2, 7):
-        outputs = [backend._empty_outputs(a, True, torch.float32) for a in adapters]
+        outputs = [empty_outputs(a, True, torch.float32) for a in adapters]
         keep_alive: list[Tensor] = []
         pairs = zip(adapters, outputs, strict=True)
-        module.merge_cpu([backend._descriptor(module, a, True, out, keep_alive) for a, out in pairs], threads)
+        module.merge_cpu([described(module, a, True, out, keep_alive) for a, out in pairs], threads)
         results.append(outputs)
     for outputs in results[1:]:
         for one, other in zip(results[0], outputs, strict=True):
@@ -274,8 +205,8 @@ def test_a_broken_kernel_is_found() -> None:
     """A test of these tests: without its barrier the block's sum reads partial sums that are not there yet."""
     broken = cuda_on_host.build("merge", {"merge.cu": ("__syncthreads();", "")})
     adapter = random_adapter(300, 2, 2)
-    out, keep_alive = backend._empty_outputs(adapter, True, torch.float32), []
-    broken.merge_cuda([backend._descriptor(broken, adapter, True, out, keep_alive)], 0, 0)
+    out, keep_alive = empty_outputs(adapter, True, torch.float32), []
+    broken.merge_cuda([described(broken, adapter, True, out, keep_alive)], 0, 0)
     with pytest.raises(AssertionError, match="b_down: off by"):
         assert_close(out, oracle(adapter, True), adapter, torch.float32)
 
@@ -304,7 +235,7 @@ def test_bad_options_are_named() -> None:
     adapter = random_adapter(5, 3, 2)
     with pytest.raises(TypeError, match="dtype: expected a floating-point dtype"):
         merge_adapters([adapter], dtype=torch.int8)
-    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, cuda or None, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda or None, got 'tpu'"):
         merge_adapters([adapter], backend="tpu")
     with pytest.raises(ValueError, match="backend: 'cuda' does not take this call: "):
         merge_adapters([adapter], backend="cuda")
@@ -320,9 +251,9 @@ def test_an_unsupported_call_by_name_says_why() -> None:
 def test_launch_errors_name_launch_shape_and_cause() -> None:
     module = cuda_on_host.build("merge")
     adapter = random_adapter(5, 3, 2)
-    out, keep_alive = backend._empty_outputs(adapter, True, torch.float32), []
+    out, keep_alive = empty_outputs(adapter, True, torch.float32), []
     nowhere = out._replace(w_up=None)
-    table = [backend._descriptor(module, adapter, True, nowhere, keep_alive)]
+    table = [described(module, adapter, True, nowhere, keep_alive)]
     with pytest.raises(RuntimeError, match=r"merge_cuda of 1 adapters, .* w_down \[3, 5\], failed: a required tensor"):
         module.merge_cuda(table, 0, 0)
 
@@ -333,7 +264,7 @@ def test_on_a_gpu_as_on_the_host() -> None:
     adapters = [random_adapter(768, 64, 4, DTYPES[n % 3], seed=n) for n in range(30)]
     moved = [MergeInput(*(v.cuda() if isinstance(v, Tensor) else v for v in a)) for a in adapters]
     for a, got, want in zip(
-        adapters, merge_adapters(moved, backend="cuda"), merge_reference(adapters, True, None), strict=True
+        adapters, merge_adapters(moved, backend="cuda"), reference.merge(adapters, True, None), strict=True
     ):
         host = MergedWeights(*(None if t is None else t.cpu() for t in got))
         wide = MergedWeights(*(None if t is None else t.double() for t in oracle(a, True)))

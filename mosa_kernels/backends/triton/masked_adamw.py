@@ -17,18 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mosa_kernels.backends.element_types import DTYPE_CODES, dtype_names
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, log_of
 from mosa_kernels.backends.triton.backend import available
 from mosa_kernels.backends.triton.launch import Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
     ALIGNMENT,
-    DTYPE_CODES,
     arrives_last,
     capturing,
     entry,
     find_item,
     first_programs,
     keep,
+    on_device,
     padded_items,
     pointer,
     upload,
@@ -165,7 +166,7 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
     for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
         dtype = p.dtype
         if dtype not in DTYPE_CODES:
-            return False, f"params[{index}] is {dtype}; float32, float16 and bfloat16 are taken"
+            return False, f"params[{index}] is {dtype}; the kernel takes {dtype_names()}"
         if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
             return False, f"params[{index}], its gradient and its moments differ in dtype"
         if not (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
@@ -182,6 +183,9 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
             return False, f"params[{index}], its gradient or its counts are not on {device}"
         if (owner is not None and owner.device != device) or (active is not None and active.device != device):
             return False, f"owners[{index}] or active[{index}] is not on {device}"
+    lr = options.lr
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        return False, f"lr has shape {list(lr.shape)}; one number is taken"
     return True, ""
 
 
@@ -193,12 +197,8 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
     """
     # Copies of strided gradients have to live until the launch.
     tensors = tensors._replace(grads=[grad.contiguous() for grad in tensors.grads])
-    device = tensors.params[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    with on_device(tensors.params[0].device):
         step_launch(tensors, options).run()
-    else:
-        with torch.cuda.device(device):
-            step_launch(tensors, options).run()
 
 
 def step_launch(tensors: AdamWTensors, options: AdamWOptions) -> Launch:

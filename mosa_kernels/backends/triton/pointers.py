@@ -7,14 +7,12 @@ The table is int64 [fields, items]. Its first field is the number of the first p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""The element types that the kernels of this kind take, as their tables number them."""
 
 ALIGNMENT = 16  # bytes of the widest load
 _RESERVE = 1 << 16  # numbers in pinned memory, for some hundred captures of a few hundred tensors each
@@ -28,6 +26,13 @@ _tickets: dict[tuple[torch.device, int], Tensor] = {}
 def capturing(device: torch.device) -> bool:
     """Whether the current stream records a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """The launcher launches on the current device: this makes it the one of the tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def upload(fields: Sequence[Sequence[int]], device: torch.device) -> Tensor:

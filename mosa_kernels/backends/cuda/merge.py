@@ -1,0 +1,38 @@
+"""The merge on a GPU, compiled from csrc/merge.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels.backends.merge import MergedWeights, MergeInput
+from mosa_kernels.backends.merge_kernels import describe, empty_outputs, takes
+
+
+def available() -> tuple[bool, str]:
+    reason = extension().cuda_reason
+    return reason is None, reason or ""
+
+
+def supports_merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | None) -> tuple[bool, str]:
+    for device in {a.w_down.device for a in adapters if a.w_down.is_cuda}:
+        capability = torch.cuda.get_device_capability(device)
+        if not has_code_for(capability):
+            return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
+    return takes(adapters, dtype, "cuda")
+
+
+def merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | None) -> list[MergedWeights]:
+    """Enqueued on the current stream; nothing waits. One launch per 26 adapters, which travel as its parameters."""
+    module = extension().module
+    assert module is not None
+    outputs = [empty_outputs(adapter, fold_norm, dtype or adapter.w_down.dtype) for adapter in adapters]
+    keep_alive: list[Tensor] = []
+    described = [describe(a, fold_norm, out, keep_alive) for a, out in zip(adapters, outputs, strict=True)]
+    stream = torch.cuda.current_stream(adapters[0].w_down.device)
+    table = [module.MergeAdapter(**one._asdict()) for one in described]
+    module.merge_cuda(table, stream.device_index, stream.cuda_stream)
+    return outputs

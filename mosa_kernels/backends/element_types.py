@@ -1,0 +1,12 @@
+"""The element types that kernels tell apart by a number at run time."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""As csrc/dtype.h and the tables of the Triton kernels number them."""
+
+
+def dtype_names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
