@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Fine-tune a timm model with MoSA or a baseline.",
     "evaluate": "Measure the accuracy of a trained adapter.",
     "merge": "Merge a trained MoSA into plain dense adapters.",
+    "bench": "Measure kernels and whole models on this machine.",
     "doctor": "Say which versions and backends are here, and why others are not.",
 }
 

@@ -1,0 +1,101 @@
+"""The alignment loss: features of half the blocks, compared between two passes, forward and backward."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosa_kernels.bench.case import (
+    BACKENDS,
+    COMPILE,
+    COMPILE_MODES,
+    EAGER,
+    Prepared,
+    Provider,
+    Work,
+    generator,
+    unavailable,
+)
+from mosa_kernels.bench.gate import Expected
+from mosa_kernels.bench.shapes import Point
+from mosa_kernels.functional.alignment import feature_alignment
+
+
+class AlignmentCase:
+    """`point.layers` pairs of features [images, tokens, d]; the loss and its gradients for both."""
+
+    operator = "alignment"
+
+    def __init__(self, point: Point, device: torch.device, compiled: tuple[str, ...] = ()) -> None:
+        draws = generator()
+        self.dtype, self._compiled = point.torch_dtype, compiled
+        left_out = ("r", "N", "expert per")
+        self.key = {name: value for name, value in point.key().items() if name not in left_out}
+        shape = (point.images, point.tokens // point.images, point.width)
+        self.features = [
+            [torch.randn(shape, generator=draws).to(device, self.dtype).requires_grad_() for _ in range(point.layers)]
+            for _ in range(2)
+        ]
+        size = point.tokens * point.width * self.dtype.itemsize
+        # Both features are read forward, and again backward, which writes two gradients.
+        self.floor = Work(6 * point.layers * size)
+        self.working_set = 4 * point.layers * size
+
+    def providers(self) -> list[Provider]:
+        found = [Provider(EAGER, partial(self._prepare, by_definition))]
+        if COMPILE in self._compiled:
+            compiled = torch.compile(by_definition, fullgraph=True, dynamic=False, mode=COMPILE_MODES[COMPILE])
+            found.append(Provider(COMPILE, partial(self._prepare, compiled)))
+        else:
+            found.append(unavailable(COMPILE, "left out by this preset; --providers asks for it"))
+        found.append(Provider("automatic", partial(self._prepare, feature_alignment), ours=True))
+        for name in BACKENDS:
+            if "backend" in inspect.signature(feature_alignment).parameters:
+                found.append(Provider(name, partial(self._prepare, partial(feature_alignment, backend=name)), True))  # type: ignore[call-arg]
+            else:
+                found.append(unavailable(name, "this version has no kernels for it", ours=True))
+        return found
+
+    def _prepare(self, loss: object) -> Prepared:
+        assert callable(loss)
+        first, second = self.features
+        leaves = [*first, *second]
+
+        def forward() -> Tensor:
+            return loss(first, second)
+
+        def both() -> tuple[Tensor, ...]:
+            out = forward()
+            return (out, *torch.autograd.grad(out, leaves))
+
+        def results() -> dict[str, Tensor]:
+            return _named(*both())
+
+        return Prepared(both, results, None, forward, leaves)
+
+    def expected(self, function: str) -> Expected:
+        double = [[tensor.detach().double().requires_grad_() for tensor in half] for half in self.features]
+        exact, eager = (
+            _named(out, *torch.autograd.grad(out, [*halves[0], *halves[1]]))
+            for halves in (double, self.features)
+            for out in [by_definition(*halves)]
+        )
+        return Expected(exact, eager, {})
+
+
+def by_definition(first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """The sum over blocks of the mean squared difference, squares in float32 at least (Eq. 6, last term)."""
+    terms = [F.mse_loss(_wide(a), _wide(b)) for a, b in zip(first, second, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _named(loss: Tensor, *gradients: Tensor) -> dict[str, Tensor]:
+    return {"loss": loss.detach(), "gradients": torch.stack(gradients)}

@@ -1,0 +1,72 @@
+"""What is measured: a case is one operator on one shape, with the providers that compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mosa_kernels.bench.gate import Expected
+
+EAGER = "eager"
+COMPILE, COMPILE_MAX = "compile", "compile max-autotune"
+COMPILE_MODES = {COMPILE: "default", COMPILE_MAX: "max-autotune-no-cudagraphs"}
+"""CUDA graphs are left out: they would copy x, which counts against them, and device time has no launches to save."""
+BACKENDS = ("cpu", "triton", "cuda")
+"""The fused ones, by the names that every operator takes."""
+
+
+class Work(NamedTuple):
+    """What a call has to move and to compute, by formula."""
+
+    bytes: int
+    flops: int = 0
+
+
+class Prepared(NamedTuple):
+    """A provider, ready to run."""
+
+    run: Callable[[], object]
+    results: Callable[[], dict[str, Tensor]]  # for the gate
+    work: Work | None = None  # None: not counted
+    graph: Callable[[], object] | None = None  # its forward pass, to see what that keeps; None: there is no backward
+    own: Sequence[Tensor] = ()  # what is there without this provider
+    function: str = "expert"  # which of the case's functions it computes
+
+
+class Provider(NamedTuple):
+    """One way to compute a case."""
+
+    name: str
+    prepare: Callable[[], Prepared]
+    ours: bool = False
+    reason: str | None = None  # why it is not available; None: it is
+
+
+class Case(Protocol):
+    """One operator on one shape."""
+
+    operator: str
+    key: dict[str, str | int]  # what names this case, here and in other reports
+    floor: Work  # what no implementation can do without
+    dtype: torch.dtype
+    working_set: int  # bytes, to say whether it fits into the cache
+
+    def providers(self) -> list[Provider]: ...
+
+    def expected(self, function: str) -> Expected: ...
+
+
+def unavailable(name: str, reason: str, ours: bool = False) -> Provider:
+    """A provider that is listed with the reason why it is not measured."""
+
+    def prepare() -> Prepared:
+        raise RuntimeError(reason)
+
+    return Provider(name, prepare, ours, reason)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

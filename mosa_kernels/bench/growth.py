@@ -1,0 +1,48 @@
+"""How time and memory grow with tokens, bottleneck, experts and the number of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mosa_kernels.bench.adapter import Adapter
+from mosa_kernels.bench.kernels import Effort, measure_case
+from mosa_kernels.bench.limits import Limits
+from mosa_kernels.bench.shapes import Point
+
+AXES = {"images": "tokens", "bottleneck": "bottleneck r", "experts": "experts N", "layers": "adapters"}
+"""Axes of a point, and what they are called."""
+
+_VALUES: dict[str, dict[str, tuple[int, ...]]] = {
+    "smoke": {"images": (1, 2), "bottleneck": (8, 16), "experts": (1, 2), "layers": (1, 2)},
+    "quick": {"images": (1, 4, 16, 64), "bottleneck": (8, 32, 128), "experts": (1, 4, 8), "layers": (1, 4)},
+    "full": {
+        "images": (1, 4, 16, 64, 256),
+        "bottleneck": (8, 16, 32, 64, 128, 256),
+        "experts": (1, 2, 4, 8),
+        "layers": (1, 2, 4, 8, 12),
+    },
+}
+
+
+def growth_points(preset: str, device_type: str) -> Iterator[tuple[str, Point]]:
+    """(axis, point): each axis varied alone from a base. One expert a call, which every provider takes."""
+    if preset == "smoke":
+        base = Point("vit_ti", 2, 8, 2, "fp32", "call")
+    elif device_type == "cuda":
+        base = Point("vit_b", 32, 64, 4, "bf16", "call")
+    else:
+        base = Point("vit_s", 8, 32, 4, "fp32", "call")
+    for axis, values in _VALUES[preset].items():
+        for value in values:
+            yield axis, base._replace(**{axis: value})  # type: ignore[arg-type]
+
+
+def measure_growth(preset: str, device: torch.device, limits: Limits, effort: Effort) -> Iterator[dict[str, Any]]:
+    """Forward + backward at each point; the records of `measure_case` with the axis and its value."""
+    for axis, point in growth_points(preset, device.type):
+        record = measure_case(Adapter(point, device, effort.compiled).case("both"), device, limits, effort)
+        value = point.tokens if axis == "images" else getattr(point, axis)
+        yield {**record, "axis": AXES[axis], "value": value}

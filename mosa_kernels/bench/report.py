@@ -1,0 +1,222 @@
+"""A report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mosa_kernels.bench.goals import answers
+from mosa_kernels.bench.records import Record, comparable, failures, losses, name_of
+
+NOTHING = "-"
+HOW_TO_SEND = (
+    "Another device: run `mosa-kernels bench --preset full --output benchmarks/reports/NAME` in a clone (on a GPU, "
+    "`benchmarks/gpu.sh OUT` runs the tests and compute-sanitizer too) and open a pull request with the folder."
+)
+_SECTIONS = {
+    "adapter_forward": "Adapter, forward",
+    "adapter_backward": "Adapter, backward",
+    "adapter": "Adapter, forward + backward",
+    "merge": "Merge of all adapters of a model",
+    "masked_adamw": "Optimizer step on all adapters of a model",
+    "alignment": "Alignment loss over half the blocks, forward + backward",
+}
+_EXPLANATION = """Median milliseconds with the 20th and 80th percentile; all providers of a case ran in turn. *limit*:
+the share of what the device was measured to do, counting the least bytes and products that any implementation needs.
+*copy*: the provider's own bytes, counted by formula, over its time and the measured copy bandwidth. *error*: the output
+or gradient furthest off, against float64, relative root mean square, and eager PyTorch's beside it; a provider further
+off than twice eager has no time. *saved*: kept for the backward pass beyond inputs and weights. A warm cache is one
+that holds the whole call: memory is no limit there."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are text."""
+    rule = ["---" if number < left else "---:" for number in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def milliseconds(row: Record) -> str:
+    """Median and spread, or why there is none."""
+    if "ms" not in row:
+        return str(row["reason"]) if row["status"] == "red" else f"{row['status']}: {row['reason']}"
+    ms = row["ms"]
+    return f"{_number(ms['median'])} ({_number(ms['p20'])} to {_number(ms['p80'])})"
+
+
+def markdown(report: Record, pictures: Sequence[str] = ()) -> str:
+    """The whole report."""
+    parts = [f"# {report['machine']['device']}", machine_lines(report), limits_line(report)]
+    wrong = failures(report)
+    if wrong:
+        parts.append("**Wrong or failed:**\n\n" + "\n".join(f"- {line}" for line in wrong))
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    parts += [goals_section(report)] if answers(report) else []
+    if report.get("kernels") or report.get("growth"):
+        slower = losses(report)
+        lines = "\n".join(f"- {line}" for line in slower) if slower else "Nowhere in this report."
+        parts.append(f"## Where the fused backends lose\n\n{lines}")
+        parts.append("## Kernels\n\n" + _EXPLANATION)
+    for operator, title in _SECTIONS.items():
+        records = [record for record in report.get("kernels", []) if record["operator"] == operator]
+        if records:
+            parts.append(f"### {title}\n\n" + "\n\n".join(map(kernel_section, records)))
+            missing = not_available(row for record in records for row in record["rows"])
+            parts += [f"Not available: {missing}"] if missing else []
+    if report.get("models"):
+        parts.append("## Whole models\n\n" + "\n\n".join(map(model_section, report["models"])))
+    if report.get("growth"):
+        parts.append("## How cost grows, forward + backward\n\n" + growth_section(report["growth"]))
+    parts.append(HOW_TO_SEND)
+    return "\n\n".join(parts) + "\n"
+
+
+def machine_lines(report: Record) -> str:
+    """Where and with what it was measured."""
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
+    lines = [
+        f"- {report['preset']} preset, {report['seconds']:.0f} s, {machine['made']}, commit {machine['commit'] or '?'}",
+        f"- {machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}; compiled kernels for the "
+        f"CPU: {machine['compiled_cpu_kernels']}; for CUDA: {machine['compiled_cuda_kernels']}",
+        f"- {versions}",
+    ]
+    if machine["gpu"]:
+        lines.append("- " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine["gpu"].items()))
+    return "\n".join(lines)
+
+
+def limits_line(report: Record) -> str:
+    """What the device was seen to do, and what its maker says."""
+    limits = report["limits"]
+    matrix = ", ".join(f"{rate:.3g} in {name}" for name, rate in limits["matrix"].items())
+    text = f"Measured limits: copying {limits['copy']:.4g} GB/s (read + written), matrix products {matrix} TFLOP/s."
+    known = limits["known"]
+    if known:
+        text += (
+            f" The maker's: {known['bandwidth']:g} GB/s, {known['half']:g} TFLOP/s in 16 bits ({known['source']}); "
+            f"copying reaches {limits['copy'] / known['bandwidth']:.0%} of it."
+        )
+    return text
+
+
+def goals_section(report: Record) -> str:
+    rows = [
+        (
+            answer.case,
+            answer.backend,
+            answer.goal.name,
+            f"{'at most' if answer.goal.at_most else 'at least'} {answer.goal.must:g}{answer.goal.unit}",
+            answer.shown,
+            answer.verdict,
+        )
+        for answer in answers(report)
+    ]
+    return "## Goals\n\n" + table(("case", "backend", "figure", "goal", "measured", ""), rows, left=3)
+
+
+def kernel_section(record: Record) -> str:
+    """One case: its limit, and a line for each provider."""
+    floor = record["floor"]
+    title = (
+        f"**{name_of(record['case'])}** ({record['cache']} cache; at least {_bytes(floor['bytes'])} and "
+        f"{floor['flops'] / 1e9:.3g} GFLOP: {_number(floor['ms'])} ms, bound by {floor['bound']})"
+    )
+    head = ("provider", "ms", "x eager", "limit", "copy", "saved", "peak", "host us", "error (eager)")
+    rows = [
+        (
+            row["provider"],
+            milliseconds(row),
+            _cell(row, "speed_up", "{:.2f}".format),
+            _cell(row, "share_of_limit", "{:.0%}".format),
+            _cell(row, "copy_share", "{:.0%}".format),
+            _cell(row, "saved_bytes", _bytes),
+            _cell(row, "peak_bytes", _bytes),
+            _cell(row, "host_us", lambda cost: f"{cost['host']:.0f}"),
+            _cell(row, "error", lambda e: f"{e['worst']} {e['relative']:.1e} ({e['eager']:.1e})"),
+        )
+        for row in record["rows"]
+        if row["status"] != "unavailable"
+    ]
+    kept = _kept_columns(rows)
+    return title + "\n\n" + table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
+
+
+def not_available(rows: Iterable[Record]) -> str:
+    """The providers without figures, each with its reasons, once."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["status"] == "unavailable":
+            reason = str(row["reason"])
+            reasons.setdefault(row["provider"], {})[reason.rpartition("does not take this call: ")[2]] = None
+    return "; ".join(f"{provider} ({', or '.join(found)})" for provider, found in reasons.items()) + "." * bool(reasons)
+
+
+def model_section(record: Record) -> str:
+    """Training and inference of one model."""
+    head = ("training step, two passes", "ms", "images/s", "in adapters", "saved", "peak", "trained state")
+    rows = [
+        (
+            row["variant"],
+            milliseconds(row),
+            _cell(row, "images_per_second", "{:.1f}".format),
+            _cell(row, "share_in_adapters", "{:.0%}".format),
+            _cell(row, "saved_bytes", _bytes),
+            _cell(row, "peak_bytes", _bytes),
+            _cell(row, "state_bytes", _bytes),
+        )
+        for row in record["training"]
+    ]
+    kept = _kept_columns(rows)
+    training = table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
+    inference = table(
+        ("inference", "ms", "images/s"),
+        [
+            (row["variant"], milliseconds(row), _cell(row, "images_per_second", "{:.1f}".format))
+            for row in record["inference"]
+        ],
+    )
+    return f"**{name_of(record['case'])}**\n\n{training}\n\n{inference}"
+
+
+def growth_section(records: Sequence[Record]) -> str:
+    """For each axis a table of medians, and of what is saved."""
+    axes = list(dict.fromkeys(record["axis"] for record in records))
+    return "\n\n".join(_growth_of(axis, [record for record in records if record["axis"] == axis]) for axis in axes)
+
+
+def _growth_of(axis: str, records: Sequence[Record]) -> str:
+    timed = {row["provider"] for record in records for row in record["rows"] if "ms" in row}
+    names = [row["provider"] for row in records[0]["rows"] if comparable(row) and row["provider"] in timed]
+    head = [axis, *(f"{name}, ms" for name in names), *(f"{name}, saved" for name in names)]
+    rows = []
+    for record in records:
+        by_name = {row["provider"]: row for row in record["rows"]}
+        times = [_number(by_name[n]["ms"]["median"]) if "ms" in by_name[n] else NOTHING for n in names]
+        saved = [_cell(by_name[n], "saved_bytes", _bytes) for n in names]
+        rows.append([str(record["value"]), *times, *saved])
+    base = name_of(records[0]["case"])
+    return f"Against {axis}, from {base}\n\n" + table(head, rows)
+
+
+def _kept_columns(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns that say anything."""
+    width = len(rows[0]) if rows else 0
+    return [n for n in range(width) if n < 2 or any(row[n] != NOTHING for row in rows)]
+
+
+def _cell(row: Record, name: str, spell: Callable[[Any], str]) -> str:
+    value = row.get(name)
+    return NOTHING if value is None else spell(value)
+
+
+def _number(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"

@@ -1,0 +1,176 @@
+"""One report: what was asked for, measured, and written as JSON, Markdown and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosa_kernels.bench.case import COMPILE, COMPILE_MAX
+from mosa_kernels.bench.environment import choose_device, describe
+from mosa_kernels.bench.growth import measure_growth
+from mosa_kernels.bench.kernels import OPERATOR_NAMES, PROVIDERS, Effort, cases, fresh_compiler, measure_case
+from mosa_kernels.bench.limits import known_roofline, measure_limits
+from mosa_kernels.bench.model import measure_model, settings
+from mosa_kernels.bench.plots import draw
+from mosa_kernels.bench.records import FORMAT, Record, name_of
+from mosa_kernels.bench.report import markdown
+from mosa_kernels.bench.shapes import PRESETS, Axes, points
+from mosa_kernels.bench.timing import warm_up
+from mosa_kernels.train.folder import read_json, write_json, write_text
+
+PARTS = (*OPERATOR_NAMES, "model", "growth")
+JSON, MARKDOWN = "report.json", "report.md"
+_ROUNDS = {"smoke": 3, "quick": 11, "full": 21}
+_SECONDS = {"smoke": 0.5, "quick": 15.0, "full": 30.0}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Args:
+        preset: "smoke" (seconds, to see that everything works), "quick" or "full".
+        only: some of `PARTS`; None: all.
+        device: "cpu", "cuda" or None for a GPU where there is one.
+        axes: shapes in place of the preset's.
+        models, batch: timm models in place of the preset's, and images of a pass.
+        threads: of the CPU; None leaves PyTorch's.
+        rounds: how many times each provider is timed; None: the preset's.
+        providers: some of `PROVIDERS`; None: all but what the preset leaves out.
+        processor_time: on a CPU, one thread and its time on the processor.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    preset: str = "quick"
+    only: tuple[str, ...] | None = None
+    device: str | None = None
+    axes: Axes = field(default_factory=Axes)
+    models: tuple[str, ...] | None = None
+    batch: int | None = None
+    threads: int | None = None
+    rounds: int | None = None
+    providers: tuple[str, ...] | None = None
+    processor_time: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name, chosen, known in (("only", self.only, PARTS), ("providers", self.providers, PROVIDERS)):
+            for value in chosen or ():
+                if value not in known:
+                    raise ValueError(f"{name}: expected some of {', '.join(known)}, got {value!r}")
+        for name in ("threads", "rounds", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+    def arguments(self) -> list[str]:
+        """The words that ask `mosa-kernels bench` for this."""
+        axes = self.axes
+        options: dict[str, Any] = {
+            "preset": self.preset,
+            "only": self.only,
+            "providers": self.providers,
+            "device": self.device,
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "shapes": axes.model,
+            "images": axes.images,
+            "bottlenecks": axes.bottleneck,
+            "experts": axes.experts,
+            "dtypes": axes.dtype,
+            "expert-per": axes.expert_per,
+            "models": self.models,
+            "batch": self.batch,
+        }
+        words = ["--processor-time"] if self.processor_time else []
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return words
+
+    def effort(self, device_type: str) -> Effort:
+        modes = (COMPILE, COMPILE_MAX)
+        if self.providers is not None:
+            compiled = tuple(mode for mode in modes if mode in self.providers)
+        elif self.preset == "smoke":
+            compiled = ()
+        else:
+            compiled = modes if device_type == "cuda" else (COMPILE,)
+        rounds = self.rounds or _ROUNDS[self.preset]
+        return Effort(rounds, _SECONDS[self.preset], compiled, self.processor_time, self.providers)
+
+
+def measure(request: Request, say: Say = lambda line: None) -> Record:
+    """The report, ready for JSON."""
+    began = time.perf_counter()
+    device = choose_device(request.device)
+    if request.processor_time:
+        torch.set_num_threads(1)
+    elif request.threads is not None:
+        torch.set_num_threads(request.threads)
+    torch.manual_seed(0)
+    effort = request.effort(device.type)
+    parts = request.only or PARTS
+    warm_up(device)
+    limits = measure_limits(device, quick=request.preset == "smoke")
+    known = known_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    report: Record = {
+        "format": FORMAT,
+        "preset": request.preset,
+        "request": asdict(request),
+        "machine": describe(device),
+        "limits": {**limits._asdict(), "known": None if known is None else known._asdict()},
+        "kernels": [],
+        "models": [],
+        "growth": [],
+    }
+    operators = [part for part in parts if part in OPERATOR_NAMES]
+    with fresh_compiler():
+        for case in cases(operators, points(request.preset, device.type, request.axes), device, effort):
+            say(f"{case.operator}: {name_of(case.key)}")
+            report["kernels"].append(measure_case(case, device, limits, effort))
+    if "growth" in parts:
+        lighter = Effort(effort.rounds, effort.seconds / 3, (), effort.processor_time, effort.providers)
+        for record in measure_growth(request.preset, device, limits, lighter):
+            say(f"growth with {record['axis']}: {record['value']}")
+            report["growth"].append(record)
+    if "model" in parts:
+        names = None if request.models is None else list(request.models)
+        for setting in settings(request.preset, device.type, names, request.batch):
+            say(f"model: {name_of(setting.key())}")
+            report["models"].append(measure_model(setting, device, rounds=effort.rounds, seconds=4 * effort.seconds))
+    report["seconds"] = time.perf_counter() - began
+    return report
+
+
+def write(report: Record, folder: Path) -> list[Path]:
+    """Writes report.json, report.md and the pictures, and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw(report, folder)
+    write_json(folder / JSON, report)
+    write_text(folder / MARKDOWN, markdown(report, pictures))
+    return [folder / name for name in (JSON, MARKDOWN, *pictures)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report.json, or the one in a folder.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no report, or of a format that this version does not read.
+    """
+    path = path / JSON if path.is_dir() else path
+    report = read_json(path)
+    if report.get("format") != FORMAT or "machine" not in report:
+        raise ValueError(f"{path}: expected a report of format {FORMAT}, got {report.get('format')!r}")
+    return report

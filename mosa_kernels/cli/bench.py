@@ -1,0 +1,147 @@
+"""`mosa-kernels bench`: how fast this machine runs the kernels and whole models, and whether they are still right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mosa_kernels.bench.commits import measure_commits
+from mosa_kernels.bench.compare import compare, markdown, regressions
+from mosa_kernels.bench.goals import answers
+from mosa_kernels.bench.kernels import PROVIDERS
+from mosa_kernels.bench.records import Record, failures, losses
+from mosa_kernels.bench.run import JSON, PARTS, Request, measure, read, write
+from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
+from mosa_kernels.bench.tune import list_tuning, tune
+from mosa_kernels.cli.errors import plain_errors
+from mosa_kernels.train.folder import write_text
+
+_KERNELS, _WHICH = "Shapes of the kernels", "What to measure"
+
+
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder for report.json, report.md and pictures.")] = Path("mosa-bench"),
+    preset: Annotated[
+        str, typer.Option(help=f"{', '.join(PRESETS)}: seconds, minutes, or an hour.", rich_help_panel=_WHICH)
+    ] = "quick",
+    only: Annotated[str | None, typer.Option(help=f"Some of {', '.join(PARTS)}.", rich_help_panel=_WHICH)] = None,
+    providers: Annotated[
+        str | None, typer.Option(help=f"Some of {', '.join(PROVIDERS)}.", rich_help_panel=_WHICH)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; by default PyTorch's.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Times that each provider is timed.")] = None,
+    processor_time: Annotated[
+        bool, typer.Option("--processor-time", help="On a CPU: one thread, its time on the processor.")
+    ] = False,
+    shapes: Annotated[str | None, typer.Option(help=f"Some of {', '.join(MODELS)}.", rich_help_panel=_KERNELS)] = None,
+    images: Annotated[str | None, typer.Option(help="Images of a call.", rich_help_panel=_KERNELS)] = None,
+    bottlenecks: Annotated[
+        str | None, typer.Option(help=f"r, such as {', '.join(map(str, BOTTLENECKS))}.", rich_help_panel=_KERNELS)
+    ] = None,
+    experts: Annotated[str | None, typer.Option(help="N, such as 1, 2, 4, 8.", rich_help_panel=_KERNELS)] = None,
+    dtypes: Annotated[str | None, typer.Option(help=f"Some of {', '.join(DTYPES)}.", rich_help_panel=_KERNELS)] = None,
+    expert_per: Annotated[
+        str | None, typer.Option(help=f"Some of {', '.join(EXPERT_PER)}.", rich_help_panel=_KERNELS)
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="timm models for the part model.", rich_help_panel=_WHICH)] = None,
+    batch: Annotated[int | None, typer.Option(help="Images of a pass, for the part model.")] = None,
+    against: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--compare",
+            help="Two reports, or two commits of the clone in this folder, which are built and measured.",
+            metavar="A B",
+        ),
+    ] = None,
+    tuning: Annotated[
+        bool, typer.Option("--tune", help="Measure the table of the Triton kernels' tile sizes anew and print it.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --tune: list what would be measured.")] = False,
+) -> None:
+    """Measure kernels and whole models on this machine; a report with tables and pictures. Lists take commas.
+
+    Exits with 1 where a kernel is wrong or, with --compare, where something became slower.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, style="dim")
+
+    with plain_errors():
+        request = Request(
+            preset,
+            _words(only),
+            device,
+            Axes(
+                _words(shapes),
+                _numbers("images", images),
+                _numbers("bottlenecks", bottlenecks),
+                _numbers("experts", experts),
+                _words(dtypes),
+                _words(expert_per),
+            ),
+            _words(models),
+            batch,
+            threads,
+            rounds,
+            _words(providers),
+            processor_time,
+        )
+        if tuning:
+            console.print(list_tuning(request.axes) if dry_run else tune(request.axes, say), markup=False)
+            return
+        if dry_run:
+            raise ValueError("dry-run: expected together with --tune")
+        if against is not None:
+            bad = _compare(against, request, console, output)
+            raise typer.Exit(1 if bad else 0)
+        report = measure(request, say)
+        paths = write(report, output)
+        _conclude(report, console)
+        console.print(f"{report['seconds']:.0f} s; wrote {', '.join(map(str, paths))}")
+        if failures(report):
+            raise typer.Exit(1)
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(word) for word in _words(text) or ())
+    except ValueError as error:
+        raise ValueError(f"{name}: expected whole numbers with commas, got {text!r}") from error
+
+
+def _conclude(report: Record, console: Console) -> None:
+    """What a reader should not miss."""
+    for answer in answers(report):
+        colour = {"met": "green", "missed": "yellow"}.get(answer.verdict, "dim")
+        console.print(
+            f"[{colour}]{answer.verdict}[/{colour}] {answer.case}, {answer.backend}: {answer.goal.name} {answer.shown}"
+        )
+    for line in losses(report):
+        console.print(f"[yellow]slower[/yellow] {line}")
+    for line in failures(report):
+        console.print(f"[red]wrong[/red] {line}")
+
+
+def _compare(names: tuple[str, str], request: Request, console: Console, output: Path) -> bool:
+    """Whether there are regressions. Both names are reports, or both are commits."""
+    paths = [Path(name) for name in names]
+    there = [path.is_file() or (path / JSON).is_file() for path in paths]
+    if any(there):
+        reports = [read(path) for path in paths]
+    else:
+        reports = measure_commits(names, request.arguments(), Path.cwd(), lambda line: console.print(line, style="dim"))
+    differences = compare(reports[0], reports[1])
+    text = markdown(reports[0], reports[1], names, differences)
+    console.print(text, markup=False)
+    if not any(there):
+        write_text(output / "compare.md", text)
+    return bool(regressions(differences))
