@@ -51,6 +51,9 @@ int check_split(const SplitParams& params) {
   if (params.rows < 1 || params.columns < 1 || params.units < 1 || params.side < 1 || negative) return kNegativeSize;
   if (params.experts < 1 || params.experts > kMaxExperts) return kUnknownExpert;
   if (params.owner == nullptr) return kMissingPointer;
+  const bool by_row = params.line_per_row == 1 && params.line_per_column == 0;
+  const bool by_column = params.line_per_row == 0 && params.line_per_column == 1;
+  if (!by_row && !by_column && (params.line_per_row != 0 || params.line_per_column != 0)) return kUnknownLine;
   const int64_t last = static_cast<int64_t>((params.rows - 1) / params.side) * params.unit_per_row +
                        static_cast<int64_t>((params.columns - 1) / params.side) * params.unit_per_column;
   return last < params.units ? kOk : kUnknownUnit;

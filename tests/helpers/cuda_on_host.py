@@ -24,6 +24,9 @@ KERNEL_FLAGS = (
     *(*COMMON, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=undefined", "-fno-sanitize-recover=all"),
 )
+ADDRESSES = ("-fsanitize=address", "-fno-omit-frame-pointer")
+SANITIZE = "MOSA_SANITIZE"
+"""Set to 1, every kernel is built with the address sanitizer, whose runtime has to be there before Python starts."""
 BINDING = """#include "{stem}_bindings.cpp"
 PYBIND11_MODULE(_C, m) {{ mosa::bind_{stem}(m); }}
 """
@@ -33,12 +36,28 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++").split()[0])
 
 
-def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None) -> ModuleType:
+def sanitized_environment() -> dict[str, str] | None:
+    """The environment of a Python process in which kernels run under the address sanitizer; None: there is none."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    answer = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True)
+    runtime = Path(answer.stdout.strip())
+    if answer.returncode != 0 or not runtime.is_absolute():
+        return None
+    # Python does not free all that it allocates, and every tensor has to be looked at, not only those of new sizes.
+    options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0"
+    return {**os.environ, SANITIZE: "1", "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options}
+
+
+def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None, sanitize: bool | None = None) -> ModuleType:
     """A module with what `bind_<stem>` adds to `_C`; its `*_cuda` functions run on the host, on CPU tensors' addresses.
 
     Args:
         stem: of the operator's files, csrc/<stem>*.cpp and csrc/<stem>*.cu.
         changes: for a test of the tests: per file of csrc, a text that stands in it once and what takes its place.
+        sanitize: with the address sanitizer, which ends the process at the first access out of bounds; it works in
+            processes started with `sanitized_environment`. None: where that is so.
 
     Raises:
         RuntimeError: the compiler failed; the message is its output.
@@ -46,7 +65,8 @@ def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None) -> Mo
     import pybind11
 
     headers = _texts((ROOT / "csrc").glob("*.h"))
-    kernels = _texts([*(ROOT / "csrc").glob(f"{stem}*.c*"), ROOT / "csrc" / "cuda_device.cu"])
+    shared = [*(ROOT / "csrc").glob("parallel*.cpp"), ROOT / "csrc" / "cuda_device.cu"]
+    kernels = _texts([*(ROOT / "csrc").glob(f"{stem}*.c*"), *shared])
     binding = {f"{stem}_bindings.cpp": kernels.pop(f"{stem}_bindings.cpp"), "module.cpp": BINDING.format(stem=stem)}
     for name, (old, new) in (changes or {}).items():
         assert kernels[name].count(old) == 1, f"{name} does not contain {old!r} once"
@@ -57,7 +77,8 @@ def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None) -> Mo
     glue = _cached(
         f"{stem}.o", (binding, headers, suffix), [*COMMON, "-c", *includes], headers | binding, ["module.cpp"]
     )
-    arguments = ["-shared", f"-I{STAND_IN}", *KERNEL_FLAGS]
+    sanitize = os.environ.get(SANITIZE) == "1" if sanitize is None else sanitize
+    arguments = ["-shared", f"-I{STAND_IN}", *KERNEL_FLAGS, *(ADDRESSES if sanitize else ())]
     inputs = (kernels, headers, _texts(STAND_IN.iterdir()), glue.name, glue.parent.name)
     library = _cached(f"_C{suffix}", inputs, arguments, headers | kernels, [*kernels, "-x", "none", str(glue)])
 
