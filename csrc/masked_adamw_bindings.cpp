@@ -84,6 +84,8 @@ AdamWOptions adamw_options(uintptr_t lr_address, bool lr_is_double, double lr, d
 
 void bind_masked_adamw([[maybe_unused]] py::module_& m) {
 #ifdef MOSA_WITH_CUDA
+  m.attr("adamw_tensors_per_launch") =
+      py::make_tuple(AdamWTable<kSmallTableBytes>::kCapacity, AdamWTable<kLargeTableBytes>::kCapacity);
   m.def(
       "masked_adamw_cuda",
       [](const std::vector<uint64_t>& numbers, uintptr_t lr_address, bool lr_is_double, double lr, double beta1,
