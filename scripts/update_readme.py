@@ -9,11 +9,23 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DEMO = ROOT / "benchmarks" / "accuracy" / "demo.json"
-CPU = ROOT / "benchmarks" / "reports" / "adapter_cpu.md"
+REPORTS = ROOT / "benchmarks" / "reports"
+CPU = "cpu"
+"""The folder among the reports whose figures stand in the README; `mosa-kernels bench` writes such folders."""
+
+WANTED_GPUS = ("A100", "V100")
+"""Columns that wait for somebody who has one."""
+
+NOT_MEASURED = "not measured"
+_PASSES = {"adapter_forward": "forward", "adapter": "forward + backward"}
+_MODELS = {"vit_b": "ViT-B", "vit_l": "ViT-L"}
+
+Record = dict[str, Any]
 
 
 def demo_section() -> str:
@@ -32,12 +44,111 @@ def demo_section() -> str:
     )
 
 
-def cpu_section() -> str:
-    """The report of benchmarks/bench_adapter.py as it stands."""
-    return CPU.read_text().strip()
+def cpu_section(reports: Path = REPORTS) -> str:
+    """Ours beside eager PyTorch on a CPU, forward and forward + backward."""
+    path = reports / CPU / "report.json"
+    if not path.is_file():
+        return (reports / "adapter_cpu.md").read_text().strip()
+    report = json.loads(path.read_text())
+    machine = report["machine"]
+    rows = []
+    for record in report["kernels"]:
+        ours, eager = timed(record, "cpu"), timed(record, "eager")
+        if record["operator"] not in _PASSES or ours is None or eager is None:
+            continue
+        a, b, case = ours["ms"], eager["ms"], record["case"]
+        rows.append(
+            (
+                f"{case['shape'].rpartition(', ')[2]}, d {case['d']}, r {case['r']}",
+                str(case["dtype"]),
+                str(case["expert per"]),
+                _PASSES[record["operator"]],
+                f"{a['median']:.2f} ({a['smallest']:.2f})",
+                f"{b['median']:.2f} ({b['smallest']:.2f})",
+                f"{b['median'] / a['median']:.2f} ({b['smallest'] / a['smallest']:.2f})",
+            )
+        )
+    head = ("shape", "dtype", "expert per", "pass", "cpu ms (min)", "eager ms (min)", "ratio")
+    return "\n\n".join(
+        [
+            "Median milliseconds of runs in turn (the smallest in parentheses), and eager time / ours. Eager is the "
+            "naive PyTorch definition with its own autograd. N = 4, LayerNorm, residual, gelu.",
+            f"Machine: {machine['cpu']}, {machine['threads']} threads, PyTorch {machine['versions']['torch']} "
+            f"({machine['cpu_capability']}); compiled kernels: {machine['compiled_cpu_kernels']}.",
+            table(head, rows),
+            "Where ours is slower (a wide bottleneck on few tokens, whose intermediates stay in the cache), the "
+            "automatic choice is eager PyTorch; the threshold and its figures are in `mosa_kernels/backends/choice.py`. "
+            f"[The whole report](benchmarks/reports/{CPU}/report.md): backward alone, merge, optimizer, alignment, "
+            "whole models, memory, how cost grows.",
+        ]
+    )
 
 
-SECTIONS = {"demo": demo_section, "cpu": cpu_section}
+def gpu_section(reports: Path = REPORTS) -> str:
+    """One column for each GPU with a report, and one for each that is wanted."""
+    found = {}
+    for path in sorted(reports.glob("*/report.json")):
+        report = json.loads(path.read_text())
+        if report["machine"]["device_type"] == "cuda":
+            found[report["machine"]["device"].removeprefix("NVIDIA ")] = (path, report)
+    wanted = [name for name in WANTED_GPUS if not any(name in gpu for gpu in found)]
+    rows = []
+    for operator, direction in _PASSES.items():
+        for model, title in _MODELS.items():
+            cells = [gpu_cell(report, operator, model) for _, report in found.values()]
+            rows.append((f"{title}, {direction}", *cells, *(NOT_MEASURED for _ in wanted)))
+    parts = [
+        "The fastest of the fused backends on 128 images in bf16, r = 64, N = 4, one expert a call, the cache flushed: "
+        "median time, times as fast as eager PyTorch and as `torch.compile` (max-autotune), and the share of the "
+        "measured copy bandwidth that its own bytes make.",
+        table(("", *found, *wanted), rows),
+    ]
+    parts += [
+        f"[{name}: the whole report]({path.parent.relative_to(reports.parents[1])}/report.md)"
+        for name, (path, _) in found.items()
+        if (path.parent / "report.md").is_file()
+    ]
+    parts.append(
+        "You have one that is missing? `benchmarks/gpu.sh benchmarks/reports/NAME` builds, tests and measures in under "
+        "ten minutes; `python scripts/update_readme.py` fills in the column; then open a pull request with the folder."
+    )
+    return "\n\n".join(parts)
+
+
+def gpu_cell(report: Record, operator: str, model: str) -> str:
+    """What one GPU's report says of one row."""
+    wanted = {"r": 64, "N": 4, "dtype": "bf16", "expert per": "call", "layers": 1}
+    for record in report["kernels"]:
+        case = record["case"]
+        if record["operator"] != operator or not str(case.get("shape", "")).startswith(f"{model}, 128 x"):
+            continue
+        if any(case.get(name) != value for name, value in wanted.items()):
+            continue
+        ours = [row for row in record["rows"] if row["ours"] and "ms" in row]
+        if not ours:
+            break
+        best = min(ours, key=lambda row: row["ms"]["median"])
+        words = [f"{best['provider']} {best['ms']['median']:.3g} ms"]
+        for provider, name in (("eager", "eager"), ("compile max-autotune", "compiled")):
+            other = timed(record, provider)
+            if other is not None:
+                words.append(f"{other['ms']['median'] / best['ms']['median']:.1f}x {name}")
+        if best.get("copy_share") is not None:
+            words.append(f"{best['copy_share']:.0%}")
+        return ", ".join(words)
+    return NOT_MEASURED
+
+
+def timed(record: Record, provider: str) -> Record | None:
+    """A provider's row where it has a time."""
+    return next((row for row in record["rows"] if row["provider"] == provider and "ms" in row), None)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+SECTIONS = {"demo": demo_section, "cpu": cpu_section, "gpu": gpu_section}
 
 
 def updated(text: str) -> str:

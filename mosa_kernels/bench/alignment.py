@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 
 import torch
@@ -52,12 +51,8 @@ class AlignmentCase:
             found.append(Provider(COMPILE, partial(self._prepare, compiled)))
         else:
             found.append(unavailable(COMPILE, "left out by this preset; --providers asks for it"))
-        found.append(Provider("automatic", partial(self._prepare, feature_alignment), ours=True))
         for name in BACKENDS:
-            if "backend" in inspect.signature(feature_alignment).parameters:
-                found.append(Provider(name, partial(self._prepare, partial(feature_alignment, backend=name)), True))  # type: ignore[call-arg]
-            else:
-                found.append(unavailable(name, "this version has no kernels for it", ours=True))
+            found.append(Provider(name, partial(self._prepare, partial(feature_alignment, backend=name)), ours=True))
         return found
 
     def _prepare(self, loss: object) -> Prepared:

@@ -40,9 +40,7 @@ def growth_points(preset: str, device_type: str) -> Iterator[tuple[str, Point]]:
             yield axis, base._replace(**{axis: value})  # type: ignore[arg-type]
 
 
-def measure_growth(preset: str, device: torch.device, limits: Limits, effort: Effort) -> Iterator[dict[str, Any]]:
-    """Forward + backward at each point; the records of `measure_case` with the axis and its value."""
-    for axis, point in growth_points(preset, device.type):
-        record = measure_case(Adapter(point, device, effort.compiled).case("both"), device, limits, effort)
-        value = point.tokens if axis == "images" else getattr(point, axis)
-        yield {**record, "axis": AXES[axis], "value": value}
+def measure_growth(axis: str, point: Point, device: torch.device, limits: Limits, effort: Effort) -> dict[str, Any]:
+    """Forward + backward at one point; the record of `measure_case` with the axis and its value."""
+    record = measure_case(Adapter(point, device, effort.compiled).case("both"), device, limits, effort)
+    return {**record, "axis": AXES[axis], "value": point.tokens if axis == "images" else getattr(point, axis)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from mosa_kernels.bench.adapter import DIRECTIONS, OPERATORS, Adapter
 from mosa_kernels.bench.alignment import AlignmentCase
-from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, EAGER, Case, Prepared, Provider, Work
+from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, COMPILE_MODES, EAGER, Case, Prepared, Provider, Work
 from mosa_kernels.bench.launches import count_launches
 from mosa_kernels.bench.limits import Limits
 from mosa_kernels.bench.masked_adamw import MaskedAdamWCase
@@ -24,6 +26,7 @@ from mosa_kernels.bench.timing import cache_bytes, host_cost, in_turn
 OPERATOR_NAMES = (*OPERATORS.values(), "merge", "masked_adamw", "alignment")
 PROVIDERS = (EAGER, COMPILE, COMPILE_MAX, "N copies", "cpu", "triton", "cuda", "merged dense")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NO_TIME = "no time was left for it"
 _LARGE = 0.25  # of the last cache: larger working sets find little of it again in a model
 
 
@@ -36,6 +39,7 @@ class Effort:
     compiled: tuple[str, ...] = ()  # modes of torch.compile to try
     processor_time: bool = False
     providers: tuple[str, ...] | None = None  # None: all
+    compile_until: float = math.inf  # on the clock time.perf_counter: later, nothing is compiled any more
 
 
 @contextlib.contextmanager
@@ -51,19 +55,19 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def cases(operators: Sequence[str], points: Sequence[Point], device: torch.device, effort: Effort) -> Iterator[Case]:
-    """The cases of some operators, made one by one so that only one point's tensors live at a time."""
-    wanted = [direction for direction in DIRECTIONS if OPERATORS[direction] in operators]
-    for point in points:
-        if wanted:
-            adapter = Adapter(point, device, effort.compiled)
-            yield from (adapter.case(direction) for direction in wanted)
-            del adapter
+    """The cases of some operators, the short ones first; one point's tensors live at a time."""
     for name, make in _ALL_ADAPTERS.items():
         if name in operators:
             yield from (make(point, device) for point in of_a_model(points, name))
     if "alignment" in operators:
         for point in of_a_model(points, "alignment"):
             yield AlignmentCase(point, device, effort.compiled)
+    wanted = [direction for direction in DIRECTIONS if OPERATORS[direction] in operators]
+    if wanted:
+        for point in points:
+            adapter = Adapter(point, device, effort.compiled)
+            yield from (adapter.case(direction) for direction in wanted)
+            del adapter
 
 
 _ALL_ADAPTERS: dict[str, Callable[[Point, torch.device], Case]] = {"merge": MergeCase, "masked_adamw": MaskedAdamWCase}
@@ -95,7 +99,10 @@ def measure_case(case: Case, device: torch.device, limits: Limits, effort: Effor
         if effort.providers is not None and provider.name not in effort.providers:
             continue
         rows[provider.name] = row = {"provider": provider.name, "ours": provider.ours}
-        prepared = _admit(case, provider, row)
+        if provider.name in COMPILE_MODES and provider.reason is None and time.perf_counter() > effort.compile_until:
+            row |= {"status": "unavailable", "reason": NO_TIME}
+            continue
+        prepared = admit(case, provider, row)
         if prepared is not None:
             ready[provider.name] = prepared
     cold = case.working_set >= _LARGE * cache_bytes(device)
@@ -125,7 +132,7 @@ def measure_case(case: Case, device: torch.device, limits: Limits, effort: Effor
     }
 
 
-def _admit(case: Case, provider: Provider, row: dict[str, Any]) -> Prepared | None:
+def admit(case: Case, provider: Provider, row: dict[str, Any]) -> Prepared | None:
     """The provider, if it is there and its results are right; else the row says why not."""
     if provider.reason is not None:
         row |= {"status": "unavailable", "reason": provider.reason}

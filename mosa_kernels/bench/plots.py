@@ -17,7 +17,6 @@ COLOURS = {
     "cpu": "#2f8f83",
     "triton": "#2f8f83",
     "cuda": "#dd8452",
-    "automatic": "#2f8f83",
     "merged dense": "#937860",
 }
 _OTHER = "#64b5cd"

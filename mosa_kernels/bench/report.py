@@ -66,6 +66,8 @@ def markdown(report: Record, pictures: Sequence[str] = ()) -> str:
         parts.append("## Whole models\n\n" + "\n\n".join(map(model_section, report["models"])))
     if report.get("growth"):
         parts.append("## How cost grows, forward + backward\n\n" + growth_section(report["growth"]))
+    if report.get("left_out"):
+        parts.append("## Left out for lack of time\n\n" + "\n".join(f"- {name}" for name in report["left_out"]))
     parts.append(HOW_TO_SEND)
     return "\n\n".join(parts) + "\n"
 

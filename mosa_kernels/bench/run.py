@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 
 from mosa_kernels.bench.case import COMPILE, COMPILE_MAX
 from mosa_kernels.bench.environment import choose_device, describe
-from mosa_kernels.bench.growth import measure_growth
+from mosa_kernels.bench.growth import AXES, growth_points, measure_growth
 from mosa_kernels.bench.kernels import OPERATOR_NAMES, PROVIDERS, Effort, cases, fresh_compiler, measure_case
-from mosa_kernels.bench.limits import known_roofline, measure_limits
+from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
 from mosa_kernels.bench.model import measure_model, settings
 from mosa_kernels.bench.plots import draw
 from mosa_kernels.bench.records import FORMAT, Record, name_of
@@ -45,6 +47,7 @@ class Request:
         rounds: how many times each provider is timed; None: the preset's.
         providers: some of `PROVIDERS`; None: all but what the preset leaves out.
         processor_time: on a CPU, one thread and its time on the processor.
+        deadline: seconds after which nothing new is begun; compiling ends at six tenths of it.
 
     Raises:
         ValueError: an option is out of range.
@@ -60,6 +63,7 @@ class Request:
     rounds: int | None = None
     providers: tuple[str, ...] | None = None
     processor_time: bool = False
+    deadline: int | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -68,7 +72,7 @@ class Request:
             for value in chosen or ():
                 if value not in known:
                     raise ValueError(f"{name}: expected some of {', '.join(known)}, got {value!r}")
-        for name in ("threads", "rounds", "batch"):
+        for name in ("threads", "rounds", "batch", "deadline"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -91,6 +95,7 @@ class Request:
             "expert-per": axes.expert_per,
             "models": self.models,
             "batch": self.batch,
+            "deadline": self.deadline,
         }
         words = ["--processor-time"] if self.processor_time else []
         for name, value in options.items():
@@ -107,20 +112,23 @@ class Request:
         else:
             compiled = modes if device_type == "cuda" else (COMPILE,)
         rounds = self.rounds or _ROUNDS[self.preset]
-        return Effort(rounds, _SECONDS[self.preset], compiled, self.processor_time, self.providers)
+        until = math.inf if self.deadline is None else time.perf_counter() + 0.6 * self.deadline
+        return Effort(rounds, _SECONDS[self.preset], compiled, self.processor_time, self.providers, until)
 
 
-def measure(request: Request, say: Say = lambda line: None) -> Record:
-    """The report, ready for JSON."""
+def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Record], None] = lambda _: None) -> Record:
+    """The report, ready for JSON.
+
+    Args:
+        say: told what is measured next.
+        keep: given the report after each part of it, in case the program is ended from outside.
+    """
     began = time.perf_counter()
     device = choose_device(request.device)
-    if request.processor_time:
-        torch.set_num_threads(1)
-    elif request.threads is not None:
-        torch.set_num_threads(request.threads)
+    if request.processor_time or request.threads is not None:
+        torch.set_num_threads(1 if request.processor_time else request.threads or 1)
     torch.manual_seed(0)
     effort = request.effort(device.type)
-    parts = request.only or PARTS
     warm_up(device)
     limits = measure_limits(device, quick=request.preset == "smoke")
     known = known_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -130,27 +138,40 @@ def measure(request: Request, say: Say = lambda line: None) -> Record:
         "request": asdict(request),
         "machine": describe(device),
         "limits": {**limits._asdict(), "known": None if known is None else known._asdict()},
-        "kernels": [],
-        "models": [],
-        "growth": [],
+        **{part: [] for part in ("kernels", "models", "growth", "left_out")},
     }
+    for part, name, make in _pieces(request, device, limits, effort):
+        if request.deadline is not None and time.perf_counter() - began > request.deadline:
+            report["left_out"].append(name)
+            continue
+        say(name)
+        report[part].append(make())
+        report["seconds"] = time.perf_counter() - began
+        keep(report)
+    report["seconds"] = time.perf_counter() - began
+    return report
+
+
+def _pieces(
+    request: Request, device: torch.device, limits: Limits, effort: Effort
+) -> Iterator[tuple[str, str, Callable[[], Record]]]:
+    """What the report consists of: the list it goes to, its name, and what measures it."""
+    parts = request.only or PARTS
     operators = [part for part in parts if part in OPERATOR_NAMES]
     with fresh_compiler():
         for case in cases(operators, points(request.preset, device.type, request.axes), device, effort):
-            say(f"{case.operator}: {name_of(case.key)}")
-            report["kernels"].append(measure_case(case, device, limits, effort))
+            name = f"{case.operator}: {name_of(case.key)}"
+            yield "kernels", name, partial(measure_case, case, device, limits, effort)
     if "growth" in parts:
-        lighter = Effort(effort.rounds, effort.seconds / 3, (), effort.processor_time, effort.providers)
-        for record in measure_growth(request.preset, device, limits, lighter):
-            say(f"growth with {record['axis']}: {record['value']}")
-            report["growth"].append(record)
+        lighter = replace(effort, seconds=effort.seconds / 3, compiled=())
+        for axis, point in growth_points(request.preset, device.type):
+            name = f"growth with {AXES[axis]}: {name_of(point.key())}"
+            yield "growth", name, partial(measure_growth, axis, point, device, limits, lighter)
     if "model" in parts:
         names = None if request.models is None else list(request.models)
         for setting in settings(request.preset, device.type, names, request.batch):
-            say(f"model: {name_of(setting.key())}")
-            report["models"].append(measure_model(setting, device, rounds=effort.rounds, seconds=4 * effort.seconds))
-    report["seconds"] = time.perf_counter() - began
-    return report
+            run = partial(measure_model, setting, device, rounds=effort.rounds, seconds=4 * effort.seconds)
+            yield "models", f"model: {name_of(setting.key())}", run
 
 
 def write(report: Record, folder: Path) -> list[Path]:

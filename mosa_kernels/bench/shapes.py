@@ -119,8 +119,10 @@ def _smoke(base: Point, device_type: str) -> list[Point]:
 
 def _quick(base: Point, device_type: str) -> list[Point]:
     if device_type == "cuda":
-        large = [base._replace(model=model, expert_per=per) for model in ("vit_b", "vit_l") for per in EXPERT_PER]
-        return [*large, base._replace(images=1, expert_per="call")]
+        first, *others = (
+            base._replace(model=model, expert_per=per) for per in EXPERT_PER for model in ("vit_b", "vit_l")
+        )
+        return [first, base._replace(images=1, expert_per="call"), *others]
     large = [base._replace(dtype=dtype, expert_per=per) for dtype in ("fp32", "bf16") for per in EXPERT_PER]
     sizes = (("vit_b", 64), ("vit_s", 16), ("vit_ti", 8))
     small = [Point(model, 1, r, dtype=dtype, expert_per="call") for model, r in sizes for dtype in ("fp32", "bf16")]

@@ -17,7 +17,7 @@ from mosa_kernels.bench.run import JSON, PARTS, Request, measure, read, write
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
 from mosa_kernels.cli.errors import plain_errors
-from mosa_kernels.train.folder import write_text
+from mosa_kernels.train.folder import write_json, write_text
 
 _KERNELS, _WHICH = "Shapes of the kernels", "What to measure"
 
@@ -34,6 +34,7 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; by default PyTorch's.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Times that each provider is timed.")] = None,
+    deadline: Annotated[int | None, typer.Option(help="Seconds after which nothing new is begun.")] = None,
     processor_time: Annotated[
         bool, typer.Option("--processor-time", help="On a CPU: one thread, its time on the processor.")
     ] = False,
@@ -90,6 +91,7 @@ def bench(
             rounds,
             _words(providers),
             processor_time,
+            deadline,
         )
         if tuning:
             console.print(list_tuning(request.axes) if dry_run else tune(request.axes, say), markup=False)
@@ -99,7 +101,7 @@ def bench(
         if against is not None:
             bad = _compare(against, request, console, output)
             raise typer.Exit(1 if bad else 0)
-        report = measure(request, say)
+        report = measure(request, say, lambda unfinished: write_json(output / JSON, unfinished))
         paths = write(report, output)
         _conclude(report, console)
         console.print(f"{report['seconds']:.0f} s; wrote {', '.join(map(str, paths))}")

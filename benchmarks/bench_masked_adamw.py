@@ -1,0 +1,22 @@
+"""One optimizer step on all adapters of a model.
+
+python benchmarks/bench_masked_adamw.py [options of mosa-kernels bench]
+pytest benchmarks/bench_masked_adamw.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from mosa_kernels.cli.main import app
+
+OPERATOR = "masked_adamw"
+
+
+def test_masked_adamw(benchmark: Callable[..., object], run: Callable[[], object]) -> None:
+    benchmark(run)
+
+
+if __name__ == "__main__":
+    app(["bench", "--only", OPERATOR, *sys.argv[1:]])

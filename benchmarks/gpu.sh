@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of under ten minutes and without a network:
+#
+#     benchmarks/gpu.sh OUT
+#
+# builds the package in place, runs the tests marked gpu, measures (mosa-kernels bench), and runs compute-sanitizer
+# over small calls of every kernel. Each phase has its own limit, and what one breaks leaves the others: OUT gets
+# summary.md, phases.json, report.json, report.md, pictures, and all output in logs.tar.gz.
+#
+# MOSA_GPU_SECONDS (570) is what all phases together may take. MOSA_GPU_SH_DRY=1 goes through the same phases on a CPU
+# with the smallest shapes, to try the script itself. PYTHON (python3) needs torch, triton, timm, typer, rich,
+# matplotlib, pytest, hypothesis, and cmake, ninja, pybind11 and nvcc for the build.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ $# -ne 1 ]; then
+  echo "usage: benchmarks/gpu.sh OUT" >&2
+  exit 2
+fi
+mkdir -p "$1/logs" || exit 2
+OUT=$(cd "$1" && pwd)
+PYTHON=${PYTHON:-python3}
+DRY=${MOSA_GPU_SH_DRY:-0}
+END=$(($(date +%s) + ${MOSA_GPU_SECONDS:-570}))
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+: >"$OUT/logs/phases.tsv"
+
+left() { # SECONDS: as many, or what is left of the whole
+  local rest=$((END - $(date +%s)))
+  echo $(($1 < rest ? $1 : (rest > 1 ? rest : 1)))
+}
+
+phase() { # NAME SECONDS COMMAND...: runs it within its limit, and records how it ended
+  local name=$1 limit begun rc
+  limit=$(left "$2")
+  shift 2
+  begun=$(date +%s)
+  echo "== $name (at most $limit s)"
+  timeout --kill-after=10 "$limit" "$@" >"$OUT/logs/$name.log" 2>&1 </dev/null
+  rc=$?
+  printf '%s\t%d\t%d\t%d\n' "$name" "$rc" "$(($(date +%s) - begun))" "$limit" >>"$OUT/logs/phases.tsv"
+  echo "   exit status $rc after $(($(date +%s) - begun)) s"
+  return "$rc"
+}
+
+bench() { "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' bench "$@"; }
+export -f bench
+export PYTHON
+
+if [ "$DRY" = 1 ]; then
+  DEVICE=cpu
+  export OMP_NUM_THREADS=1
+  measured="--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw --deadline 60"
+else
+  DEVICE=cuda
+  if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
+  fi
+  export TORCH_CUDA_ARCH_LIST
+  phase build 180 "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
+fi
+
+phase doctor 40 "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' doctor
+[ "$DRY" = 1 ] && collect=--collect-only || collect=
+phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 $collect
+
+if [ "$DRY" != 1 ]; then
+  measured="--preset quick --device cuda --deadline $(($(left 300) - 70 > 60 ? $(left 300) - 70 : 60))"
+fi
+phase bench 300 bash -c "bench $measured --output '$OUT'"
+
+# The caching allocator would hide an access beyond the end of a tensor.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+small=("$PYTHON" benchmarks/small_calls.py --device "$DEVICE")
+if [ -z "$sanitizer" ] || [ "$DRY" = 1 ]; then
+  echo "compute-sanitizer is not run: ${sanitizer:+dry}${sanitizer:-it is not installed}"
+  phase small_calls 60 "${small[@]}"
+else
+  for tool in memcheck racecheck initcheck; do # side by side: each is slow by itself
+    phase "$tool" 120 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${small[@]}" &
+  done
+  wait
+fi
+
+"$PYTHON" benchmarks/gpu_summary.py "$OUT"

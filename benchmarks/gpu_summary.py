@@ -1,0 +1,78 @@
+"""What the phases of gpu.sh came to: summary.md and phases.json, and the logs in one archive.
+
+python benchmarks/gpu_summary.py OUT
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from mosa_kernels.bench.goals import answers
+from mosa_kernels.bench.report import goals_section, table
+from mosa_kernels.bench.run import JSON, MARKDOWN, read, write
+from mosa_kernels.train.folder import write_json, write_text
+
+_ENDED = {0: "passed", 5: "no tests", 9: "errors found", 124: "out of time", 137: "out of time"}
+_LAST = 15  # lines of a log that are shown
+
+
+def phases(logs: Path) -> list[dict[str, Any]]:
+    """How each phase ended, with the line of its output that says most."""
+    found = []
+    for line in (logs / "phases.tsv").read_text().splitlines():
+        name, *numbers = line.split("\t")
+        rc, seconds, limit = map(int, numbers)
+        ended = _ENDED.get(rc, "failed") if name != "doctor" or rc == 0 else "failed"
+        text = (logs / f"{name}.log").read_text(errors="replace")
+        found.append(
+            {"phase": name, "rc": rc, "ended": ended, "seconds": seconds, "limit": limit, "said": telling_line(text)}
+        )
+    return found
+
+
+def telling_line(text: str) -> str:
+    """pytest's or compute-sanitizer's summary, else the last line."""
+    lines = [line.strip(" =") for line in text.splitlines() if line.strip(" =")]
+    for pattern in (r"ERROR SUMMARY: ", r"\d+ calls ran", r"\d+ (passed|failed|deselected|skipped)"):
+        matches = [line for line in lines if re.search(pattern, line)]
+        if matches:
+            return matches[-1]
+    return lines[-1] if lines else ""
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "logs" / "phases.tsv").is_file():
+        sys.exit("usage: python benchmarks/gpu_summary.py OUT (a folder that benchmarks/gpu.sh wrote)")
+    out = Path(sys.argv[1])
+    ended = phases(out / "logs")
+    head = ("phase", "ended", "exit status", "s", "limit, s", "said")
+    rows = [
+        (p["phase"], p["ended"], str(p["rc"]), str(p["seconds"]), str(p["limit"]), p["said"].replace("|", "/"))
+        for p in ended
+    ]
+    parts = ["# What ran on the GPU", table(head, rows, left=2)]
+    if (out / JSON).is_file():
+        report = read(out)
+        if not (out / MARKDOWN).is_file():  # the phase was ended before it had finished
+            write(report, out)
+        parts.append(f"Figures: [{MARKDOWN}]({MARKDOWN}), on {report['machine']['device']}.")
+        parts += [goals_section(report)] if answers(report) else []
+    for phase in ended:
+        if phase["ended"] not in ("passed", "no tests"):
+            last = (out / "logs" / f"{phase['phase']}.log").read_text(errors="replace").splitlines()[-_LAST:]
+            parts.append(f"## {phase['phase']}\n\n```\n" + "\n".join(last) + "\n```")
+    write_json(out / "phases.json", {"phases": ended})
+    write_text(out / "summary.md", "\n\n".join(parts) + "\n")
+    with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+        archive.add(out / "logs", "logs")
+    shutil.rmtree(out / "logs")
+    print("\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The variants of a model: MoSA fused, eager and as N copies, AdaptFormer, LoRA, the backbone alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mosa_kernels.bench.dense_copies import DenseCopiesAdapter
+from mosa_kernels.losses import MoSALoss
+from mosa_kernels.nn.dense import DenseAdapter
+from mosa_kernels.nn.sampler import inference_experts, samplers
+from mosa_kernels.optim import MoSAAdamW
+from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload, two_pass
+from mosa_kernels.peft.book import book_of, find_book
+from mosa_kernels.peft.placement import find_blocks
+
+CLASSES, LR = 100, 1e-4
+TRAINING, INFERENCE = "training", "inference"
+BACKBONE, NO_ADAPTERS = "backbone alone", "no adapters"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    Args:
+        model: its name in timm.
+        batch: images of one pass.
+        bottleneck, experts: of the adapters.
+        options: for `timm.create_model`.
+        half: train under bf16 autocast.
+    """
+
+    model: str
+    batch: int
+    bottleneck: int = 64
+    experts: int = 4
+    options: tuple[tuple[str, Any], ...] = ()
+    half: bool = False
+
+    def key(self) -> dict[str, str | int]:
+        extra = {name: str(value) for name, value in self.options}
+        precision = "bf16 autocast" if self.half else "fp32"
+        return {
+            "model": self.model, "batch": self.batch, "r": self.bottleneck, "N": self.experts,
+            "precision": precision, **extra,
+        }  # fmt: skip
+
+
+class Ready(NamedTuple):
+    """A variant, ready to run. `own` exists without its activations; `logits` shows that it computes what it should."""
+
+    run: Callable[[], object]
+    forward: Callable[[], object]
+    own: list[Tensor]
+    state: Callable[[], int]
+    logits: Callable[[], Tensor] | None = None
+    merged: bool = False  # whether these logits are of the merged adapters, or of expert 0 in each
+
+
+class Variant(NamedTuple):
+    """One way to train or to infer."""
+
+    part: str
+    name: str
+    build: Callable[[], Ready]
+    reason: str | None  # why it is not available; None: it is
+
+
+class Shop:
+    """Makes the variants of one setting."""
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        self.setting, self.device = setting, device
+        backbone: Any = timm.create_model(setting.model, num_classes=CLASSES, **dict(setting.options))
+        self.backbone = backbone.to(device)
+        size = backbone.patch_embed.img_size
+        self.images = torch.randn(setting.batch, 3, *size, device=device)
+        self.labels = torch.randint(CLASSES, (setting.batch,), device=device)
+        self.criterion = MoSALoss(beta=0)
+
+    def variants(self) -> list[Variant]:
+        """Of a training step, whose two passes see the same images, and of inference."""
+        mosa = self._two_pass
+        training: dict[str, Callable[[], Ready]] = {
+            BACKBONE: self._plain,
+            "MoSA fused, expert per sample": mosa,
+            "MoSA fused, expert per batch": partial(mosa, expert_per="batch"),
+            "MoSA fused, expert per sample, alignment": partial(mosa, criterion=MoSALoss()),
+            "MoSA eager, expert per sample": partial(mosa, backend="reference"),
+            "MoSA N copies, expert per batch": self._copies,
+            "AdaptFormer fused": partial(mosa, mode="dense"),
+            "LoRA (PEFT)": self._lora,
+        }
+        missing = {} if find_spec("peft") else {"LoRA (PEFT)": "the package peft is not installed"}
+        inference: dict[str, Callable[[], Ready]] = {
+            NO_ADAPTERS: lambda: self._evaluated(self._copy()),
+            "merged": lambda: self._evaluated(merge_and_unload(self._adapted())),
+            "unmerged, fused": lambda: self._evaluated(self._adapted()),
+            "unmerged, eager": lambda: self._evaluated(_with_backend(self._adapted(), "reference")),
+        }
+        return [
+            Variant(part, name, build, missing.get(name))
+            for part, builders in ((TRAINING, training), (INFERENCE, inference))
+            for name, build in builders.items()
+        ]
+
+    @cache  # noqa: B019 (a shop lives as long as its models are measured)
+    def expected(self, merged: bool) -> tuple[Tensor, Tensor]:
+        """Logits of the definition in float64 and in float32: expert 0 everywhere, or the merged adapters."""
+        model = _with_backend(self._adapted(), "reference")
+        eager = self._logits(model, merged)
+        return self._logits(model.double(), merged), eager
+
+    def _copy(self) -> Any:
+        return copy.deepcopy(self.backbone)
+
+    def _adapted(self, mode: str = "mosa", expert_per: str = "sample") -> nn.Module:
+        """With adapters that add something: a fresh one adds zeros, which any error would survive."""
+        config = MoSAConfig(
+            mode=mode, bottleneck=self.setting.bottleneck, num_experts=self.setting.experts, expert_per=expert_per
+        )
+        torch.manual_seed(1)  # every variant draws the same down-projections
+        model = inject_adapter(self._copy(), config)
+        draws = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, _, adapter in book_of(model).adapters("default"):
+                weight = adapter.up.weight
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=draws))
+        return model
+
+    def _two_pass(
+        self,
+        mode: str = "mosa",
+        expert_per: str = "sample",
+        backend: str | None = None,
+        criterion: MoSALoss | None = None,
+    ) -> Ready:
+        model = _with_backend(self._adapted(mode, expert_per), backend).train()
+        loss = criterion or self.criterion
+
+        def forward() -> Tensor:
+            with self._precision():
+                out = two_pass(model, self.images, features=criterion is not None)
+            return loss(out, self.labels)
+
+        logits = (lambda: self._logits(model, merged=False)) if mode == "mosa" else None
+        return self._ready(model, forward, MoSAAdamW(model, lr=LR), logits)
+
+    def _copies(self) -> Ready:
+        """Two passes one after the other: this layout runs one expert of an adapter at a time."""
+        model = self._adapted()
+        for _, site, adapter in list(book_of(model).adapters("default")):
+            places = next(m for m in model.modules() if isinstance(m, nn.ModuleDict) and adapter in m.values())
+            places[site] = DenseCopiesAdapter(adapter)
+        model.train()
+
+        def forward() -> Tensor:
+            with self._precision():
+                logits1, logits2 = model(self.images), model(self.images)
+            return self._consistent(logits1, logits2)
+
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return self._ready(
+            model, forward, torch.optim.AdamW(parameters, lr=LR), lambda: self._logits(model, merged=False)
+        )
+
+    def _lora(self) -> Ready:
+        from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
+
+        model = get_peft_model(self._copy(), LoraConfig(r=16, lora_alpha=16, target_modules=["qkv"]))
+        for parameter in model.get_base_model().get_classifier().parameters():
+            parameter.requires_grad_(True)
+        return self._doubled(model)
+
+    def _plain(self) -> Ready:
+        """The gradient goes through the frozen blocks from the first one's output on, where adapters would begin."""
+        model = self._copy().requires_grad_(False)
+        for parameter in model.get_classifier().parameters():
+            parameter.requires_grad_(True)
+        first = model.get_submodule(find_blocks(model)[0].path)
+        first.register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
+        return self._doubled(model)
+
+    def _doubled(self, model: nn.Module) -> Ready:
+        model.eval()  # as `inject_adapter` leaves a backbone: no dropout, no stochastic depth
+
+        def forward() -> Tensor:
+            with self._precision():
+                logits = model(torch.cat([self.images, self.images]))
+            return self._consistent(*logits.chunk(2))
+
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return self._ready(model, forward, torch.optim.AdamW(parameters, lr=LR), None)
+
+    def _consistent(self, logits1: Tensor, logits2: Tensor) -> Tensor:
+        out = SimpleNamespace(logits1=logits1, logits2=logits2, features1=None, features2=None)
+        return self.criterion(out, self.labels)
+
+    def _ready(
+        self,
+        model: nn.Module,
+        forward: Callable[[], Tensor],
+        optimizer: torch.optim.Optimizer,
+        logits: Callable[[], Tensor] | None,
+    ) -> Ready:
+        def step() -> None:
+            optimizer.zero_grad()
+            forward().backward()
+            optimizer.step()
+
+        return Ready(step, forward, [*_tensors(model), self.images], lambda: state_bytes(model, optimizer), logits)
+
+    def _evaluated(self, model: nn.Module) -> Ready:
+        plain = find_book(model) is None and not any(isinstance(m, DenseAdapter) for m in model.modules())
+        model.eval()
+
+        def run() -> Tensor:
+            with torch.inference_mode(), self._precision():
+                return model(self.images)
+
+        return Ready(run, run, [], lambda: 0, None if plain else lambda: self._logits(model, merged=True), True)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.half)
+
+    def _logits(self, model: nn.Module, merged: bool) -> Tensor:
+        """Of two images in the model's own dtype, merged or with expert 0 in every adapter."""
+        training = model.training
+        model.eval()
+        images = self.images[:2].to(next(model.parameters()).dtype)
+        expert = 0 if not merged and samplers(model) and self.setting.experts > 1 else None
+        with torch.no_grad(), inference_experts(model, expert):
+            logits = model(images)
+        model.train(training)
+        return logits
+
+
+def _with_backend(model: nn.Module, backend: str | None) -> nn.Module:
+    for _, _, adapter in book_of(model).adapters("default"):
+        adapter.backend = backend
+    return model
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that training keeps: trained weights, gradients, the optimizer's moments, and masks or owners."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [*trained, *(p.grad for p in trained if p.grad is not None)]
+    kept += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    kept += [buffer for name, buffer in model.named_buffers() if name.endswith((".mask", ".assignment"))]
+    return sum(tensor.numel() * tensor.itemsize for tensor in kept)
