@@ -1,4 +1,5 @@
 # make demo   fine-tune, merge and evaluate on real images, with a table and a picture
+# make bench  measure kernels and whole models on this machine: report, tables and pictures in runs/bench
 # make test   everything that has to hold: style, types, the build, all tests
 # make build  (re)build the compiled module in place;   make lint   style and types alone
 # make clean  remove what was built;   make distclean   the virtual environment too
@@ -10,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 TESTS ?=
+BENCH ?=
 
 CORES := $(shell nproc 2>/dev/null || echo 1)
 WORKERS := $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
@@ -18,10 +20,13 @@ THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
 NATIVE := $(wildcard csrc/*) CMakeLists.txt setup.py mosa_kernels/version.py
 CLANG_FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*/*)
 
-.PHONY: demo test lint build check-native unit-tests clean distclean
+.PHONY: demo bench test lint build check-native unit-tests clean distclean
 
 demo: $(VENV)/.built
 	$(BIN)/mosa-kernels demo
+
+bench: $(VENV)/.built
+	$(BIN)/mosa-kernels bench --output runs/bench $(BENCH)
 
 test: lint check-native unit-tests
 
