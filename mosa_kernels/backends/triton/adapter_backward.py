@@ -8,7 +8,8 @@ from torch import Tensor
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
 from mosa_kernels.backends.triton.adapter_backward_tokens import tokens_launch
 from mosa_kernels.backends.triton.adapter_backward_weights import weights_launch
-from mosa_kernels.backends.triton.plan import architecture, parts_of, plan_of, rows_of
+from mosa_kernels.backends.triton.adapter_units import lists_for
+from mosa_kernels.backends.triton.plan import architecture, parts_of, plans_of, rows_of
 from mosa_kernels.backends.triton.reduce import reduce_launch
 
 
@@ -16,7 +17,8 @@ def adapter_backward(
     args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
 ) -> AdapterGradients:
     """The gradients asked for. One launch where only x's is, else three; the bits are the same on every run."""
-    plan = plan_of(args, architecture(args.x.device))
+    plans = plans_of(args, architecture(args.x.device), lists_for(args))
+    plan, lists = plans[0]
     x, grad = rows_of(args.x), rows_of(grad_out)
     device = args.x.device
     parts = parts_of(args, plan, needs)
@@ -26,12 +28,13 @@ def adapter_backward(
     if weights:
         h = torch.empty((2, plan.tokens, plan.padded_bottleneck), dtype=args.matmul_dtype, device=device)
     if needs.x or weights:
-        tokens_launch(args, plan, x, grad, mean, rstd, dx, h).run()
+        for each, its_lists in plans:
+            tokens_launch(args, each, x, grad, its_lists, mean, rstd, dx, h).run()
     if h is None:
         return AdapterGradients(x=dx, activity=expert_activity(args) if needs.activity else None)
 
     buffer = torch.empty((parts.number, parts.layout[-1]), dtype=torch.float32, device=device)
-    weights_launch(args, plan, parts, x, grad, mean, rstd, h, buffer).run()
+    weights_launch(args, plan, parts, x, grad, lists, mean, rstd, h, buffer).run()
     w_down, w_up, norm_weight, norm_bias, b_up, b_down, scale, activity = gradients = (
         _gradient_of(args.w_down, needs.w_down),
         _gradient_of(args.w_up, needs.w_up),

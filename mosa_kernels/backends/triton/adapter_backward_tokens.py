@@ -7,7 +7,8 @@ pre-activation and b' the folded bias::
     dx = dout + rstd * (da Wg - c1 - xhat c2),    c1 = da s / d,    c2 = da (z - b') / d
 
 Two [T, r] buffers are left for the kernel over weights: the bottleneck's activation h, and da (times rstd where that
-kernel multiplies the raw x).
+kernel multiplies the raw x). Where units are listed for an expert (`adapter_units`), the rows of its tokens hold those,
+in the order of the list, and no more.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -23,11 +24,14 @@ from mosa_kernels.backends.triton.device import (
     activate,
     activation_slope,
     down_tile,
+    experts_of_tile,
     factor_of,
     folded_tile,
     inside,
     kept_units,
+    next_expert,
     project,
+    units_of,
     up_tile,
 )
 from mosa_kernels.backends.triton.launch import Launch
@@ -36,7 +40,7 @@ from mosa_kernels.backends.triton.plan import Plan, Rows
 
 @triton.jit
 def pull_back(
-    grad, grad_at, rows, w_up, owner_up, e, scale, expert_scale, merged_scale,
+    grad, grad_at, rows, w_up, owner_up, units, e, scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +48,6 @@ def pull_back(
     gain = scale
     if owner_up is not None:
         gain = scale * factor_of(e, expert_scale, merged_scale)
-    units = tl.arange(0, BLOCK_R)
     dh = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
@@ -57,7 +60,7 @@ def pull_back(
 
 @triton.jit
 def recompute(
-    x, row_at, rows, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
+    x, row_at, rows, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, units, e,
     expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, CENTRE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -65,7 +68,7 @@ def recompute(
     """The bottleneck before its bias [BLOCK_T, BLOCK_R], the folded bias and the row sums of Wg [BLOCK_R]."""
     NORM: tl.constexpr = gamma is not None
     z, s, bias, _, _ = project(
-        x, row_at, rows, token_mean, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
+        x, row_at, rows, token_mean, w_down, owner_down, w_down_init, b_down, gamma, beta, units, e,
         factor_of(e, expert_scale, merged_scale),
         D, R, CENTRE and NORM, False, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
     )  # fmt: skip
@@ -79,14 +82,13 @@ def recompute(
 @triton.jit
 def finish(
     z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, rows, token_mean, token_rstd,
-    w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id, seed_group, threshold,
+    w_down, owner_down, w_down_init, gamma, seed, units, e, expert_scale, merged_scale, seed_id, seed_group, threshold,
     keep_scale,
-    D: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, DROPOUT: tl.constexpr,
-    RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, H_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr,
+    DROPOUT: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Stores h, da and the gradient of x for the given rows."""
-    units = tl.arange(0, BLOCK_R)
     h = activate(z + bias[None, :], ACTIVATION)
     da = dh * activation_slope(z + bias[None, :], ACTIVATION)
     if DROPOUT:
@@ -94,9 +96,9 @@ def finish(
         h = tl.where(kept, h * keep_scale, 0.0)
         da = tl.where(kept, da * keep_scale, 0.0)
     if h_out is not None:
-        at = tokens.to(tl.int64)[:, None] * BLOCK_R + units[None, :]
+        at = tokens.to(tl.int64)[:, None] * H_STRIDE + tl.arange(0, BLOCK_R)[None, :]
         tl.store(h_out + at, h.to(DTYPE), mask=rows[:, None])
-        da_out = h_out + num_tokens.to(tl.int64) * BLOCK_R
+        da_out = h_out + num_tokens.to(tl.int64) * H_STRIDE
         if RAW:
             tl.store(da_out + at, (da * token_rstd[:, None]).to(DTYPE), mask=rows[:, None])
         else:
@@ -124,15 +126,43 @@ def finish(
 
 
 @triton.jit
+def whole_adapter(
+    x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, rows, token_mean, token_rstd, w_down, owner_down,
+    w_down_init, b_down, w_up, owner_up, gamma, beta, seed, lists, e,
+    scale, expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale,
+    D: tl.constexpr, R: tl.constexpr, LISTS: tl.constexpr, H_STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ADD_INPUT: tl.constexpr, DROPOUT: tl.constexpr, CENTRE: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Everything for the rows of one expert."""
+    units = units_of(lists, e, R, LISTS, BLOCK_R)
+    z, bias, s = recompute(
+        x, row_at, rows, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, units, e,
+        expert_scale, merged_scale, D, R, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    dh = pull_back(
+        grad, grad_at, rows, w_up, owner_up, units, e, scale, expert_scale, merged_scale,
+        D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    finish(
+        z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, rows, token_mean, token_rstd,
+        w_down, owner_down, w_down_init, gamma, seed, units, e, expert_scale, merged_scale, seed_id, seed_group,
+        threshold, keep_scale,
+        D, R, H_STRIDE, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
 def adapter_backward_tokens_kernel(
-    x, grad, dx, h_out, mean, rstd, w_down, b_down, w_up, owner_up, owner_down, w_down_init, expert,
+    x, grad, dx, h_out, mean, rstd, w_down, b_down, w_up, owner_up, owner_down, w_down_init, lists, expert,
     gamma, beta, scale_tensor, seed,
     num_tokens, expert_group, expert_id, seed_group, seed_id, threshold,
     keep_scale, scale, expert_scale, merged_scale,
-    D: tl.constexpr, R: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, GROUPED: tl.constexpr, DROPOUT: tl.constexpr,
-    CENTRE: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, GROUPED: tl.constexpr, SERVED: tl.constexpr,
+    DROPOUT: tl.constexpr, CENTRE: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, H_STRIDE: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = tokens < num_tokens
@@ -146,55 +176,45 @@ def adapter_backward_tokens_kernel(
     if gamma is not None:
         token_mean = tl.load(mean + tokens, mask=valid, other=0)
         token_rstd = tl.load(rstd + tokens, mask=valid, other=0)
-    e = expert_id
-    if GROUPED:
-        ids = tl.where(valid, tl.load(expert + tokens // expert_group, mask=valid, other=0).to(tl.int32), NO_EXPERT)
-        e = tl.min(ids, 0)
-    elif expert is not None:
-        e = tl.load(expert).to(tl.int32)
-    ONCE: tl.constexpr = not (GROUPED and owner_down is not None)
-    if ONCE:
+    ids, e = experts_of_tile(expert, expert_id, tokens, valid, expert_group, GROUPED, SERVED)
+    if SERVED == "merged" or (SERVED == "all" and not GROUPED):  # one expert at most
+        if True if SERVED == "all" else e < NO_EXPERT:
+            whole_adapter(
+                x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, valid if SERVED == "all" else ids == e,
+                token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, w_up, owner_up, gamma, beta, seed,
+                lists, e, scale, expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale,
+                D, R, LISTS, H_STRIDE, ACTIVATION, ADD_INPUT, DROPOUT, CENTRE, RAW, DTYPE, PRECISION,
+                BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+    elif SERVED == "all" and owner_down is None:  # one bottleneck for all experts
+        units = tl.arange(0, BLOCK_R)
         z, bias, s = recompute(
-            x, row_at, valid, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
+            x, row_at, valid, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, units, e,
             expert_scale, merged_scale, D, R, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
         )  # fmt: skip
         dh = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-        if not GROUPED:
+        while e < NO_EXPERT:
             dh += pull_back(
-                grad, grad_at, valid, w_up, owner_up, e, scale, expert_scale, merged_scale,
+                grad, grad_at, ids == e, w_up, owner_up, units, e, scale, expert_scale, merged_scale,
                 D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
             )  # fmt: skip
-        else:
-            while e < NO_EXPERT:
-                dh += pull_back(
-                    grad, grad_at, ids == e, w_up, owner_up, e, scale, expert_scale, merged_scale,
-                    D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
-                )  # fmt: skip
-                e = tl.min(tl.where(ids > e, ids, NO_EXPERT), 0)
+            e = next_expert(ids, e)
         finish(
             z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, valid, token_mean,
-            token_rstd, w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id,
+            token_rstd, w_down, owner_down, w_down_init, gamma, seed, units, e, expert_scale, merged_scale, seed_id,
             seed_group, threshold, keep_scale,
-            D, R, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+            D, R, H_STRIDE, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
         )  # fmt: skip
     else:
         while e < NO_EXPERT:
-            rows = ids == e
-            z, bias, s = recompute(
-                x, row_at, rows, token_mean, token_rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, e,
-                expert_scale, merged_scale, D, R, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            whole_adapter(
+                x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, ids == e, token_mean, token_rstd,
+                w_down, owner_down, w_down_init, b_down, w_up, owner_up, gamma, beta, seed, lists, e,
+                scale, expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale,
+                D, R, LISTS, H_STRIDE, ACTIVATION, ADD_INPUT, DROPOUT, CENTRE, RAW, DTYPE, PRECISION,
+                BLOCK_T, BLOCK_D, BLOCK_R,
             )  # fmt: skip
-            dh = pull_back(
-                grad, grad_at, rows, w_up, owner_up, e, scale, expert_scale, merged_scale,
-                D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
-            )  # fmt: skip
-            finish(
-                z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, rows, token_mean,
-                token_rstd, w_down, owner_down, w_down_init, gamma, seed, e, expert_scale, merged_scale, seed_id,
-                seed_group, threshold, keep_scale,
-                D, R, ACTIVATION, ADD_INPUT, DROPOUT, RAW, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
-            )  # fmt: skip
-            e = tl.min(tl.where(ids > e, ids, NO_EXPERT), 0)
+            e = next_expert(ids, e)
 
 
 SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32", "fp32")
@@ -205,6 +225,7 @@ def tokens_launch(
     plan: Plan,
     x: Rows,
     grad: Rows,
+    lists: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     dx: Tensor | None,
@@ -215,7 +236,7 @@ def tokens_launch(
     norm = args.norm_weight is not None
     tensors = (
         x.data, grad.data, dx, h, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
-        args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
+        args.assignment, args.assignment_down, args.w_down_init, lists, args.expert if plan.experts else None,
         args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
     )  # fmt: skip
     scalars = (
@@ -223,9 +244,10 @@ def tokens_launch(
         plan.keep_scale, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
     constants = (
-        args.width, args.bottleneck, x.stride, grad.stride, args.activation, args.add_input, plan.grouped,
+        args.width, args.bottleneck, plan.lists, x.stride, grad.stride, args.activation, args.add_input, plan.grouped,
+        plan.served,
         args.dropout_p > 0, plan.centre, plan.raw, plan.dtype, plan.precision,
-        config.block_t, config.block_d, plan.padded_bottleneck,
+        config.block_t, config.block_d, plan.units, plan.padded_bottleneck,
     )  # fmt: skip
     return Launch(
         adapter_backward_tokens_kernel, (-(-plan.tokens // config.block_t), 1, 1), tensors, scalars, SCALAR_TYPES,

@@ -1,12 +1,9 @@
 """The backward kernel over weights: the gradients of both projections, in parts that `reduce` adds up.
 
-A program owns some columns and a run of tokens, and either projection. With G = da^T xhat, summed over its tokens::
-
-    dw_down = G o gamma + db_down (x) beta,    dgamma = sum_k w_down o G,    dbeta = w_down^T db_down
-    dw_up   = scale dout^T h,                  dscale = <w_up, dout^T h> + <b_up, sum dout>
-
-in the entries that the tokens' expert owns. Tokens come in runs of one expert: the masks of the experts are disjoint,
-so a run's masked product is added to one dense gradient. Every part is written by one program, without atomics.
+A program owns some columns and a range of tokens, and either projection. Tokens come in runs of one expert: the masks
+of the experts are disjoint, so a run's masked product (`adapter_weight_sums`) is added to one dense gradient, in
+registers; with lists of units (`adapter_units`) the product has the listed units alone and is added to its rows of the
+part in memory. Every part is written by one program, without atomics.
 """
 
 # ruff: noqa: SIM102 (branches on constants stand alone, for the compiler to drop)
@@ -18,119 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments
-from mosa_kernels.backends.triton.device import down_tile, factor_of, inside, up_bias, up_tile
+from mosa_kernels.backends.triton.adapter_weight_sums import down_gradients, sum_down, sum_up, up_gradients
+from mosa_kernels.backends.triton.device import existing, inside, units_of
 from mosa_kernels.backends.triton.launch import Launch
 from mosa_kernels.backends.triton.plan import Parts, Plan, Rows
-
-
-@triton.jit
-def sum_down(
-    x, da, mean, rstd, begin, end, cols, norm_weight,
-    D: tl.constexpr, X_STRIDE: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """da^T xhat [BLOCK_R, BLOCK_D] and the sum of da [BLOCK_R] over the tokens from begin to end."""
-    units = tl.arange(0, BLOCK_R)
-    product = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    bias = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    means = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for start in range(begin, end, BLOCK_T):
-        tokens = start + tl.arange(0, BLOCK_T)
-        valid = tokens < end
-        mask = valid[:, None] & inside(cols, D, BLOCK_D)[None, :]
-        at = tokens.to(tl.int64)[:, None]
-        a = tl.load(da + (at * BLOCK_R + units[None, :]), mask=valid[:, None], other=0)
-        tile = tl.load(x + (at * X_STRIDE + cols[None, :]), mask=mask, other=0)
-        if norm_weight is not None:
-            token_mean = tl.load(mean + tokens, mask=valid, other=0)[:, None]
-            token_rstd = tl.load(rstd + tokens, mask=valid, other=1)[:, None]
-        if RAW:  # a is da rstd
-            means += a.to(tl.float32) * token_mean
-            bias += a.to(tl.float32) / token_rstd
-        else:
-            bias += a.to(tl.float32)
-            if norm_weight is not None:
-                tile = tl.where(mask, (tile.to(tl.float32) - token_mean) * token_rstd, 0.0)
-        product = tl.dot(tl.trans(a), tile.to(DTYPE), product, input_precision=PRECISION)
-    if RAW:
-        product -= tl.sum(means, 0)[:, None]
-    return product, tl.sum(bias, 0)
-
-
-@triton.jit
-def down_gradients(
-    product, bias, w_down, owner_down, w_down_init, gamma, beta, cols, e, expert_scale, merged_scale,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """The gradients of w_down [BLOCK_R, BLOCK_D], gamma and beta [BLOCK_D] from a run of expert e."""
-    units = tl.arange(0, BLOCK_R)
-    dw = product
-    dgamma = tl.zeros([BLOCK_D], tl.float32)
-    dbeta = tl.zeros([BLOCK_D], tl.float32)
-    factor = factor_of(e, expert_scale, merged_scale)
-    mask = inside(cols, D, BLOCK_D)
-    if gamma is not None:
-        w = down_tile(w_down, owner_down, w_down_init, gamma, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
-        dgamma += tl.sum(w * product, 0)
-        dbeta += tl.sum(w * bias[:, None], 0)
-        dw = product * tl.load(gamma + cols, mask=mask, other=0).to(tl.float32)[None, :]
-    if beta is not None:
-        dw += bias[:, None] * tl.load(beta + cols, mask=mask, other=0).to(tl.float32)[None, :]
-    if owner_down is not None:
-        at = units[:, None] * D + cols[None, :]
-        owner = tl.load(owner_down + at, mask=inside(units, R, BLOCK_R)[:, None] & mask[None, :], other=0)
-        dw = tl.where((owner.to(tl.int32) == e) | (e < 0), factor * dw, 0.0)
-    return dw, dgamma, dbeta
-
-
-@triton.jit
-def sum_up(
-    grad, h, begin, end, cols,
-    D: tl.constexpr, GRAD_STRIDE: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """dout^T h [BLOCK_D, BLOCK_R] and the sum of dout [BLOCK_D] over the tokens from begin to end."""
-    units = tl.arange(0, BLOCK_R)
-    product = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
-    bias = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_T):
-        tokens = start + tl.arange(0, BLOCK_T)
-        valid = tokens < end
-        at = tokens.to(tl.int64)[:, None]
-        mask = valid[:, None] & inside(cols, D, BLOCK_D)[None, :]
-        dout = tl.load(grad + (at * GRAD_STRIDE + cols[None, :]), mask=mask, other=0)
-        a = tl.load(h + (at * BLOCK_R + units[None, :]), mask=valid[:, None], other=0)
-        if BIAS:
-            bias += dout.to(tl.float32)
-        product = tl.dot(tl.trans(dout.to(DTYPE)), a, product, input_precision=PRECISION)
-    return product, tl.sum(bias, 0)
-
-
-@triton.jit
-def up_gradients(
-    product, bias, w_up, owner_up, b_up, cols, e, scale, expert_scale, merged_scale,
-    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NEED_SCALE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The gradients of w_up [BLOCK_D, BLOCK_R], b_up [BLOCK_N, BLOCK_D] and the scale from a run of expert e."""
-    units = tl.arange(0, BLOCK_R)
-    if owner_up is not None:
-        at = cols[:, None] * R + units[None, :]
-        mask = inside(cols, D, BLOCK_D)[:, None] & inside(units, R, BLOCK_R)[None, :]
-        owner = tl.load(owner_up + at, mask=mask, other=0).to(tl.int32)
-        factor = factor_of(e, expert_scale, merged_scale)
-        product = tl.where((owner == e) | (e < 0), factor * product, 0.0)
-    dscale = 0.0
-    if NEED_SCALE:
-        w = up_tile(w_up, owner_up, units, cols, e, D, R, BLOCK_R, BLOCK_D, DTYPE)
-        dscale += tl.sum(tl.sum(w.to(tl.float32) * product, 1), 0)
-        if b_up is not None:
-            dscale += tl.sum(up_bias(b_up, cols, e, D, N, BLOCK_D) * bias, 0)
-    rows = tl.arange(0, BLOCK_N)
-    share = tl.where(rows == 0, scale, 0.0)
-    if N > 0:
-        share = tl.where(e < 0, scale / N, tl.where(rows == e, scale, 0.0))
-    return scale * product, share[:, None] * bias[None, :], dscale
 
 
 @triton.jit
@@ -156,11 +44,11 @@ def down_part(
             low = tl.maximum(begin, group * expert_group)
             high = tl.minimum(end, (group + 1) * expert_group)
             product, run_db = sum_down(
-                x, da, mean, rstd, low, high, cols, gamma,
-                D, X_STRIDE, RAW, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+                x, da, mean, rstd, low, high, cols, units, gamma,
+                D, X_STRIDE, BLOCK_R, RAW, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
             )  # fmt: skip
             run_dw, run_dgamma, run_dbeta = down_gradients(
-                product, run_db, w_down, owner_down, w_down_init, gamma, beta, cols, run_e, expert_scale,
+                product, run_db, w_down, owner_down, w_down_init, gamma, beta, cols, units, run_e, expert_scale,
                 merged_scale, D, R, BLOCK_D, BLOCK_R,
             )  # fmt: skip
             dw += run_dw
@@ -169,20 +57,20 @@ def down_part(
             dbeta += run_dbeta
     else:
         product, db = sum_down(
-            x, da, mean, rstd, begin, end, cols, gamma,
-            D, X_STRIDE, RAW, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            x, da, mean, rstd, begin, end, cols, units, gamma,
+            D, X_STRIDE, BLOCK_R, RAW, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
         )  # fmt: skip
         dw, dgamma, dbeta = down_gradients(
-            product, db, w_down, owner_down, w_down_init, gamma, beta, cols, e, expert_scale, merged_scale,
+            product, db, w_down, owner_down, w_down_init, gamma, beta, cols, units, e, expert_scale, merged_scale,
             D, R, BLOCK_D, BLOCK_R,
         )  # fmt: skip
     at = units[:, None] * D + cols[None, :]
-    tl.store(out + at, dw, mask=inside(units, R, BLOCK_R)[:, None] & mask[None, :])
+    tl.store(out + at, dw, mask=existing(units, R, BLOCK_R)[:, None] & mask[None, :])
     if gamma is not None:
         tl.store(out + AT_GAMMA + cols, dgamma, mask=mask)
         tl.store(out + AT_BETA + cols, dbeta, mask=mask)
     if column_block == 0:
-        tl.store(out + AT_DOWN_BIAS + units, db, mask=inside(units, R, BLOCK_R))
+        tl.store(out + AT_DOWN_BIAS + units, db, mask=existing(units, R, BLOCK_R))
 
 
 @triton.jit
@@ -209,10 +97,11 @@ def up_part(
             low = tl.maximum(begin, group * expert_group)
             high = tl.minimum(end, (group + 1) * expert_group)
             product, bias = sum_up(
-                grad, h, low, high, cols, D, GRAD_STRIDE, BIAS, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R
-            )
+                grad, h, low, high, cols, units,
+                D, GRAD_STRIDE, BLOCK_R, BIAS, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
             run_dw, run_db, run_dscale = up_gradients(
-                product, bias, w_up, owner_up, b_up, cols, run_e, scale, expert_scale, merged_scale,
+                product, bias, w_up, owner_up, b_up, cols, units, run_e, scale, expert_scale, merged_scale,
                 D, R, N, NEED_SCALE, DTYPE, BLOCK_D, BLOCK_R, BLOCK_N,
             )  # fmt: skip
             dw += run_dw
@@ -220,14 +109,15 @@ def up_part(
             dscale += run_dscale
     else:
         product, bias = sum_up(
-            grad, h, begin, end, cols, D, GRAD_STRIDE, BIAS, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R
-        )
+            grad, h, begin, end, cols, units,
+            D, GRAD_STRIDE, BLOCK_R, BIAS, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
         dw, db, dscale = up_gradients(
-            product, bias, w_up, owner_up, b_up, cols, e, scale, expert_scale, merged_scale,
+            product, bias, w_up, owner_up, b_up, cols, units, e, scale, expert_scale, merged_scale,
             D, R, N, NEED_SCALE, DTYPE, BLOCK_D, BLOCK_R, BLOCK_N,
         )  # fmt: skip
     at = AT_UP + cols[:, None] * R + units[None, :]
-    tl.store(out + at, dw, mask=mask[:, None] & inside(units, R, BLOCK_R)[None, :])
+    tl.store(out + at, dw, mask=mask[:, None] & existing(units, R, BLOCK_R)[None, :])
     if BIAS:
         at_bias = AT_BIAS + rows[:, None] * D + cols[None, :]
         tl.store(out + at_bias, db, mask=(rows < max(N, 1))[:, None] & mask[None, :])
@@ -236,17 +126,116 @@ def up_part(
 
 
 @triton.jit
+def down_part_listed(
+    x, da, mean, rstd, w_down, owner_down, w_down_init, lists, expert, gamma, beta, out,
+    begin, end, expert_group, e, expert_scale, merged_scale, column_block,
+    D: tl.constexpr, R: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr, H_STRIDE: tl.constexpr,
+    RAW: tl.constexpr, AT_GAMMA: tl.constexpr, AT_BETA: tl.constexpr, AT_DOWN_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`down_part`, BLOCK_R units at a time: an expert's list, or all units of the merged adapter in turn."""
+    cols = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = inside(cols, D, BLOCK_D)
+    for first in range(0, R, BLOCK_R):
+        units = first + tl.arange(0, BLOCK_R)
+        at = units[:, None] * D + cols[None, :]
+        tl.store(out + at, tl.zeros([BLOCK_R, BLOCK_D], tl.float32), mask=(units < R)[:, None] & mask[None, :])
+        if column_block == 0:
+            tl.store(out + AT_DOWN_BIAS + units, tl.zeros([BLOCK_R], tl.float32), mask=units < R)
+    dgamma = tl.zeros([BLOCK_D], tl.float32)
+    dbeta = tl.zeros([BLOCK_D], tl.float32)
+    for group in range(begin // expert_group, (end - 1) // expert_group + 1):
+        run_e = e if expert is None else tl.load(expert + group).to(tl.int32)
+        low = tl.maximum(begin, group * expert_group)
+        high = tl.minimum(end, (group + 1) * expert_group)
+        for first in range(0, tl.where(run_e < 0, R, BLOCK_R), BLOCK_R):
+            at_units = first + tl.arange(0, BLOCK_R)
+            units = tl.where(run_e < 0, at_units, units_of(lists, tl.maximum(run_e, 0), R, LISTS, BLOCK_R))
+            product, run_db = sum_down(
+                x, da, mean, rstd, low, high, cols, at_units, gamma,
+                D, X_STRIDE, H_STRIDE, RAW, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            run_dw, run_dgamma, run_dbeta = down_gradients(
+                product, run_db, w_down, owner_down, w_down_init, gamma, beta, cols, units, run_e, expert_scale,
+                merged_scale, D, R, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            dgamma += run_dgamma
+            dbeta += run_dbeta
+            tl.debug_barrier()  # what another thread has stored before is what is added to
+            at = out + (units[:, None] * D + cols[None, :])
+            rows = (units < R)[:, None] & mask[None, :]
+            tl.store(at, tl.load(at, mask=rows, other=0) + run_dw, mask=rows)
+            if column_block == 0:
+                at_bias = out + AT_DOWN_BIAS + units
+                tl.store(at_bias, tl.load(at_bias, mask=units < R, other=0) + run_db, mask=units < R)
+    if gamma is not None:
+        tl.store(out + AT_GAMMA + cols, dgamma, mask=mask)
+        tl.store(out + AT_BETA + cols, dbeta, mask=mask)
+
+
+@triton.jit
+def up_part_listed(
+    grad, h, w_up, b_up, owner_up, lists, expert, out,
+    begin, end, expert_group, e, scale, expert_scale, merged_scale, column_block,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    H_STRIDE: tl.constexpr, NEED_SCALE: tl.constexpr, AT_UP: tl.constexpr, AT_BIAS: tl.constexpr,
+    AT_SCALE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`up_part`, BLOCK_R units at a time: an expert's list, or all units of the merged adapter in turn."""
+    cols = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = inside(cols, D, BLOCK_D)
+    BIAS: tl.constexpr = b_up is not None
+    for first in range(0, R, BLOCK_R):
+        units = first + tl.arange(0, BLOCK_R)
+        at = AT_UP + cols[:, None] * R + units[None, :]
+        tl.store(out + at, tl.zeros([BLOCK_D, BLOCK_R], tl.float32), mask=mask[:, None] & (units < R)[None, :])
+    db = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dscale = 0.0
+    for group in range(begin // expert_group, (end - 1) // expert_group + 1):
+        run_e = e if expert is None else tl.load(expert + group).to(tl.int32)
+        low = tl.maximum(begin, group * expert_group)
+        high = tl.minimum(end, (group + 1) * expert_group)
+        for first in range(0, tl.where(run_e < 0, R, BLOCK_R), BLOCK_R):
+            at_units = first + tl.arange(0, BLOCK_R)
+            units = tl.where(run_e < 0, at_units, units_of(lists, tl.maximum(run_e, 0), R, LISTS, BLOCK_R))
+            product, bias = sum_up(
+                grad, h, low, high, cols, at_units,
+                D, GRAD_STRIDE, H_STRIDE, BIAS, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            run_dw, run_db, run_dscale = up_gradients(
+                product, tl.where(first == 0, bias, 0.0), w_up, owner_up, b_up, cols, units, run_e, scale,
+                expert_scale, merged_scale, D, R, N, NEED_SCALE, DTYPE, BLOCK_D, BLOCK_R, BLOCK_N,
+            )  # fmt: skip
+            db += run_db
+            dscale += run_dscale
+            tl.debug_barrier()  # what another thread has stored before is what is added to
+            at = out + (AT_UP + cols[:, None] * R + units[None, :])
+            entries = mask[:, None] & (units < R)[None, :]
+            tl.store(at, tl.load(at, mask=entries, other=0) + run_dw, mask=entries)
+    if BIAS:
+        rows = tl.arange(0, BLOCK_N)
+        at_bias = AT_BIAS + rows[:, None] * D + cols[None, :]
+        tl.store(out + at_bias, db, mask=(rows < max(N, 1))[:, None] & mask[None, :])
+    if NEED_SCALE:
+        tl.store(out + AT_SCALE + column_block, dscale)
+
+
+@triton.jit
 def adapter_backward_weights_kernel(
-    x, grad, h, mean, rstd, w_down, w_up, b_up, owner_up, owner_down, w_down_init, expert, gamma, beta,
-    scale_tensor, parts,
+    x, grad, h, mean, rstd, w_down, w_up, b_up, owner_up, owner_down, w_down_init, lists, expert, gamma,
+    beta, scale_tensor, parts,
     num_tokens, expert_group, expert_id, tokens_a_part,
     scale, expert_scale, merged_scale,
-    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
-    GROUPED: tl.constexpr, RAW: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, NEED_SCALE: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr, GROUPED: tl.constexpr, RAW: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
     AT_UP: tl.constexpr, AT_GAMMA: tl.constexpr, AT_BETA: tl.constexpr, AT_BIAS: tl.constexpr,
     AT_DOWN_BIAS: tl.constexpr, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_LIST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     column_block = tl.program_id(0)
     part = tl.program_id(1)
@@ -262,20 +251,36 @@ def adapter_backward_weights_kernel(
     # The last program id chooses the projection; where only one is wanted it has one value.
     if DOWN:
         if tl.program_id(2) == 0:
-            down_part(
-                x, da, mean, rstd, w_down, owner_down, w_down_init, expert, gamma, beta, out,
-                begin, end, expert_group, e, expert_scale, merged_scale, column_block,
-                D, R, X_STRIDE, GROUPED, RAW, AT_GAMMA, AT_BETA, AT_DOWN_BIAS, DTYPE, PRECISION,
-                BLOCK_T, BLOCK_D, BLOCK_R,
-            )  # fmt: skip
+            if lists is None:
+                down_part(
+                    x, da, mean, rstd, w_down, owner_down, w_down_init, expert, gamma, beta, out,
+                    begin, end, expert_group, e, expert_scale, merged_scale, column_block,
+                    D, R, X_STRIDE, GROUPED, RAW, AT_GAMMA, AT_BETA, AT_DOWN_BIAS, DTYPE, PRECISION,
+                    BLOCK_T, BLOCK_D, BLOCK_R,
+                )  # fmt: skip
+            else:
+                down_part_listed(
+                    x, da, mean, rstd, w_down, owner_down, w_down_init, lists, expert, gamma, beta, out,
+                    begin, end, expert_group, e, expert_scale, merged_scale, column_block,
+                    D, R, LISTS, X_STRIDE, BLOCK_R, RAW, AT_GAMMA, AT_BETA, AT_DOWN_BIAS, DTYPE, PRECISION,
+                    BLOCK_T, BLOCK_D, BLOCK_LIST,
+                )  # fmt: skip
     if UP:
         if tl.program_id(2) == tl.num_programs(2) - 1:
-            up_part(
-                grad, h, w_up, b_up, owner_up, expert, out,
-                begin, end, expert_group, e, scale, expert_scale, merged_scale, column_block,
-                D, R, N, GRAD_STRIDE, GROUPED, NEED_SCALE, AT_UP, AT_BIAS, AT_SCALE, DTYPE, PRECISION,
-                BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_N,
-            )  # fmt: skip
+            if lists is None:
+                up_part(
+                    grad, h, w_up, b_up, owner_up, expert, out,
+                    begin, end, expert_group, e, scale, expert_scale, merged_scale, column_block,
+                    D, R, N, GRAD_STRIDE, GROUPED, NEED_SCALE, AT_UP, AT_BIAS, AT_SCALE, DTYPE, PRECISION,
+                    BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_N,
+                )  # fmt: skip
+            else:
+                up_part_listed(
+                    grad, h, w_up, b_up, owner_up, lists, expert, out,
+                    begin, end, expert_group, e, scale, expert_scale, merged_scale, column_block,
+                    D, R, N, LISTS, GRAD_STRIDE, BLOCK_R, NEED_SCALE, AT_UP, AT_BIAS, AT_SCALE, DTYPE, PRECISION,
+                    BLOCK_T, BLOCK_D, BLOCK_LIST, BLOCK_N,
+                )  # fmt: skip
 
 
 SCALAR_TYPES = ("i32", "i32", "i32", "i32", "fp32", "fp32", "fp32")
@@ -287,6 +292,7 @@ def weights_launch(
     parts: Parts,
     x: Rows,
     grad: Rows,
+    lists: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     h: Tensor,
@@ -297,7 +303,7 @@ def weights_launch(
     norm = args.norm_weight is not None
     tensors = (
         x.data, grad.data, h, mean if norm else None, rstd if norm else None, args.w_down, args.w_up, args.b_up,
-        args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
+        args.assignment, args.assignment_down, args.w_down_init, lists, args.expert if plan.experts else None,
         args.norm_weight, args.norm_bias, args.scale_tensor, buffer,
     )  # fmt: skip
     scalars = (
@@ -305,9 +311,10 @@ def weights_launch(
         args.merged_scale,
     )  # fmt: skip
     constants = (
-        args.width, args.bottleneck, plan.bias_rows, x.stride, grad.stride, plan.grouped, plan.raw,
+        args.width, args.bottleneck, plan.bias_rows, plan.lists, x.stride, grad.stride, plan.grouped, plan.raw,
         parts.down, parts.up, parts.scale, *parts.layout, plan.dtype, plan.precision,
-        config.block_t, config.block_d, plan.padded_bottleneck, 1 << (max(plan.bias_rows, 1) - 1).bit_length(),
+        config.block_t, config.block_d, plan.padded_bottleneck, plan.units,
+        1 << (max(plan.bias_rows, 1) - 1).bit_length(),
     )  # fmt: skip
     grid = (parts.column_blocks, parts.number, int(parts.down) + int(parts.up))
     return Launch(

@@ -7,7 +7,8 @@ the raw x and gathers LayerNorm's statistics beside it, since::
 
 The bottleneck stays in registers. The second pass multiplies it with the entries of ``w_up`` that the tile's expert
 owns, the owner's byte being compared on the loaded tile, and adds bias, x and residual. A tile with tokens of several
-experts repeats the second pass for each, storing that expert's rows.
+experts repeats the second pass for each, storing that expert's rows. With lists of units (`adapter_units`), both
+passes take the listed units alone, and both are repeated.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -19,23 +20,27 @@ import triton.language as tl
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.triton.adapter_units import lists_for
 from mosa_kernels.backends.triton.device import (
     NO_EXPERT,
     activate,
+    experts_of_tile,
     factor_of,
     inside,
     kept_units,
+    next_expert,
     project,
+    units_of,
     up_bias,
     up_tile,
 )
 from mosa_kernels.backends.triton.launch import Launch
-from mosa_kernels.backends.triton.plan import Plan, Rows, architecture, plan_of, rows_of
+from mosa_kernels.backends.triton.plan import Plan, Rows, architecture, plans_of, rows_of
 
 
 @triton.jit
 def bottleneck(
-    x, row_at, tokens, rows, mean, rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, seed, e,
+    x, row_at, tokens, rows, mean, rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, seed, units, e,
     expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale, eps,
     D: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, CENTRE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,7 +56,7 @@ def bottleneck(
         shift = tl.sum(first, 1) * (1.0 / min(BLOCK_D, D))
     factor = factor_of(e, expert_scale, merged_scale)
     z, s, bias, total, squares = project(
-        x, row_at, rows, shift, w_down, owner_down, w_down_init, b_down, gamma, beta, e, factor,
+        x, row_at, rows, shift, w_down, owner_down, w_down_init, b_down, gamma, beta, units, e, factor,
         D, R, CENTRE and NORM, NORM, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
     )  # fmt: skip
     if NORM:
@@ -65,14 +70,15 @@ def bottleneck(
         z = token_rstd[:, None] * (z - seen[:, None] * s[None, :])
     h = activate(z + bias[None, :], ACTIVATION)
     if DROPOUT:
-        kept = kept_units(tokens, tl.arange(0, BLOCK_R), seed, seed_id, seed_group, threshold, R)
+        kept = kept_units(tokens, units, seed, seed_id, seed_group, threshold, R)
         h = tl.where(kept, h * keep_scale, 0.0)
     return h.to(DTYPE)
 
 
 @triton.jit
 def write_output(
-    h, x, row_at, residual, residual_at, out, out_at, rows, w_up, owner_up, b_up, e, scale, expert_scale, merged_scale,
+    h, x, row_at, residual, residual_at, out, out_at, rows, w_up, owner_up, b_up, units, e, scale, expert_scale,
+    merged_scale,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, ADD_INPUT: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +86,6 @@ def write_output(
     gain = scale
     if owner_up is not None:
         gain = scale * factor_of(e, expert_scale, merged_scale)
-    units = tl.arange(0, BLOCK_R)
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         mask = rows[:, None] & inside(cols, D, BLOCK_D)[None, :]
@@ -96,14 +101,37 @@ def write_output(
 
 
 @triton.jit
+def whole_adapter(
+    x, row_at, residual, residual_at, out, out_at, tokens, rows, mean, rstd, w_down, owner_down, w_down_init, b_down,
+    w_up, owner_up, b_up, gamma, beta, seed, lists, e,
+    scale, expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale, eps,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    ADD_INPUT: tl.constexpr, DROPOUT: tl.constexpr, CENTRE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Both passes over the rows of one expert."""
+    units = units_of(lists, e, R, LISTS, BLOCK_R)
+    h = bottleneck(
+        x, row_at, tokens, rows, mean, rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, seed, units, e,
+        expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale, eps,
+        D, R, ACTIVATION, DROPOUT, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    write_output(
+        h, x, row_at, residual, residual_at, out, out_at, rows, w_up, owner_up, b_up, units, e, scale, expert_scale,
+        merged_scale, D, R, N, ADD_INPUT, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
 def adapter_forward_kernel(
-    x, residual, out, mean, rstd, w_down, b_down, w_up, b_up, owner_up, owner_down, w_down_init, expert, gamma, beta,
-    scale_tensor, seed,
+    x, residual, out, mean, rstd, w_down, b_down, w_up, b_up, owner_up, owner_down, w_down_init, lists, expert, gamma,
+    beta, scale_tensor, seed,
     num_tokens, expert_group, expert_id, seed_group, seed_id, threshold,
     keep_scale, eps, scale, expert_scale, merged_scale,
-    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, GROUPED: tl.constexpr, DROPOUT: tl.constexpr,
-    CENTRE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, GROUPED: tl.constexpr, SERVED: tl.constexpr,
+    DROPOUT: tl.constexpr, CENTRE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -113,47 +141,51 @@ def adapter_forward_kernel(
     out_at = tokens.to(tl.int64) * D
     if scale_tensor is not None:
         scale = tl.load(scale_tensor).to(tl.float32)
-    e = expert_id
-    if GROUPED:
-        ids = tl.where(valid, tl.load(expert + tokens // expert_group, mask=valid, other=0).to(tl.int32), NO_EXPERT)
-        e = tl.min(ids, 0)
-    elif expert is not None:
-        e = tl.load(expert).to(tl.int32)
-    SPARSE_DOWN: tl.constexpr = owner_down is not None
-    if not (GROUPED and SPARSE_DOWN):
+    ids, e = experts_of_tile(expert, expert_id, tokens, valid, expert_group, GROUPED, SERVED)
+    if SERVED == "merged" or (SERVED == "all" and not GROUPED):  # one expert at most
+        if True if SERVED == "all" else e < NO_EXPERT:
+            whole_adapter(
+                x, row_at, residual, residual_at, out, out_at, tokens, valid if SERVED == "all" else ids == e, mean,
+                rstd, w_down, owner_down, w_down_init, b_down, w_up, owner_up, b_up, gamma, beta, seed, lists, e,
+                scale, expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale, eps,
+                D, R, N, LISTS, ACTIVATION, ADD_INPUT, DROPOUT, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+    elif SERVED == "all" and owner_down is None:  # one bottleneck for all experts
+        units = tl.arange(0, BLOCK_R)
         h = bottleneck(
-            x, row_at, tokens, valid, mean, rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, seed, e,
+            x, row_at, tokens, valid, mean, rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, seed, units, e,
             expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale, eps,
             D, R, ACTIVATION, DROPOUT, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
         )  # fmt: skip
-    if not GROUPED:
-        write_output(
-            h, x, row_at, residual, residual_at, out, out_at, valid, w_up, owner_up, b_up, e, scale, expert_scale,
-            merged_scale, D, R, N, ADD_INPUT, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
-        )  # fmt: skip
+        while e < NO_EXPERT:
+            write_output(
+                h, x, row_at, residual, residual_at, out, out_at, ids == e, w_up, owner_up, b_up, units, e, scale,
+                expert_scale, merged_scale, D, R, N, ADD_INPUT, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            e = next_expert(ids, e)
     else:
         while e < NO_EXPERT:
-            rows = ids == e
-            if SPARSE_DOWN:
-                a = bottleneck(
-                    x, row_at, tokens, rows, mean, rstd, w_down, owner_down, w_down_init, b_down, gamma, beta, seed, e,
-                    expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale, eps,
-                    D, R, ACTIVATION, DROPOUT, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
-                )  # fmt: skip
-            else:
-                a = h
-            write_output(
-                a, x, row_at, residual, residual_at, out, out_at, rows, w_up, owner_up, b_up, e, scale, expert_scale,
-                merged_scale, D, R, N, ADD_INPUT, DTYPE, PRECISION, BLOCK_D, BLOCK_R,
+            whole_adapter(
+                x, row_at, residual, residual_at, out, out_at, tokens, ids == e, mean, rstd, w_down, owner_down,
+                w_down_init, b_down, w_up, owner_up, b_up, gamma, beta, seed, lists, e,
+                scale, expert_scale, merged_scale, seed_id, seed_group, threshold, keep_scale, eps,
+                D, R, N, LISTS, ACTIVATION, ADD_INPUT, DROPOUT, CENTRE, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
             )  # fmt: skip
-            e = tl.min(tl.where(ids > e, ids, NO_EXPERT), 0)
+            e = next_expert(ids, e)
 
 
 SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32", "fp32", "fp32")
 
 
 def forward_launch(
-    args: AdapterArguments, plan: Plan, x: Rows, residual: Rows | None, out: Tensor, mean: Tensor, rstd: Tensor
+    args: AdapterArguments,
+    plan: Plan,
+    x: Rows,
+    residual: Rows | None,
+    lists: Tensor | None,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
 ) -> Launch:
     """The launch that fills out, like x but contiguous, and mean and rstd [T]."""
     config = plan.configs.forward
@@ -161,17 +193,19 @@ def forward_launch(
     summand, summand_stride = (None, args.width) if residual is None else residual
     tensors = (
         x.data, summand, out, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
-        args.b_up, args.assignment, args.assignment_down, args.w_down_init, args.expert if plan.experts else None,
-        args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
+        args.b_up, args.assignment, args.assignment_down, args.w_down_init, lists,
+        args.expert if plan.experts else None, args.norm_weight, args.norm_bias, args.scale_tensor,
+        args.seed if args.dropout_p > 0 else None,
     )  # fmt: skip
     scalars = (
         plan.tokens, plan.expert_group, args.expert_id, plan.seed_group, args.seed_id, plan.threshold,
         plan.keep_scale, args.norm_eps, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
     constants = (
-        args.width, args.bottleneck, plan.bias_rows, x.stride, summand_stride,
-        args.activation, args.add_input, plan.grouped, args.dropout_p > 0, plan.centre, plan.dtype, plan.precision,
-        config.block_t, config.block_d, plan.padded_bottleneck,
+        args.width, args.bottleneck, plan.bias_rows, plan.lists, x.stride, summand_stride,
+        args.activation, args.add_input, plan.grouped, plan.served, args.dropout_p > 0,
+        plan.centre, plan.dtype, plan.precision,
+        config.block_t, config.block_d, plan.units,
     )  # fmt: skip
     grid = (-(-plan.tokens // config.block_t), 1, 1)
     return Launch(
@@ -180,12 +214,16 @@ def forward_launch(
 
 
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Output like x, contiguous; LayerNorm's mean and rstd, float32 [T], or [0] without a norm. One launch."""
+    """Output like x, contiguous; LayerNorm's mean and rstd, float32 [T], or [0] without a norm.
+
+    One launch; with lists of units and ids in device memory a second one for merged tokens.
+    """
     x, residual = rows_of(args.x), None if args.residual is None else rows_of(args.residual)
-    plan = plan_of(args, architecture(args.x.device))
+    plans = plans_of(args, architecture(args.x.device), lists_for(args))
     out = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
-    kept = plan.tokens if args.norm_weight is not None else 0
+    kept = plans[0][0].tokens if args.norm_weight is not None else 0
     mean = torch.empty(kept, dtype=torch.float32, device=args.x.device)
     rstd = torch.empty(kept, dtype=torch.float32, device=args.x.device)
-    forward_launch(args, plan, x, residual, out, mean, rstd).run()
+    for plan, lists in plans:
+        forward_launch(args, plan, x, residual, lists, out, mean, rstd).run()
     return out, mean, rstd

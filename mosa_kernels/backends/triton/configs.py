@@ -38,13 +38,19 @@ def padded(size: int) -> int:
 
 
 @cache
-def configs(width: int, bottleneck: int, matmul_dtype: torch.dtype, arch: int) -> Configs:
-    """The table. `arch` is 10 times the compute capability."""
-    r = padded(bottleneck)
+def configs(width: int, units: int, matmul_dtype: torch.dtype, arch: int, listed: bool = False) -> Configs:
+    """The table.
+
+    Args:
+        units: of the bottleneck that are multiplied at a time.
+        arch: 10 times the compute capability.
+        listed: whether they are read from lists, whose addresses take registers.
+    """
     half = _HALF_HOPPER if 90 <= arch < 120 else _HALF_AMPERE  # 12.x has the shared memory of 8.6
     table = _FLOAT32 if matmul_dtype == torch.float32 else half
-    row = table[next(limit for limit in sorted(table) if r <= limit)]
     columns = padded(width)
+    size = padded(units) * (2 if listed and matmul_dtype == torch.float32 else 1)
+    row = table[next(limit for limit in sorted(table) if size <= limit)]
     forward, tokens, weights = (config._replace(block_d=min(config.block_d, columns)) for config in row)
     return Configs(forward, tokens, weights, programs=264 if arch >= 90 else 216)
 

@@ -1,4 +1,8 @@
-"""What the kernels share: activations, dropout, the choice of an expert, and the tiles of a projection."""
+"""What the kernels share: activations, dropout, the experts and units of a tile, and the tiles of a projection.
+
+*Units* are those of the bottleneck that a kernel multiplies: all of them, in order, or those that an expert owns
+anything of (see `adapter_units`). Lists of units are filled up with R, which is none.
+"""
 
 # ruff: noqa: RET505 (after a branch on a constant the compiler needs the other branch spelled out)
 # mypy: disallow-incomplete-defs=False
@@ -17,6 +21,56 @@ def inside(index, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
         return tl.full(index.shape, 1, tl.int1)
     else:
         return index < LIMIT
+
+
+@triton.jit
+def existing(units, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Which of the units exist; a constant where they are all of them without padding. Lists are shorter than R."""
+    if R == BLOCK_R:
+        return tl.full(units.shape, 1, tl.int1)
+    else:
+        return units < R
+
+
+@triton.jit
+def units_of(lists, e, R: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The units of expert e: int32 [BLOCK_R]. An expert beyond the lists owns none."""
+    if lists is None:
+        return tl.arange(0, BLOCK_R)
+    else:
+        at = e * BLOCK_R + tl.arange(0, BLOCK_R)
+        return tl.load(lists + at, mask=at < EXPERTS * BLOCK_R, other=R).to(tl.int32)
+
+
+@triton.jit
+def experts_of_tile(expert, expert_id, tokens, valid, expert_group, GROUPED: tl.constexpr, SERVED: tl.constexpr):
+    """The expert of each token, int32 [BLOCK_T], NO_EXPERT where the launch does not serve it; the smallest of them.
+
+    Where one expert has all tokens and is served (not GROUPED, SERVED "all") the first result means nothing.
+    """
+    ids = tokens
+    e = expert_id
+    if GROUPED:
+        ids = tl.load(expert + tokens // expert_group, mask=valid, other=0).to(tl.int32)
+    elif expert is not None:
+        e = tl.load(expert).to(tl.int32)
+    if GROUPED or SERVED != "all":
+        if not GROUPED:
+            ids = tl.zeros_like(tokens) + e
+        served = valid
+        if SERVED == "experts":
+            served = valid & (ids >= 0)
+        elif SERVED == "merged":
+            served = valid & (ids < 0)
+        ids = tl.where(served, ids, NO_EXPERT)
+        e = tl.min(ids, 0)
+    return ids, e
+
+
+@triton.jit
+def next_expert(ids, e):
+    """The smallest id above e, or NO_EXPERT."""
+    return tl.min(tl.where(ids > e, ids, NO_EXPERT), 0)
 
 
 @triton.jit
@@ -87,7 +141,7 @@ def down_tile(
     D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The down-projection that expert e sees, without LayerNorm's weight: float32 [BLOCK_R, BLOCK_D]."""
-    mask = inside(units, R, BLOCK_R)[:, None] & inside(cols, D, BLOCK_D)[None, :]
+    mask = existing(units, R, BLOCK_R)[:, None] & inside(cols, D, BLOCK_D)[None, :]
     at = units[:, None] * D + cols[None, :]
     w = tl.load(w_down + at, mask=mask, other=0).to(tl.float32)
     if owner_down is not None:
@@ -112,7 +166,7 @@ def up_tile(
     D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The up-projection that expert e sees, without its factor: [BLOCK_D, BLOCK_R]."""
-    mask = inside(cols, D, BLOCK_D)[:, None] & inside(units, R, BLOCK_R)[None, :]
+    mask = inside(cols, D, BLOCK_D)[:, None] & existing(units, R, BLOCK_R)[None, :]
     at = cols[:, None] * R + units[None, :]
     w = tl.load(w_up + at, mask=mask, other=0).to(DTYPE)
     if owner_up is not None:
@@ -139,7 +193,7 @@ def up_bias(b_up, cols, e, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def project(
-    x, row_at, rows, shift, w_down, owner_down, w_down_init, b_down, gamma, beta, e, factor,
+    x, row_at, rows, shift, w_down, owner_down, w_down_init, b_down, gamma, beta, units, e, factor,
     D: tl.constexpr, R: tl.constexpr, CENTRE: tl.constexpr, STATISTICS: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -154,12 +208,11 @@ def project(
     Returns:
         x Wg^T [BLOCK_T, BLOCK_R]; s = Wg 1 and the bias b_down + Wd beta [BLOCK_R]; both sums [BLOCK_T]. All float32.
     """
-    units = tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     s = tl.zeros([BLOCK_R], tl.float32)
     bias = tl.zeros([BLOCK_R], tl.float32)
     if b_down is not None:
-        bias += tl.load(b_down + units, mask=inside(units, R, BLOCK_R), other=0).to(tl.float32)
+        bias += tl.load(b_down + units, mask=existing(units, R, BLOCK_R), other=0).to(tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, D, BLOCK_D):

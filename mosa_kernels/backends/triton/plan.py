@@ -30,21 +30,27 @@ class Plan(NamedTuple):
     bias_rows: int  # rows of b_up, 0 for a shared bias
     centre: bool  # whether the matrix units see x less its mean: where it is converted or rounded to TF32 anyway
     raw: bool  # whether the weight gradients multiply x as it lies in memory: bf16 alone has the range for da * rstd
+    served: str  # whose tokens the launches over tokens serve: "all", "experts" (by their lists) or "merged"
+    lists: int  # experts that have a list of units, 0 without lists
+    units: int  # that are multiplied at a time: in a list, else the padded bottleneck
     dtype: tl.dtype  # of the operands of the matrix products
     precision: str  # of float32 products
     configs: Configs
 
 
-def plan_of(args: AdapterArguments, arch: int) -> Plan:
+def plan_of(args: AdapterArguments, arch: int, lists: Tensor | None = None, served: str = "all") -> Plan:
+    """`lists`: the units of each expert (`adapter_units`), or None."""
     tokens = args.x.numel() // args.width
     expert, seed, b_up = args.expert, args.seed, args.b_up
     experts = expert is not None and args.has_experts
     groups = expert.numel() if expert is not None else 1
     dropout = args.dropout_p > 0
     dtype = args.matmul_dtype
+    block_r = padded(args.bottleneck)
+    units = block_r if lists is None else lists.shape[1]
     return Plan(
         tokens=tokens,
-        padded_bottleneck=padded(args.bottleneck),
+        padded_bottleneck=block_r,
         experts=experts,
         grouped=experts and groups > 1,
         expert_group=tokens // groups,
@@ -54,10 +60,26 @@ def plan_of(args: AdapterArguments, arch: int) -> Plan:
         bias_rows=b_up.shape[0] if b_up is not None and b_up.dim() == 2 else 0,
         centre=args.x.dtype == torch.float32,
         raw=args.norm_weight is not None and dtype == args.x.dtype == torch.bfloat16,
+        served=served,
+        lists=0 if lists is None else lists.shape[0],
+        units=units,
         dtype=_DTYPES[dtype],
         precision=float32_precision() if dtype == torch.float32 else "tf32",
-        configs=configs(args.width, args.bottleneck, dtype, arch),
+        configs=configs(args.width, units, dtype, arch, lists is not None),
     )
+
+
+def plans_of(args: AdapterArguments, arch: int, lists: Tensor | None) -> list[tuple[Plan, Tensor | None]]:
+    """The launches over tokens, each with the lists that it takes; the first plan is that of the weights too.
+
+    Merged tokens need all units. Where ids lie in device memory there may be some, which a second launch serves: a
+    kernel that held both would have the registers of the wider one for all tokens.
+    """
+    if lists is None:
+        return [(plan_of(args, arch), None)]
+    if args.expert is None:
+        return [(plan_of(args, arch, lists), lists)]
+    return [(plan_of(args, arch, lists, "experts"), lists), (plan_of(args, arch, None, "merged"), None)]
 
 
 class Parts(NamedTuple):

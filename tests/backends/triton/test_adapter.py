@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
 from mosa_kernels.backends.triton import backend
 from mosa_kernels.functional.adapter import mosa_adapter
+from mosa_kernels.functional.split import split
 
 pytest.importorskip("triton", reason="PyTorch came without Triton")
-from mosa_kernels.backends.triton import adapter_backward, adapter_forward, plan
+from mosa_kernels.backends.triton import adapter_backward, adapter_forward, adapter_units, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -221,6 +223,81 @@ def test_addresses_that_are_not_aligned() -> None:
     check(call(2, 10, 33, 5)._replace(x=base[1:].view(2, 10, 33).requires_grad_()))
 
 
+WHOLE_UNITS = [
+    # d, r, experts; 4 x 32 units, three unequal experts, and several tiles of columns
+    (32, 128, 4),
+    (17, 70, 3),
+    (130, 80, 8),
+]
+
+
+@pytest.mark.parametrize(("d", "r", "n"), WHOLE_UNITS)
+@pytest.mark.parametrize("ids", [(1,), (0, 1, -1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_that_own_whole_units(d: int, r: int, n: int, ids: tuple[int, ...], dtype: torch.dtype) -> None:
+    options = {
+        "assignment": split((d, r), n, "column", torch.Generator().manual_seed(2)),
+        "expert": torch.tensor(ids[0] if len(ids) == 1 else ids),
+        "dropout_p": 0.2,
+        "seed_id": 3,
+        "expert_scale": float(n),
+        "merged_scale": 0.5,
+    }
+    args = call(len(ids), 27, d, r, dtype, n=n, **options)
+    lists = adapter_units.lists_for(args)
+    assert lists is not None
+    assert lists.shape == (n, max(16, 1 << (-(-r // n) - 1).bit_length()))
+    check(args)
+
+
+def test_whole_units_with_other_options() -> None:
+    whole = {"assignment": split((24, 80), 4, "column"), "expert": torch.tensor([3, 0, -1])}
+    scale = torch.tensor(0.7, requires_grad=True)
+    check(call(3, 5, 24, 80, **whole, scale_tensor=scale, **sparse_down(24, 80)))
+    check(call(3, 5, 24, 80, **whole, norm_weight=None, norm_bias=None, b_up=None, b_down=None, activation="relu"))
+    check(call(3, 1, 24, 80, **{**whole, "expert": None}, expert_id=2))
+    args = call(3, 20, 24, 80, **{**whole, "expert": torch.tensor([0, 2, 2])}, scale_tensor=scale)
+    grad_out = torch.randn(args.x.shape, device=DEVICE)
+    _, full = run(args, grad_out)
+    for wish in ({"w_up"}, {"w_down", "b_down"}):
+        _, found = run(args, grad_out, AdapterNeeds(*(name in wish for name in AdapterNeeds._fields)))
+        for name in wish:
+            torch.testing.assert_close(getattr(found, name), getattr(full, name), rtol=1e-5, atol=1e-5)
+
+
+def test_units_that_several_experts_share_in_part() -> None:
+    """An expert that owns one entry of a unit has it listed, an expert without entries has nothing listed."""
+    assignment = torch.full((24, 80), 1, dtype=torch.uint8)
+    assignment[:, :20] = 0
+    assignment[:, 40:] = 4
+    assignment[5, 3] = assignment[7, 40] = 2
+    args = call(5, 9, 24, 80, n=6, assignment=assignment, expert=torch.tensor([0, 2, 5, 4, 3]))
+    lists = adapter_units.lists_for(args)
+    assert lists is not None
+    assert [int((row < 80).sum()) for row in lists] == [20, 20, 2, 0, 40]
+    assert lists[2, :2].tolist() == [3, 40]
+    check(args)
+
+
+def test_lists_of_units_follow_the_assignment() -> None:
+    args = call(1, 3, 160, 80, assignment=split((160, 80), 4, "column"), expert=torch.tensor(1))
+    assignment = args.assignment
+    first = adapter_units.lists_for(args)
+    assert first is not None
+    assert adapter_units.lists_for(args) is first
+    assert adapter_units.lists_for(args._replace(expert=None)) is None  # the merged adapter needs all units
+    assignment.copy_(split((160, 80), 2, "column"))
+    assert adapter_units.lists_for(args).shape == (2, 64)
+    check(args)
+    for granularity in ("element", "row", "block", "even_rows", "even_columns"):
+        assignment.copy_(split((160, 80), 2, granularity))
+        assert adapter_units.lists_for(args) is None, granularity
+    key = id(assignment)
+    assert key in adapter_units._found
+    del args, assignment
+    assert key not in adapter_units._found
+
+
 def test_ids_and_seeds_that_are_columns_of_a_table() -> None:
     table = torch.tensor([[0, 3], [2, -1], [1, 0]])
     args = call(3, 10, 32, 6, dropout_p=0.3)._replace(seed=(table * 2**33 + 7).to(DEVICE)[:, 1])
@@ -232,11 +309,11 @@ def test_ids_and_seeds_that_are_columns_of_a_table() -> None:
 def test_products_on_the_raw_x(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What bf16 takes, in dtypes that the interpreter multiplies rightly."""
 
-    def raw_plan(args: AdapterArguments, arch: int) -> plan.Plan:
-        return plan.plan_of(args, arch)._replace(raw=True, centre=False)
+    def raw_plans(*args: Any) -> list[tuple[plan.Plan, Tensor | None]]:
+        return [(each._replace(raw=True, centre=False), lists) for each, lists in plan.plans_of(*args)]
 
     for module in (adapter_forward, adapter_backward):
-        monkeypatch.setattr(module, "plan_of", raw_plan)
+        monkeypatch.setattr(module, "plans_of", raw_plans)
     check(call(2, 50, 48, 10, dtype, expert=torch.tensor([3, -1])))
     check(call(2, 50, 48, 10, dtype, expert=torch.tensor([3, -1]), **sparse_down(48, 10)))
 

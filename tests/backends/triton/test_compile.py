@@ -62,8 +62,10 @@ def call(
     return AdapterArguments(**{**values, **options})
 
 
-def launches(args: AdapterArguments, arch: int) -> Iterator[tuple[str, Launch]]:
-    plan = plan_of(args, arch)
+def launches(
+    args: AdapterArguments, arch: int, lists: Tensor | None = None, served: str | None = None
+) -> Iterator[tuple[str, Launch]]:
+    plan = plan_of(args, arch, lists, served or ("all" if lists is None else "experts"))
     needs = AdapterNeeds(*(True for _ in AdapterNeeds._fields))
     parts = parts_of(args, plan, needs)
     x = rows_of(args.x)
@@ -74,9 +76,9 @@ def launches(args: AdapterArguments, arch: int) -> Iterator[tuple[str, Launch]]:
         args.w_down, args.w_up, args.norm_weight, args.norm_bias, args.b_up, args.b_down, args.scale_tensor,
         args.activity,
     )  # fmt: skip
-    yield "forward", forward_launch(args, plan, x, residual, args.x, floats, floats)
-    yield "tokens", adapter_backward_tokens.tokens_launch(args, plan, x, x, floats, floats, args.x, h)
-    yield "weights", adapter_backward_weights.weights_launch(args, plan, parts, x, x, floats, floats, h, floats)
+    yield "forward", forward_launch(args, plan, x, residual, lists, args.x, floats, floats)
+    yield "tokens", adapter_backward_tokens.tokens_launch(args, plan, x, x, lists, floats, floats, args.x, h)
+    yield "weights", adapter_backward_weights.weights_launch(args, plan, parts, x, x, lists, floats, floats, h, floats)
     yield "reduce", reduce.reduce_launch(args, parts, floats, gradients)
 
 
@@ -136,6 +138,30 @@ def test_options_that_need_the_most_memory(kernel: str, options: dict[str, Any],
     _, spilled = registers_and_spills(machine_code, 90, tmp_path)
     assert machine_code.metadata.shared <= SMALL_SHARED
     assert spilled == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:3])
+@pytest.mark.parametrize(("r", "listed"), [(128, 32), (256, 64)])
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.bfloat16), (90, torch.bfloat16), (80, torch.float32)], ids=str)
+def test_lists_of_units(kernel: str, r: int, listed: int, arch: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    lists = torch.empty(4, listed, dtype=torch.int16, device="meta")
+    target = GPUTarget("cuda", arch, 32)
+    launch = dict(launches(call(768, r, dtype), arch, lists))[kernel]
+    machine_code = launch.compile(target, SMALL_SHARED)
+    _, spilled = registers_and_spills(machine_code, arch, tmp_path)
+    assert machine_code.metadata.shared <= SMALL_SHARED
+    assert spilled == 0
+
+
+@pytest.mark.parametrize("r", [128, 256])
+def test_merged_tokens_beside_lists(r: int, tmp_path: Path) -> None:
+    """The second launch over tokens, with all units, holds what the table's dense kernels hold."""
+    args = call(768, r, torch.bfloat16)
+    for kernel, launch in launches(args, 80, None, "merged"):
+        if kernel in ("forward", "tokens"):
+            machine_code = launch.compile(GPUTarget("cuda", 80, 32), SMALL_SHARED)
+            assert registers_and_spills(machine_code, 80, tmp_path)[1] == 0
+            assert machine_code.metadata.shared <= SMALL_SHARED
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
