@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosa_kernels.functional.alignment import at_least_float32, feature_alignment, symmetric_kl
+from mosa_kernels.backends.consistency import cross_entropy
+from mosa_kernels.functional.alignment import feature_alignment
+from mosa_kernels.functional.consistency import OPERATOR, consistency
 
 ALIGNMENTS = ("none", "shallow", "deep", "all")
 
@@ -53,6 +54,7 @@ class MoSALoss(nn.Module):
         align: "none", "shallow" (the paper's best), "deep", "all", or the indices of blocks.
         label_smoothing: of the cross-entropy, from 0 to 1.
         detach_targets: whether the first distribution of each divergence is a constant.
+        backend: of both operators; None for the automatic choice.
 
     Raises:
         ValueError: an option is out of range; the message names it.
@@ -66,6 +68,7 @@ class MoSALoss(nn.Module):
         label_smoothing: float = 0.0,
         *,
         detach_targets: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         for name, weight in (("alpha", alpha), ("beta", beta)):
@@ -80,7 +83,8 @@ class MoSALoss(nn.Module):
                 raise ValueError(f"align: expected different block indices of at least 0, got {list(align)}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
-        self.alpha, self.beta, self.align = alpha, beta, align
+        OPERATOR.check_name(backend)
+        self.alpha, self.beta, self.align, self.backend = alpha, beta, align, backend
         self.label_smoothing, self.detach_targets = label_smoothing, detach_targets
 
     def needs_features(self, depth: int) -> tuple[int, ...]:
@@ -121,34 +125,28 @@ class MoSALoss(nn.Module):
             logits1, logits2, features1, features2 = out, None, None, None
         else:
             logits1, logits2, features1, features2 = out.logits1, out.logits2, out.features1, out.features2
-        cross_entropy = self._cross_entropy(logits1, target)
-        zero = cross_entropy.new_zeros(())
-        if logits2 is None:
-            return LossParts(cross_entropy, zero, zero, cross_entropy)
-        consistency = symmetric_kl(logits1, logits2, self.detach_targets) / 2 if self.alpha else zero
-        alignment = zero
+        _check_target(logits1, target)
+        if logits2 is None or not self.alpha:
+            predicted = cross_entropy(logits1, target, self.label_smoothing)
+            zero = alignment = divergence = predicted.new_zeros(())
+            if logits2 is None:
+                return LossParts(predicted, zero, zero, predicted)
+        else:
+            predicted, divergence = consistency(
+                logits1,
+                logits2,
+                target,
+                label_smoothing=self.label_smoothing,
+                detach_targets=self.detach_targets,
+                backend=self.backend,
+            )
+            alignment = predicted.new_zeros(())
         if self.beta and self.align not in ("none", ()):
             pairs = self._compared(features1, features2)
             if pairs is not None:
-                alignment = feature_alignment(*pairs)
-        return LossParts(
-            cross_entropy, consistency, alignment, cross_entropy + self.alpha * consistency + self.beta * alignment
-        )
-
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        if logits.dim() != 2:
-            raise ValueError(f"logits1: expected shape [B, C], got {list(logits.shape)}")
-        if target.dtype.is_floating_point:
-            expected: tuple[int, ...] = tuple(logits.shape)
-        elif target.dtype in (torch.int64, torch.int32, torch.uint8):
-            expected = (logits.shape[0],)
-        else:
-            raise TypeError(f"target: expected classes (int64) or probabilities (floating point), got {target.dtype}")
-        if tuple(target.shape) != expected:
-            raise ValueError(f"target: expected shape {list(expected)} for {target.dtype}, got {list(target.shape)}")
-        logits = at_least_float32(logits)
-        target = target.to(logits.dtype) if target.dtype.is_floating_point else target.long()
-        return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+                alignment = feature_alignment(*pairs, backend=self.backend)
+        half = divergence / 2
+        return LossParts(predicted, half, alignment, predicted + self.alpha * half + self.beta * alignment)
 
     def _compared(
         self, features1: Sequence[Tensor | None] | None, features2: Sequence[Tensor | None] | None
@@ -178,3 +176,16 @@ class MoSALoss(nn.Module):
             f"alpha={self.alpha}, beta={self.beta}, align={self.align!r}, label_smoothing={self.label_smoothing}, "
             f"detach_targets={self.detach_targets}"
         )
+
+
+def _check_target(logits: Tensor, target: Tensor) -> None:
+    if logits.dim() != 2:
+        raise ValueError(f"logits1: expected shape [B, C], got {list(logits.shape)}")
+    if target.dtype.is_floating_point:
+        expected: tuple[int, ...] = tuple(logits.shape)
+    elif target.dtype in (torch.int64, torch.int32, torch.uint8):
+        expected = (logits.shape[0],)
+    else:
+        raise TypeError(f"target: expected classes (int64) or probabilities (floating point), got {target.dtype}")
+    if tuple(target.shape) != expected:
+        raise ValueError(f"target: expected shape {list(expected)} for {target.dtype}, got {list(target.shape)}")

@@ -15,7 +15,10 @@ class Backend(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """An operator that several backends offer, as `<name>` and `supports_<name>` in the module of each."""
+    """An operator that several backends offer: `<name>` in the module of each, and `supports_<name>` of a call.
+
+    The second says whether the backend takes a call, and if not, why; for the automatic choice and for the error alike.
+    """
 
     name: str
     backends: Mapping[str, Backend]

@@ -1,25 +1,129 @@
-"""What holds two passes of one batch together: alignment of features and consistency of predictions."""
+"""Alignment of the features of two passes of one batch (arXiv 2312.02923, the last term of Eq. 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mosa_kernels.backends import alignment as reference
+from mosa_kernels.backends.lookup import Backend, Operator
+from mosa_kernels.backends.triton import backend as triton
+
+LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
+LIBRARY.define("feature_alignment(Tensor[] features1, Tensor[] features2, str backend) -> Tensor")
+LIBRARY.define(
+    "feature_alignment_backward(Tensor grad, Tensor[] features1, Tensor[] features2, bool[] needs, str backend) -> "
+    "Tensor[]"
+)
 
 
-def feature_alignment(features1: Sequence[Tensor], features2: Sequence[Tensor]) -> Tensor:
+def _triton() -> ModuleType:
+    from mosa_kernels.backends.triton import alignment as kernels
+
+    return kernels
+
+
+OPERATOR = Operator(
+    "feature_alignment",
+    {
+        "reference": Backend(reference.available, lambda: reference),
+        "triton": Backend(triton.available, _triton),
+    },
+    {"cuda": ("triton",)},
+)
+"""On CUDA one launch each way, where the reference makes some seven a layer; not timed yet."""
+
+
+def _forward_kernel(features1: list[Tensor], features2: list[Tensor], backend: str) -> Tensor:
+    return OPERATOR.run(backend, features1, features2)
+
+
+def _empty_gradients(features1: list[Tensor], features2: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """One for each feature, of the first pass and then of the second, empty where it is not needed."""
+    together = zip((*features1, *features2), needs, strict=True)
+    return [feature.new_empty(feature.shape if needed else (0,)) for feature, needed in together]
+
+
+def _backward_kernel(
+    grad: Tensor, features1: list[Tensor], features2: list[Tensor], needs: list[bool], backend: str
+) -> list[Tensor]:
+    grads = _empty_gradients(features1, features2, needs)
+    wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    count = len(features1)
+    module = OPERATOR.backends[backend].load()
+    module.feature_alignment_backward(grad, features1, features2, wanted[:count], wanted[count:])
+    return grads
+
+
+def _forward_fake(features1: list[Tensor], features2: list[Tensor], backend: str) -> Tensor:
+    return features1[0].new_empty((), dtype=torch.float32)
+
+
+def _backward_fake(
+    grad: Tensor, features1: list[Tensor], features2: list[Tensor], needs: list[bool], backend: str
+) -> list[Tensor]:
+    return _empty_gradients(features1, features2, needs)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("feature_alignment", _forward_kernel, _device)
+    LIBRARY.impl("feature_alignment_backward", _backward_kernel, _device)
+torch.library.register_fake("mosa_kernels::feature_alignment", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("mosa_kernels::feature_alignment_backward", _backward_fake, lib=LIBRARY)
+_forward_op = torch.ops.mosa_kernels.feature_alignment.default
+_backward_op = torch.ops.mosa_kernels.feature_alignment_backward.default
+
+
+class _FeatureAlignment(torch.autograd.Function):
+    """Saves the features, which the model keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *features: Tensor) -> Tensor:
+        ctx.save_for_backward(*features)
+        ctx.backend = backend
+        count = len(features) // 2
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_op(list(features[:count]), list(features[count:]), backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features = ctx.saved_tensors
+        count = len(features) // 2
+        needs = list(ctx.needs_input_grad[1:])
+        grads = _backward_op(grad, list(features[:count]), list(features[count:]), needs, ctx.backend)
+        return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+
+def _autograd_kernel(features1: list[Tensor], features2: list[Tensor], backend: str) -> Tensor:
+    return _FeatureAlignment.apply(backend, *features1, *features2)
+
+
+LIBRARY.impl("feature_alignment", _autograd_kernel, "Autograd")
+
+
+def feature_alignment(
+    features1: Sequence[Tensor], features2: Sequence[Tensor], *, backend: str | None = None
+) -> Tensor:
     """Sum over layers of the mean squared difference of two features (arXiv 2312.02923, the last term of Eq. 6).
 
     Args:
-        features1, features2: floating point, one tensor a layer; shapes may differ from layer to layer.
+        features1, features2: floating point, one tensor a layer; shapes may differ from layer to layer. Two halves of
+            one tensor need no copy.
+        backend: None for the automatic choice, "reference" or "triton": one launch forward and one backward, which is
+            differentiable once.
 
     Returns:
         Tensor [], float32, or float64 for float64 features.
 
     Raises:
-        ValueError: the lists are empty or differ in length, or the shapes of a layer differ.
+        ValueError: the lists are empty or differ in length, the shapes of a layer differ, or the backend asked for
+            does not take these features.
     """
     if len(features1) != len(features2) or not features1:
         raise ValueError(
@@ -31,41 +135,7 @@ def feature_alignment(features1: Sequence[Tensor], features2: Sequence[Tensor]) 
                 f"features2[{layer}]: expected the shape of features1[{layer}], {list(first.shape)}, "
                 f"got {list(second.shape)}"
             )
-    # Each layer's mean is taken in float32: squares of 16-bit activations overflow.
-    return torch.stack(
-        [
-            (at_least_float32(first) - at_least_float32(second)).square().mean()
-            for first, second in zip(features1, features2, strict=True)
-        ]
-    ).sum()
-
-
-def symmetric_kl(logits1: Tensor, logits2: Tensor, detach_targets: bool = False) -> Tensor:
-    """``KL(p1 || p2) + KL(p2 || p1)`` over the classes, mean over the batch (arXiv 2312.02923, Eq. 6).
-
-    Args:
-        logits1, logits2: [B, C], floating point; computed in float32 at least.
-        detach_targets: whether the first distribution of each divergence is a constant.
-
-    Returns:
-        Tensor [], float32, or float64 for float64 logits.
-
-    Raises:
-        ValueError: the shapes are not the same [B, C].
-    """
-    if logits1.dim() != 2 or logits1.shape != logits2.shape:
-        raise ValueError(
-            f"logits2: expected the shape [B, C] of logits1, got {list(logits2.shape)} and {list(logits1.shape)}"
-        )
-    log_p1 = F.log_softmax(at_least_float32(logits1), 1)
-    log_p2 = F.log_softmax(at_least_float32(logits2), 1)
-    if detach_targets:
-        target1, target2 = log_p1.detach(), log_p2.detach()
-        terms = target1.exp() * (target1 - log_p2) + target2.exp() * (target2 - log_p1)
-    else:
-        terms = (log_p1.exp() - log_p2.exp()) * (log_p1 - log_p2)  # both divergences, and never below zero
-    return terms.sum() / logits1.shape[0]
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    name = OPERATOR.choose(features1[0].device.type, backend, features1, features2)
+    if name == "reference":
+        return reference.feature_alignment(features1, features2)
+    return torch.ops.mosa_kernels.feature_alignment(list(features1), list(features2), name)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mosa_kernels.functional.alignment import feature_alignment, symmetric_kl
+from mosa_kernels.functional.alignment import feature_alignment
+from mosa_kernels.functional.consistency import symmetric_kl
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> float:

@@ -60,22 +60,33 @@ def one_minus_power(steps, log_beta):
 
 @triton.jit
 def advance(
-    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
-    gain1, beta2, gain2, eps, decay, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    table, changing, items, item, index, size, owner, num_experts, steps, active, rate,
+    log_beta1, log_beta2, gain1, beta2, gain2, eps, weight_decay,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """AdamW on a block of entries. Of those that do not move the very bits are kept."""
-    param_at = pointer(param, DTYPE, ALIGNED) + index
-    average_at = pointer(exp_avg, DTYPE, ALIGNED) + index
-    square_at = pointer(exp_avg_sq, DTYPE, ALIGNED) + index
+    inside = index < size
+    param_at = pointer(entry(table, 8, items, item), DTYPE, ALIGNED) + index
+    average_at = pointer(entry(table, 9, items, item), DTYPE, ALIGNED) + index
+    square_at = pointer(entry(table, 10, items, item), DTYPE, ALIGNED) + index
     p = tl.load(param_at, mask=inside)
     m = tl.load(average_at, mask=inside)
     v = tl.load(square_at, mask=inside)
-    g = tl.load(pointer(grad, DTYPE, ALIGNED) + index, mask=inside).to(tl.float32)
+    g = tl.load(pointer(entry(changing, 0, items, item), DTYPE, ALIGNED) + index, mask=inside).to(tl.float32)
+
+    # Of each expert, while the entries are on their way. An owner that is no expert stands still.
+    step_sizes = rate / one_minus_power(steps, log_beta1)
+    inverse_roots = tl.where(active, tl.rsqrt(one_minus_power(steps, log_beta2)), 0.0)
+    listed = tl.minimum(owner, EXPERTS - 1)
+    step_size = tl.gather(step_sizes, listed, 0)
+    inverse_root = tl.gather(inverse_roots, listed, 0)
+    moves = (inverse_root > 0) & (owner < num_experts)
+
     average = m.to(tl.float32) + gain1 * (g - m.to(tl.float32))
     square = beta2 * v.to(tl.float32) + gain2 * (g * g)
     change = step_size * average / (tl.sqrt(square) * inverse_root + eps)
     value = p.to(tl.float32)
-    value = value - decay * value - change
+    value = value - rate * weight_decay * value - change
     tl.store(param_at, tl.where(moves, value.to(DTYPE), p), mask=inside)
     tl.store(average_at, tl.where(moves, average.to(DTYPE), m), mask=inside)
     tl.store(square_at, tl.where(moves, square.to(DTYPE), v), mask=inside)
@@ -98,14 +109,15 @@ def masked_adamw_kernel(
     dtype = entry(table, 5, items, item)
     owner_address = entry(table, 6, items, item)
     counts = pointer(entry(table, 7, items, item), tl.float32, False)
-    param = entry(table, 8, items, item)
-    exp_avg = entry(table, 9, items, item)
-    exp_avg_sq = entry(table, 10, items, item)
-    grad = entry(changing, 0, items, item)
     active_address = entry(changing, 1, items, item)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
 
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    if owner_address != 0:
+        owner = tl.load(pointer(owner_address, tl.uint8, ALIGNED) + index, mask=index < size, other=0).to(tl.int32)
+    else:
+        owner = index // row_size
     experts = tl.arange(0, EXPERTS)
     active = experts < num_experts
     steps = tl.load(counts + experts, mask=active, other=0) + 1
@@ -116,41 +128,27 @@ def masked_adamw_kernel(
     if lr_tensor is not None:
         rate = tl.load(lr_tensor).to(tl.float32)
 
-    if tl.max(active.to(tl.int32), 0) != 0:
-        step_sizes = rate / one_minus_power(steps, log_beta1)
-        inverse_roots = tl.where(active, tl.rsqrt(one_minus_power(steps, log_beta2)), 0.0)
-        index = block * BLOCK + tl.arange(0, BLOCK)
-        inside = index < size
-        if owner_address != 0:
-            owner = tl.load(pointer(owner_address, tl.uint8, ALIGNED) + index, mask=inside, other=0).to(tl.int32)
-        else:
-            owner = index // row_size
-        listed = tl.minimum(owner, EXPERTS - 1)
-        step_size = tl.gather(step_sizes, listed, 0)
-        inverse_root = tl.gather(inverse_roots, listed, 0)
-        moves = (inverse_root > 0) & (owner < num_experts)
-        decay = rate * weight_decay
-        if FLOAT32:
-            if dtype == 0:
-                advance(
-                    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
-                    gain1, beta2, gain2, eps, decay, tl.float32, ALIGNED,
-                )  # fmt: skip
-        if FLOAT16:
-            if dtype == 1:
-                advance(
-                    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
-                    gain1, beta2, gain2, eps, decay, tl.float16, ALIGNED,
-                )  # fmt: skip
-        if BFLOAT16:
-            if dtype == 2:
-                advance(
-                    param, grad, exp_avg, exp_avg_sq, index, inside, moves, step_size, inverse_root,
-                    gain1, beta2, gain2, eps, decay, tl.bfloat16, ALIGNED,
-                )  # fmt: skip
-        # Every program works with the old counts plus one; the last one of a parameter writes them.
-        if arrives_last(tickets + item, programs):
-            tl.store(counts + experts, steps, mask=active)
+    if FLOAT32:
+        if dtype == 0:
+            advance(
+                table, changing, items, item, index, size, owner, num_experts, steps, active, rate, log_beta1,
+                log_beta2, gain1, beta2, gain2, eps, weight_decay, tl.float32, ALIGNED, EXPERTS,
+            )  # fmt: skip
+    if FLOAT16:
+        if dtype == 1:
+            advance(
+                table, changing, items, item, index, size, owner, num_experts, steps, active, rate, log_beta1,
+                log_beta2, gain1, beta2, gain2, eps, weight_decay, tl.float16, ALIGNED, EXPERTS,
+            )  # fmt: skip
+    if BFLOAT16:
+        if dtype == 2:
+            advance(
+                table, changing, items, item, index, size, owner, num_experts, steps, active, rate, log_beta1,
+                log_beta2, gain1, beta2, gain2, eps, weight_decay, tl.bfloat16, ALIGNED, EXPERTS,
+            )  # fmt: skip
+    # Every program works with the old counts plus one; the last one of a parameter writes them.
+    if arrives_last(tickets + item, programs):
+        tl.store(counts + experts, steps, mask=active)
 
 
 SCALAR_TYPES = ("i32", *("fp32",) * 8)

@@ -3,7 +3,6 @@
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,16 @@ from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.backends.merge_kernels import Description, describe, empty_outputs, takes
 from mosa_kernels.backends.triton.backend import available
 from mosa_kernels.backends.triton.launch import Launch, interpreted
-from mosa_kernels.backends.triton.pointers import entry, find_item, first_programs, on_device, padded_items, upload
+from mosa_kernels.backends.triton.pointers import (
+    bits_of,
+    entry,
+    find_item,
+    first_programs,
+    number,
+    on_device,
+    padded_items,
+    upload,
+)
 
 __all__ = ["available", "merge", "supports_merge"]
 
@@ -45,12 +53,6 @@ def store_any(address, dtype, offset, value, mask):
         tl.store(address.to(tl.pointer_type(tl.float16)) + offset, value.to(tl.float16), mask=mask)
     else:
         tl.store(address.to(tl.pointer_type(tl.bfloat16)) + offset, value.to(tl.bfloat16), mask=mask)
-
-
-@triton.jit
-def number(table, field, items, item):
-    """A float32 that lies in the table by its bits."""
-    return entry(table, field, items, item).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -158,10 +160,6 @@ def _numbers(first: int, one: Description) -> tuple[int, ...]:
         first,
         *(one.rank, one.width, one.experts),
         *(*one.w_down, *one.w_down_init, *one.b_down, *one.gamma, *one.beta, *one.w_up, *one.b_up, *one.scale),
-        *(_bits(value) for value in (one.scale_value, one.up_factor, one.down_factor)),
+        *(bits_of(value) for value in (one.scale_value, one.up_factor, one.down_factor)),
         *(one.out_w_down, one.out_b_down, one.out_w_up, one.out_b_up, one.out_dtype),
     )
-
-
-def _bits(value: float) -> int:
-    return struct.unpack("<i", struct.pack("<f", value))[0]

@@ -6,6 +6,7 @@ The table is int64 [fields, items]. Its first field is the number of the first p
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -80,6 +81,11 @@ def first_programs(programs: Sequence[int]) -> tuple[list[int], int]:
     return first, total
 
 
+def bits_of(value: float) -> int:
+    """A float32 as a table holds it."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
 def padded_items(items: int) -> int:
     """The power of two for `find_item`."""
     return max(16, 1 << (items - 1).bit_length())
@@ -97,6 +103,12 @@ def find_item(table, program, items, ITEMS: tl.constexpr):
 def entry(table, field, items, item):
     """A number of the table: int64."""
     return tl.load(table + field * items + item)
+
+
+@triton.jit
+def number(table, field, items, item):
+    """A number of the table that lies there by the bits of a float32."""
+    return entry(table, field, items, item).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
