@@ -1,6 +1,7 @@
 """Finds the subcommand and imports it, and nothing else: `mosa-kernels --help` needs no PyTorch.
 
-A command NAME is the function NAME in the module `mosa_kernels.cli.NAME`, with typer's annotations.
+A command NAME is the function NAME in the module `mosa_kernels.cli.NAME`, with typer's annotations; a hyphen in it is
+an underscore there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ COMMANDS = {
     "evaluate": "Measure the accuracy of a trained adapter.",
     "merge": "Merge a trained MoSA into plain dense adapters.",
     "bench": "Measure kernels and whole models on this machine.",
+    "check-data": "Say whether a data set is complete, and whether it is the one of the paper.",
+    "table": "Run or resume the grid behind one of the paper's tables, and write the table.",
     "doctor": "Say which versions and backends are here, and why others are not.",
 }
 
@@ -33,9 +36,10 @@ class LazyGroup(TyperGroup):
 
 def load_command(name: str) -> Any:
     """The command of this name, imported."""
-    module = importlib.import_module(f"mosa_kernels.cli.{name}")
+    function = name.replace("-", "_")
+    command = getattr(importlib.import_module(f"mosa_kernels.cli.{function}"), function)
     single = typer.Typer(add_completion=False)
-    single.command(name, help=None if getattr(module, name).__doc__ else COMMANDS[name])(getattr(module, name))
+    single.command(name, help=None if command.__doc__ else COMMANDS[name])(command)
     return typer.main.get_command(single)
 
 

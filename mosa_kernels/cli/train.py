@@ -30,7 +30,9 @@ def train(
     model: Annotated[str | None, typer.Option(help=f"Name of a timm model; by default {OFFLINE_BACKBONE}.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A folder of images, offline:digits, torchvision:CIFAR100, timm:<name>, ..."),
+        typer.Option(
+            help="A folder of images, offline:digits, vtab:<folder>, fgvc:<folder>, torchvision:CIFAR100, ..."
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}; by default mosa.")] = None,
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(RECIPES)}; other options override it.")] = None,
@@ -172,6 +174,8 @@ def introduce(job: Job, console: Console) -> None:
         f"{data.name}: {data.num_classes} classes, {len(data.train)} training, {len(data.validation)} validation, "
         f"{len(data.test)} test images ({data.note})",
     )
+    if data.differs:
+        table.add_row("", f"[yellow]not as in the paper's Table 11: {'; '.join(data.differs)}[/yellow]")
     source = s.checkpoint or ("timm's weights" if s.pretrained else "RANDOM WEIGHTS")
     table.add_row("backbone", f"{s.model} from {source}, sha256 {prepared.backbone['sha256'][:12]}")
     table.add_row("normalisation", ", ".join(f"{key} {value}" for key, value in prepared.normalisation.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,16 +122,21 @@ def _files_of(folder: Path, classes: list[str], verify: bool) -> FileDataset:
     held = Counter(labels)
     empty = [name for label, name in enumerate(classes) if not held[label]]
     if empty:
-        raise ValueError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in the class folders {_some(empty)}")
+        raise ValueError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in the class folders {some(empty)}")
     blank = [str(p) for p in paths if p.stat().st_size == 0]
     if blank:
-        raise ValueError(f"{folder}: empty image files: {_some(blank)}")
+        raise ValueError(f"{folder}: empty image files: {some(blank)}")
     if verify:
-        _decode_all(folder, paths)
+        check_readable(folder, paths)
     return FileDataset(paths, np.array(labels))
 
 
-def _decode_all(folder: Path, paths: list[Path]) -> None:
+def check_readable(folder: Path, paths: list[Path]) -> None:
+    """Decodes every image.
+
+    Raises:
+        ValueError: some cannot be read; they are named.
+    """
     broken = []
     for path in paths:
         try:
@@ -138,18 +144,19 @@ def _decode_all(folder: Path, paths: list[Path]) -> None:
         except ValueError as error:
             broken.append(str(error))
     if broken:
-        raise ValueError(f"{folder}: {len(broken)} unreadable images: {_some(broken)}")
+        raise ValueError(f"{folder}: {len(broken)} unreadable images: {some(broken)}")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+def some(names: Sequence[object]) -> str:
+    """The first few of many names, and how many more there are."""
+    return ", ".join(map(str, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _check_same_classes(root: Path, split: str, found: list[str], expected: list[str]) -> None:
     extra, absent = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
     if extra or absent:
-        difference = [f"only in {split}: {_some(extra)}"] if extra else []
-        difference += [f"only in train: {_some(absent)}"] if absent else []
+        difference = [f"only in {split}: {some(extra)}"] if extra else []
+        difference += [f"only in train: {some(absent)}"] if absent else []
         raise ValueError(f"{root}: the classes of train and {split} differ ({'; '.join(difference)})")
 
 
@@ -204,21 +211,25 @@ def _splits(
     files: list[FileDataset],
     note: str,
 ) -> DataSplits:
-    suffixes = Counter(p.suffix.lower() for dataset in files for p in dataset.paths)
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
     return DataSplits(
         name=f"folder:{root.resolve().name}",
         train=train,
         validation=validation,
         test=test,
         classes=tuple(classes),
-        fingerprint=_fingerprint(root, files, note),
-        note=f"image files ({kinds}); {note}",
+        fingerprint=files_fingerprint(root, files, note),
+        note=f"image files ({kinds_of(files)}); {note}",
         label_preserving=AUGMENTATIONS,
     )
 
 
-def _fingerprint(root: Path, files: list[FileDataset], note: str) -> str:
+def kinds_of(files: Iterable[FileDataset]) -> str:
+    """How many files there are of each format."""
+    suffixes = Counter(p.suffix.lower() for dataset in files for p in dataset.paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
+
+
+def files_fingerprint(root: Path, files: list[FileDataset], note: str) -> str:
     """SHA-256 over relative paths, sizes and labels, and over how the sets were made."""
     digest = hashlib.sha256(note.encode())
     for dataset in files:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mosa_kernels.data.draws import Draws
+from mosa_kernels.data.published import VTAB
 from mosa_kernels.data.splits import ArrayDataset, DataSplits, ImageDataset
 from mosa_kernels.data.transforms import Augment, BatchTransform, pil_transform
 
@@ -146,7 +147,7 @@ def make_loaders(
         batch_size: images a training batch; a smaller data set is one batch.
         workers: processes that read and transform images; not used for images in memory, where one is faster.
         seed: of order and augmentation.
-        augment: "none", "light", "paper" or "official", see `transforms.py`.
+        augment: "none", "light", "paper" or "official", see `transforms.py`; "official" is "none" for VTAB-1k.
         evaluation_batch_size: for validation and test; by default 256, or `batch_size` where that is larger.
         drop_last: leave an incomplete last training batch away.
 
@@ -160,6 +161,9 @@ def make_loaders(
     evaluation_size = max(256, batch_size) if evaluation_batch_size is None else evaluation_batch_size
     if evaluation_size < 1:
         raise ValueError(f"evaluation_batch_size: expected at least 1, got {evaluation_size}")
+
+    if augment == "official" and splits.benchmark == VTAB:
+        augment = "none"  # the released code resizes VTAB's images and leaves them whole
 
     def loader(name: str, dataset: ImageDataset, training: bool) -> DataLoader[Any]:
         if len(dataset) == 0:

@@ -41,7 +41,9 @@ def _drawn(task: DrawnTask, seed: int, image_size: int) -> DataSplits:
     parts = {split: ArrayDataset(*task.draw(seed, split, np.arange(n), image_size)) for split, n in sizes.items()}
     return DataSplits(
         name=f"offline:{task.name}",
-        **parts,
+        train=parts["train"],
+        validation=parts["validation"],
+        test=parts["test"],
         classes=task.classes,
         fingerprint=content_fingerprint(parts.values(), task.classes),
         note=f"drawn in memory at {image_size} pixels from seed {seed}; the splits are independent drawings",

@@ -7,10 +7,14 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mosa_kernels.data.fgvc import open_fgvc
 from mosa_kernels.data.folders import open_folder
+from mosa_kernels.data.lists import compared
 from mosa_kernels.data.named import open_timm, open_torchvision
 from mosa_kernels.data.offline import OFFLINE_TASKS, open_offline
+from mosa_kernels.data.published import GICD, find_published
 from mosa_kernels.data.splits import DataSplits
+from mosa_kernels.data.vtab import open_vtab
 
 
 def open_data(
@@ -30,6 +34,9 @@ def open_data(
     """Opens a data set by name or path.
 
         offline:digits, offline:location, ...   drawn in memory, no file needed
+        vtab:/root/cifar                        VTAB-1k, 800 training and 200 validation images; see `vtab.py`
+        vtab1000:/root/cifar                    the same for the final run: all 1000 images to train on
+        fgvc:/root/CUB_200_2011                 a fine-grained data set with VPT's json splits; see `fgvc.py`
         torchvision:CIFAR100                    a class of torchvision.datasets, files under `root`
         timm:hfds/uoft-cs/cifar100              any name that timm.data.create_dataset takes
         anything else                           a folder of images: train/ val/ test/, or one folder of classes
@@ -40,7 +47,7 @@ def open_data(
         seed: of drawn images and of held-out parts.
         image_size, labels_per_class: for the offline tasks.
         validation_share, test_share: shares held out where a data set lacks these sets.
-        verify: decode every image of a folder now.
+        verify: decode every image of a folder or list now.
         download: let torchvision or timm fetch missing files.
         split_names: what a torchvision or timm data set calls "train", "validation" and "test".
         label_preserving: overrides the augmentations that keep the labels right ("crop", "flip", "shift", "colour").
@@ -53,6 +60,10 @@ def open_data(
     kind, _, name = text.partition(":")
     if kind == "offline" and name:
         splits = open_offline(name, seed=seed, image_size=image_size, labels_per_class=labels_per_class)
+    elif kind in ("vtab", "vtab1000") and name:
+        splits = open_vtab(name, final=kind == "vtab1000", verify=verify)
+    elif kind == "fgvc" and name:
+        splits = open_fgvc(name, verify=verify)
     elif kind in ("torchvision", "timm") and name:
         opener = open_torchvision if kind == "torchvision" else open_timm
         splits = opener(
@@ -64,12 +75,14 @@ def open_data(
             download=download,
             split_names=split_names,
         )
+        splits = compared(splits, find_published(GICD, name) if kind == "torchvision" else None)
     elif Path(text).expanduser().is_dir():
         splits = open_folder(text, seed=seed, validation_share=validation_share, test_share=test_share, verify=verify)
     else:
         raise FileNotFoundError(
             f"data: {text!r} is neither a folder nor a name; expected a folder of images, "
-            f"{', '.join('offline:' + task for task in OFFLINE_TASKS)}, torchvision:<class> or timm:<name>"
+            f"{', '.join('offline:' + task for task in OFFLINE_TASKS)}, "
+            "vtab:<folder>, vtab1000:<folder>, fgvc:<folder>, torchvision:<class> or timm:<name>"
         )
     if label_preserving is not None:
         splits = dataclasses.replace(splits, label_preserving=frozenset(label_preserving))

@@ -81,6 +81,9 @@ class DataSplits:
         fingerprint: SHA-256 over the content (in-memory data) or over file names, sizes and labels (files).
         note: how the data are stored and split, for the record that goes with every result.
         label_preserving: the augmentations (of `AUGMENTATIONS`) that leave the labels right.
+        benchmark: "VTAB-1k", "FGVC", "GICD" or "": the part of the paper's Table 11 that it belongs to.
+        differs: where its class count or split sizes are not those of Table 11, in words.
+        validation_in_train: the validation images are trained on, too, so that no epoch can be chosen with them.
     """
 
     name: str
@@ -91,6 +94,9 @@ class DataSplits:
     fingerprint: str
     note: str
     label_preserving: frozenset[str] = AUGMENTATIONS
+    benchmark: str = ""
+    differs: tuple[str, ...] = ()
+    validation_in_train: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(self.label_preserving - AUGMENTATIONS)
@@ -112,6 +118,8 @@ class DataSplits:
             "fingerprint": self.fingerprint,
             "note": self.note,
             "label_preserving": sorted(self.label_preserving),
+            "differs_from_table_11": list(self.differs),
+            "validation_in_train": self.validation_in_train,
         }
 
 

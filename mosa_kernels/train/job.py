@@ -206,6 +206,8 @@ class Job:
             "parameters": self.parameters,
             "seconds": progress.seconds,
             "normalisation": self.prepared.normalisation,
+            "data_format": self.prepared.splits.note,
+            "data_differs_from_table_11": list(self.prepared.splits.differs),
             "data_fingerprint": self.prepared.splits.fingerprint,
             "backbone_sha256": self.prepared.backbone["sha256"],
             "device": self.device,

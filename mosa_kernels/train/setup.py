@@ -104,6 +104,11 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
     require_known(settings.model)
     if splits is None:
         splits = open_splits(settings, native_size(settings))
+    if splits.validation_in_train and settings.recipe.select == "best":
+        raise ValueError(
+            f"select: expected last, got best: {splits.name} trains on its validation images, which cannot choose an "
+            "epoch any more"
+        )
     seed_everything(settings.recipe.seed)
     model = create_backbone(
         settings.model,

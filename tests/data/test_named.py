@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,68 @@ def write_cifar(root: Path) -> None:
         (folder / name).write_bytes(pickle.dumps(content))
     names = [f"kind {i}" for i in range(10)]
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+def write_cifar100(root: Path) -> None:
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 300), ("test", 100)):
+        labels = [i % 100 for i in range(count)]
+        pixels = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"kind {i}" for i in range(100)]}))
+
+
+def write_aircraft(root: Path) -> None:
+    folder = root / "fgvc-aircraft-2013b" / "data"
+    (folder / "images").mkdir(parents=True)
+    variants = ["707-320", "A310"]
+    (folder / "variants.txt").write_text("\n".join(variants))
+    number = 0
+    for split, count in (("train", 4), ("val", 2), ("test", 6)):
+        lines = []
+        for _ in range(count):
+            Image.new("RGB", (8, 6), (number, 0, 0)).save(folder / "images" / f"{number:07d}.jpg")
+            lines.append(f"{number:07d} {variants[number % 2]}")
+            number += 1
+        (folder / f"images_variant_{split}.txt").write_text("\n".join(lines))
+
+
+def write_food(root: Path) -> None:
+    folder = root / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    for split, numbers in (("train", range(20)), ("test", range(20, 25))):
+        listed: dict[str, list[str]] = {name: [f"{name}/{number}" for number in numbers] for name in ("pho", "pizza")}
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(listed))
+        for paths in listed.values():
+            for path in paths:
+                (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 6)).save(folder / "images" / f"{path}.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "sizes", "first_difference"),
+    [
+        ("CIFAR100", write_cifar100, (200, 100, 100), "300 training and validation images instead of 50,000"),
+        ("FGVCAircraft", write_aircraft, (4, 2, 6), "2 classes instead of 100"),
+        ("Food101", write_food, (36, 4, 10), "2 classes instead of 101"),
+    ],
+)
+def test_the_general_data_sets_are_compared_with_table_11(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    write: Callable[[Path], None],
+    sizes: tuple[int, int, int],
+    first_difference: str,
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    write(tmp_path)
+    splits = open_data(f"torchvision:{name}", root=tmp_path)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == sizes
+    assert splits.benchmark == "GICD"
+    assert splits.differs[0] == first_difference
 
 
 @pytest.fixture

@@ -1,0 +1,102 @@
+"""The five fine-grained data sets in the json splits of VPT (Jia et al. 2022), which the paper follows.
+
+<root>/train.json, val.json, test.json      {"<image path>": <label>, ...}
+<root>/images/, Images/ or <root> itself    what the paths are relative to, by data set:
+
+CUB_200_2011    images/     001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg
+nabirds         images/     0295/<uuid>.jpg
+OxfordFlowers   .           jpg/image_00001.jpg
+Stanford-dogs   Images/     n02085620-Chihuahua/n02085620_10074.jpg
+Stanford-cars   .           cars_train/00001.jpg
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mosa_kernels.data.folders import some
+from mosa_kernels.data.lists import Listed, assemble, dataset_of, locate
+from mosa_kernels.data.published import FGVC
+from mosa_kernels.data.splits import DataSplits
+
+SPLITS = {"train": "train.json", "validation": "val.json", "test": "test.json"}
+IMAGE_FOLDERS = {
+    "CUB_200_2011": "images",
+    "nabirds": "images",
+    "OxfordFlowers": ".",
+    "Stanford-dogs": "Images",
+    "Stanford-cars": ".",
+}
+OTHER_FOLDERS = (".", "images", "Images", "jpg")
+OBTAINED = (
+    "The images come from the data set's own page, and train.json, val.json and test.json from the links in the "
+    "README of VPT (github.com/KMnP/vpt); both go into the same folder"
+)
+
+
+def open_fgvc(address: str, *, verify: bool = False) -> DataSplits:
+    """Opens one of the 5 data sets.
+
+    Labels of any kind are numbered in sorted order, as VPT does (NABirds' are class numbers with gaps).
+
+    Args:
+        address: the data set's folder; its name, or what precedes "=", is one of the names in use.
+        verify: decode every image now.
+
+    Raises:
+        FileNotFoundError: the folder, a split or images are missing: which, where, and how they are obtained.
+        ValueError: an unknown data set, or a split that is not a JSON object of labels by path.
+    """
+    root, row = locate("fgvc", FGVC, address)
+    missing = [name for name in SPLITS.values() if not (root / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{root}: {', '.join(missing)} not found there. {OBTAINED}")
+    raw = {split: read_labels(root / name) for split, name in SPLITS.items()}
+    names = sorted({label for labels in raw.values() for label in labels.values()}, key=_order)
+    number = {name: position for position, name in enumerate(names)}
+    lists = {
+        split: Listed(root / SPLITS[split], tuple(labels), tuple(number[label] for label in labels.values()))
+        for split, labels in raw.items()
+    }
+    untrained = [names[label] for label in sorted(set(range(len(names))) - set(lists["train"].labels))]
+    if untrained:
+        raise ValueError(f"{lists['train'].source}: no training image of the classes {some(untrained)}")
+    images = _image_folder(root, IMAGE_FOLDERS[row.name], lists["train"].paths[0])
+    files = {split: dataset_of(listed, images, OBTAINED) for split, listed in lists.items()}
+    shown = "its folder" if images == root else f"{images.name}/"
+    note = f"VPT's train, val and test lists, images in {shown}"
+    return assemble(row, root, files, names, note, verify=verify)
+
+
+def _order(label: str) -> tuple[int, int, str]:
+    """Numbers by value, then words."""
+    return (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Reads a split: labels by image path.
+
+    Raises:
+        ValueError: it is not a JSON object of numbers or strings, or an empty one.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got something else at line {error.lineno}") from error
+    if not isinstance(record, dict) or not record:
+        raise ValueError(f"{path}: expected a JSON object of labels by image path, got {type(record).__name__}")
+    for name, label in record.items():
+        if isinstance(label, bool) or not isinstance(label, (int, str)):
+            raise ValueError(f"{path}: expected a number or a name as the label of {name!r}, got {label!r}")
+    return {name: str(label) for name, label in record.items()}
+
+
+def _image_folder(root: Path, usual: str, first: str) -> Path:
+    """The folder that the paths are relative to: the data set's usual one, or another that people have."""
+    tried = [root / usual, *(root / other for other in OTHER_FOLDERS if other != usual)]
+    for folder in tried:
+        if (folder / first).is_file():
+            return folder
+    places = ", ".join(str(folder / first) for folder in tried)
+    raise FileNotFoundError(f"{root}: the first image of {SPLITS['train']} was looked for as {places}. {OBTAINED}")

@@ -1,0 +1,161 @@
+"""Image files with labels that a list names: what the readers of VTAB-1k and FGVC share."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mosa_kernels.data.folders import FileDataset, check_readable, files_fingerprint, kinds_of, some
+from mosa_kernels.data.published import GROUPS, Published, differences, find_published, names_of
+from mosa_kernels.data.splits import DataSplits
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One list: image paths relative to a folder, and integer labels."""
+
+    source: Path
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+
+def locate(prefix: str, benchmark: str, address: str) -> tuple[Path, Published]:
+    """The folder and the table's row for "/path/of/folder", or "name=/path" where the folder is called otherwise.
+
+    Args:
+        prefix: of the address, for messages: "vtab" or "fgvc".
+        benchmark: as in `Published`.
+        address: what followed the prefix.
+
+    Raises:
+        ValueError: no data set of the benchmark has this name.
+        FileNotFoundError: the folder does not exist.
+    """
+    named = re.fullmatch(r"([\w-]+)=(.+)", address)
+    folder = Path(named[2] if named else address).expanduser()
+    name = named[1] if named else folder.resolve().name
+    row = find_published(benchmark, name)
+    if row is None:
+        raise ValueError(
+            f"data: {name!r} is no data set of {benchmark}; expected one of {', '.join(names_of(benchmark))} or an "
+            f"alias as the folder's name, or {prefix}:<name>=<folder>"
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: {row.title} ({benchmark}) was looked for in {folder}, which does not exist")
+    return folder, row
+
+
+def dataset_of(listed: Listed, images: Path, obtained: str) -> FileDataset:
+    """The files of a list.
+
+    Args:
+        listed: paths and labels.
+        images: the folder that the paths are relative to.
+        obtained: how the data set is usually obtained, for the message.
+
+    Raises:
+        FileNotFoundError: images of the list are missing; some are named.
+        ValueError: some are empty files.
+    """
+    paths = [images / path for path in listed.paths]
+    sizes = {path: path.stat().st_size if path.is_file() else None for path in paths}
+    missing = [str(path) for path, size in sizes.items() if size is None]
+    if missing:
+        raise FileNotFoundError(
+            f"{listed.source}: {len(missing)} of {len(paths)} images that it lists are missing: {some(missing)}. "
+            f"{obtained}"
+        )
+    empty = [str(path) for path, size in sizes.items() if size == 0]
+    if empty:
+        raise ValueError(f"{listed.source}: empty image files: {some(empty)}")
+    return FileDataset(paths, np.array(listed.labels))
+
+
+def count_classes(lists: Iterable[Listed]) -> int:
+    """How many classes the lists' labels number.
+
+    Raises:
+        ValueError: labels that do not run from 0 without gaps, all lists taken together.
+    """
+    labels = {label for listed in lists for label in listed.labels}
+    classes = 1 + max(labels)
+    absent = sorted(set(range(classes)) - labels)
+    if min(labels) < 0 or absent:
+        wrong = f"none of {some(absent)}" if min(labels) >= 0 else f"{min(labels)}"
+        sources = ", ".join(str(listed.source) for listed in lists)
+        raise ValueError(f"{sources}: expected labels from 0 to {classes - 1} without gaps, got {wrong}")
+    return classes
+
+
+def assemble(
+    row: Published,
+    root: Path,
+    files: Mapping[str, FileDataset],
+    classes: Sequence[str],
+    note: str,
+    *,
+    validation_in_train: bool = False,
+    verify: bool = False,
+) -> DataSplits:
+    """A data set from the files of its three lists, compared with Table 11.
+
+    Args:
+        row: of the table.
+        root: the folder that everything lies in.
+        files: by split.
+        classes: names, in the order of the labels.
+        note: how the data are split.
+        validation_in_train: the validation images are trained on, too.
+        verify: decode every image now.
+
+    Raises:
+        ValueError: images that are in two of the sets, or that cannot be read.
+    """
+    _check_disjoint(files, validation_in_train)
+    if verify:
+        check_readable(root, [path for dataset in files.values() for path in dataset.paths])
+    datasets = list(files.values())
+    held = 0 if validation_in_train else len(files["validation"])
+    differs = differences(row, len(classes), len(files["train"]), held, len(files["test"]))
+    if row.group == GROUPS[-1]:
+        note += "; crop and flip change some of these labels, augment=none leaves them right"
+    return DataSplits(
+        name=f"{row.benchmark}:{row.name}",
+        train=files["train"],
+        validation=files["validation"],
+        test=files["test"],
+        classes=tuple(classes),
+        fingerprint=files_fingerprint(root, datasets, note),
+        note=f"image files ({kinds_of(datasets)}); {note}",
+        benchmark=row.benchmark,
+        differs=differs,
+        validation_in_train=validation_in_train,
+    )
+
+
+def _check_disjoint(files: Mapping[str, FileDataset], validation_in_train: bool) -> None:
+    pairs = [("train", "test"), ("validation", "test")]
+    if not validation_in_train:
+        pairs.append(("train", "validation"))
+    for first, second in pairs:
+        both = sorted(str(path) for path in set(files[first].paths) & set(files[second].paths))
+        if both:
+            raise ValueError(f"{len(both)} images are in both the {first} and the {second} list: {some(both)}")
+    for split, dataset in files.items():
+        twice = [str(path) for path, count in Counter(dataset.paths).items() if count > 1]
+        if twice:
+            raise ValueError(f"the {split} list names images twice: {some(twice)}")
+
+
+def compared(splits: DataSplits, row: Published | None) -> DataSplits:
+    """A data set that another reader opened, with its differences from Table 11; unchanged where it has no row."""
+    if row is None:
+        return splits
+    sizes = (len(splits.train), len(splits.validation), len(splits.test))
+    return dataclasses.replace(splits, benchmark=row.benchmark, differs=differences(row, splits.num_classes, *sizes))

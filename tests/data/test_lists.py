@@ -1,0 +1,253 @@
+"""VTAB-1k and FGVC on small copies in the forms that people have, and what is said of copies that are not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mosa_kernels.cli.main import app
+from mosa_kernels.data import open_data
+from mosa_kernels.data.loaders import make_loaders
+from mosa_kernels.data.published import FGVC, GICD, PUBLISHED, VTAB, differences, find_published, names_of
+
+VISION = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def picture(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 10), (value, 40, 200)).save(path)
+
+
+def write_vtab(root: Path, classes: int = 3, train: int = 6, validation: int = 3, test: int = 6) -> Path:
+    """The four lists and their images; an image's red value is its number."""
+    lists: dict[str, list[str]] = {}
+    value = 0
+    for name, folder, count in (("train800", "train", train), ("val200", "train", validation), ("test", "test", test)):
+        lines = []
+        for number in range(count):
+            path = f"images/{folder}/{value:06d}.jpg"
+            picture(root / path, value)
+            lines.append(f"{path} {number % classes}")
+            value += 1
+        lists[name] = lines
+    lists["train800val200"] = lists["train800"] + lists["val200"]
+    for name, lines in lists.items():
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+LAYOUTS = {
+    "CUB_200_2011": ("images", "001.Black_footed_Albatross/{}.jpg"),
+    "nabirds": ("images", "0295/{}.jpg"),
+    "OxfordFlowers": (".", "jpg/image_{}.jpg"),
+    "Stanford-dogs": ("Images", "n02085620-Chihuahua/n02085620_{}.jpg"),
+    "Stanford-cars": (".", "cars_train/{}.jpg"),
+}
+
+
+def write_fgvc(root: Path, images: str, pattern: str, labels: tuple[int, ...] = (295, 7, 1010)) -> Path:
+    value = 0
+    for split, count in (("train", 6), ("val", 3), ("test", 6)):
+        record = {}
+        for number in range(count):
+            path = pattern.format(f"{value:05d}")
+            picture(root / images / path, value)
+            record[path] = labels[number % len(labels)]
+            value += 1
+        (root / f"{split}.json").write_text(json.dumps(record))
+    return root
+
+
+def test_vtab_trains_on_800_to_choose_and_on_1000_at_the_end(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "cifar")
+    tuning, final = open_data(f"vtab:{root}"), open_data(f"vtab1000:{root}")
+    assert [len(part) for part in (tuning.train, tuning.validation, tuning.test)] == [6, 3, 6]
+    assert [len(part) for part in (final.train, final.validation, final.test)] == [9, 3, 6]
+    assert tuning.name == final.name == "VTAB-1k:cifar"
+    assert tuning.fingerprint != final.fingerprint
+    assert final.validation_in_train
+    assert not tuning.validation_in_train
+    image, label = tuning.test[4]
+    assert label == 1
+    assert abs(int(np.asarray(image)[0, 0, 0]) - 13) < 6  # JPEG
+    assert "15 .jpg" in tuning.note
+    assert "take the last epoch" in final.note
+    assert tuning.differs == (
+        "3 classes instead of 100",
+        "6 training images instead of 800",
+        "3 validation images instead of 200",
+        "6 test images instead of 10,000",
+    )
+    assert "9 training and validation images instead of 1,000" in final.differs
+
+
+def test_a_vtab_copy_of_the_right_size_is_the_papers(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "kitti", classes=4, train=800, validation=200, test=711)
+    assert open_data(f"vtab:{root}").differs == ()
+    assert open_data(f"vtab1000:{root}").differs == ()
+    result = CliRunner().invoke(app, ["check-data", f"vtab:{root}"])
+    assert result.exit_code == 0, result.output
+    assert "those of the paper's Table 11" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("cifar-100", "cifar"),
+        ("CIFAR100", "cifar"),
+        ("flowers102", "oxford_flowers102"),
+        ("pets", "oxford_iiit_pet"),
+        ("pcam", "patch_camelyon"),
+        ("retinopathy", "diabetic_retinopathy"),
+        ('vtab-clevr(task="count_all")', "clevr_count"),
+        ("VTAB_dsprites_label_x_position", "dsprites_loc"),
+        ("smallnorb_azimuth", "smallnorb_azi"),
+        ("sun397", "sun397"),
+    ],
+)
+def test_every_name_in_use_finds_its_data_set(given: str, name: str) -> None:
+    found = find_published(VTAB, given)
+    assert found is not None
+    assert found.name == name
+
+
+def test_the_table_has_19_5_and_3_data_sets_whose_names_do_not_collide() -> None:
+    assert [len(names_of(benchmark)) for benchmark in (VTAB, FGVC, GICD)] == [19, 5, 3]
+    for row in PUBLISHED:
+        for name in (row.name, row.title, *row.aliases):
+            assert find_published(row.benchmark, name) is row
+    groups = [row.group for row in PUBLISHED if row.benchmark == VTAB]
+    assert [groups.count(group) for group in ("natural", "specialized", "structured")] == [7, 4, 8]
+    assert find_published(VTAB, "imagenet") is None
+
+
+def test_a_folder_may_have_any_name_when_the_data_set_is_named(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "somewhere")
+    assert open_data(f"vtab:dtd={root}").name == "VTAB-1k:dtd"
+    with pytest.raises(
+        ValueError, match=r"'somewhere' is no data set of VTAB-1k; expected one of cifar, .*vtab:<name>"
+    ):
+        open_data(f"vtab:{root}")
+
+
+def test_what_is_missing_from_vtab_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"DTD \(VTAB-1k\) was looked for in .*dtd, which does not exist"):
+        open_data(f"vtab:{tmp_path / 'dtd'}")
+    root = write_vtab(tmp_path / "svhn")
+    (root / "images/test/000010.jpg").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"test\.txt: 1 of 6 images .* missing: .*000010\.jpg\. VTAB-1k .* NOAH"
+    ):
+        open_data(f"vtab:{root}")
+    (root / "images/test/000010.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"test\.txt: empty image files: .*000010\.jpg"):
+        open_data(f"vtab:{root}")
+    (root / "images/test/000010.jpg").write_bytes(b"no picture")
+    open_data(f"vtab:{root}")
+    with pytest.raises(ValueError, match=r"1 unreadable images: .*000010\.jpg"):
+        open_data(f"vtab:{root}", verify=True)
+    (root / "val200.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"svhn: val200\.txt not found there\. VTAB-1k .* usually obtained"):
+        open_data(f"vtab:{root}")
+
+
+def test_lists_that_are_wrong_are_refused(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "svhn")
+    whole = (root / "train800.txt").read_text()
+    (root / "train800.txt").write_text(whole + "images/train/000001.jpg\n")
+    with pytest.raises(ValueError, match=r"train800\.txt, line 7: expected 'path label', got 'images"):
+        open_data(f"vtab:{root}")
+    (root / "train800.txt").write_text(whole + "images/test/000009.jpg 0\n")
+    with pytest.raises(ValueError, match=r"1 images are in both the train and the test list: .*000009"):
+        open_data(f"vtab:{root}")
+    (root / "train800.txt").write_text(whole + "images/train/000000.jpg 0\n")
+    with pytest.raises(ValueError, match=r"the train list names images twice: .*000000"):
+        open_data(f"vtab:{root}")
+    (root / "train800.txt").write_text(whole.replace(".jpg 2", ".jpg 4"))
+    with pytest.raises(ValueError, match=r"labels from 0 to 4 without gaps, got none of 3"):
+        open_data(f"vtab:{root}")
+    (root / "train800.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"expected lines of 'path label', found none"):
+        open_data(f"vtab:{root}")
+
+
+def test_the_official_recipe_leaves_vtab_images_whole(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "clevr_count")
+    splits = open_data(f"vtab:{root}")
+    assert "crop and flip change some of these labels" in splits.note
+
+    def batch(augment: str) -> np.ndarray:
+        loaders = make_loaders(splits, VISION, 6, augment=augment)  # type: ignore[arg-type]
+        images, labels = next(iter(loaders.train))
+        return images[labels.argsort(stable=True)].numpy()
+
+    assert np.array_equal(batch("official"), batch("none"))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fgvc_in_each_layout(tmp_path: Path, name: str) -> None:
+    root = write_fgvc(tmp_path / name, *LAYOUTS[name])
+    splits = open_data(f"fgvc:{root}")
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [6, 3, 6]
+    assert splits.classes == ("7", "295", "1010")  # by number, not by spelling
+    assert [splits.train[i][1] for i in range(3)] == [1, 0, 2]
+    assert splits.name == f"FGVC:{name}"
+    assert splits.benchmark == FGVC
+    assert "6 test images instead of" in splits.differs[-1]
+
+
+def test_fgvc_labels_may_be_names_and_images_lie_elsewhere(tmp_path: Path) -> None:
+    root = write_fgvc(tmp_path / "birds", ".", "a/{}.png", labels=("tit", "auk"))  # type: ignore[arg-type]
+    splits = open_data(f"fgvc:cub={root}")
+    assert splits.classes == ("auk", "tit")
+    assert "images in its folder" in splits.note
+
+
+def test_what_is_missing_from_fgvc_is_named(tmp_path: Path) -> None:
+    root = write_fgvc(tmp_path / "Stanford-dogs", *LAYOUTS["Stanford-dogs"])
+    (root / "Images").rename(root / "pictures")
+    with pytest.raises(FileNotFoundError, match=r"first image of train\.json was looked for as .*Images.*jpg.*VPT"):
+        open_data(f"fgvc:{root}")
+    (root / "pictures").rename(root / "Images")
+    record = json.loads((root / "test.json").read_text())
+    (root / "test.json").write_text(json.dumps({**record, "gone.jpg": 7}))
+    with pytest.raises(FileNotFoundError, match=r"test\.json: 1 of 7 images that it lists are missing: .*gone\.jpg"):
+        open_data(f"fgvc:{root}")
+    (root / "test.json").write_text(json.dumps({**record, next(iter(record)): 8}))
+    with pytest.raises(ValueError, match=r"train\.json: no training image of the classes 8"):
+        open_data(f"fgvc:{root}")
+    (root / "test.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"test\.json: expected a JSON object of labels by image path, got list"):
+        open_data(f"fgvc:{root}")
+    (root / "val.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"Stanford-dogs: val\.json not found there\. .*README of VPT"):
+        open_data(f"fgvc:{root}")
+
+
+def test_differences_are_named_one_by_one() -> None:
+    cub, food = find_published(FGVC, "cub"), find_published(GICD, "food101")
+    assert cub is not None
+    assert food is not None
+    assert differences(cub, 200, 5394, 600, 5794) == ()
+    assert differences(cub, 200, 5994, 0, 5794) == ()
+    assert differences(cub, 201, 5394, 600, 5794) == ("201 classes instead of 200",)
+    assert differences(food, 101, 68175, 7575, 25250) == ()  # validation held out of the training images
+    assert differences(food, 101, 68175, 7574, 25250) == ("75,749 training and validation images instead of 75,750",)
+
+
+def test_check_data_exits_with_1_and_says_why(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "eurosat")
+    result = CliRunner().invoke(app, ["check-data", f"vtab:{root}"])
+    assert result.exit_code == 1
+    assert "NOT the data set of the paper's Table 11: 3 classes instead of 10" in result.output
+    result = CliRunner().invoke(app, ["check-data", f"vtab:{root}", "--json"])
+    assert json.loads(result.output)["differs_from_table_11"][0] == "3 classes instead of 10"
+    (root / "test.txt").unlink()
+    result = CliRunner().invoke(app, ["check-data", f"vtab:{root}"])
+    assert result.exit_code == 1
+    assert "test.txt not found there" in result.output
