@@ -44,17 +44,17 @@ def _kernels(report: Record) -> Any:
     """For each operator, how many times as fast as eager PyTorch every provider is."""
     by_operator: dict[str, list[Record]] = {}
     for record in report.get("kernels", []):
-        if any("speed_up" in row for row in record["rows"]):
+        if _bars(record):
             by_operator.setdefault(record["operator"], []).append(record)
     if not by_operator:
         return None
-    bars = [sum(sum("speed_up" in row for row in r["rows"]) + 1 for r in records) for records in by_operator.values()]
+    bars = [sum(len(_bars(record)) + 1 for record in records) for records in by_operator.values()]
     figure = _figure(10, 1.0 + 0.19 * sum(bars) + 0.5 * len(bars))
     areas = figure.subplots(len(bars), 1, height_ratios=bars, squeeze=False)[:, 0]
     for axes, (operator, records) in zip(areas, by_operator.items(), strict=True):
         place, ticks = 0.0, []
         for record in records:
-            rows = [row for row in record["rows"] if "speed_up" in row]
+            rows = _bars(record)
             for row in rows:
                 colour = COLOURS.get(row["provider"], _OTHER)
                 axes.barh(place, row["speed_up"], color=colour, height=0.85)
@@ -73,6 +73,13 @@ def _kernels(report: Record) -> Any:
     return figure
 
 
+def _bars(record: Record) -> list[Record]:
+    """What is drawn of a case: of the providers of another function, the merged adapter alone."""
+    return [
+        row for row in record["rows"] if "speed_up" in row and (comparable(row) or row["provider"] == "merged dense")
+    ]
+
+
 def _models(report: Record) -> Any:
     records = [record for record in report.get("models", []) if any("ms" in row for row in record["training"])]
     if not records:
@@ -83,7 +90,8 @@ def _models(report: Record) -> Any:
             rows = [row for row in record[part] if "ms" in row]
             axes.barh([row["variant"] for row in rows], [row["images_per_second"] for row in rows], color="#2f8f83")
             axes.invert_yaxis()
-            axes.set_title(f"{part}, images/s: {name_of(record['case'])}", fontsize=7)
+            title = f"{name_of(record['case'])}\ntraining, images/s" if part == "training" else "inference, images/s"
+            axes.set_title(title, fontsize=7, loc="left")
             axes.tick_params(labelsize=6)
     return figure
 
@@ -108,8 +116,13 @@ def _growth(report: Record) -> Any:
             memory.plot([value for value, _ in kept], [size for _, size in kept], **style)
         for area, label in ((times, "ms, forward + backward"), (memory, "MiB saved for backward")):
             area.set(xscale="log", yscale="log", xlabel=axis, ylabel=label if column == 0 else "")
+            values = sorted({record["value"] for record in mine})
+            area.set_xticks(values, [str(value) for value in values])
+            area.set_xticks([], minor=True)
+            area.yaxis.set_major_formatter("{x:g}")
+            area.yaxis.set_minor_formatter("{x:g}")
             area.grid(alpha=0.3, which="both")
-            area.tick_params(labelsize=7)
+            area.tick_params(labelsize=7, which="both")
         if column == 0:
             times.legend(fontsize=6)
     return figure

@@ -149,7 +149,9 @@ def not_available(rows: Iterable[Record]) -> str:
     for row in rows:
         if row["status"] == "unavailable":
             reason = str(row["reason"])
-            reasons.setdefault(row["provider"], {})[reason.rpartition("does not take this call: ")[2]] = None
+            reasons.setdefault(row.get("provider") or row["variant"], {})[
+                reason.rpartition("does not take this call: ")[2]
+            ] = None
     return "; ".join(f"{provider} ({', or '.join(found)})" for provider, found in reasons.items()) + "." * bool(reasons)
 
 
@@ -167,6 +169,7 @@ def model_section(record: Record) -> str:
             _cell(row, "state_bytes", _bytes),
         )
         for row in record["training"]
+        if row["status"] != "unavailable"
     ]
     kept = _kept_columns(rows)
     training = table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
@@ -177,7 +180,9 @@ def model_section(record: Record) -> str:
             for row in record["inference"]
         ],
     )
-    return f"**{name_of(record['case'])}**\n\n{training}\n\n{inference}"
+    missing = not_available([*record["training"], *record["inference"]])
+    parts = [f"**{name_of(record['case'])}**", training, *([f"Not available: {missing}"] if missing else []), inference]
+    return "\n\n".join(parts)
 
 
 def growth_section(records: Sequence[Record]) -> str:

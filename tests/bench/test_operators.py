@@ -1,0 +1,124 @@
+"""Merge, optimizer and alignment: every provider that is there passes the gate, and a wrong one has no time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mosa_kernels.bench import kernels, records, report
+from mosa_kernels.bench.adapter import Adapter
+from mosa_kernels.bench.case import Case, Prepared, Provider
+from mosa_kernels.bench.kernels import OPERATOR_NAMES, Effort, admit, cases, measure_case, of_a_model
+from mosa_kernels.bench.limits import Limits
+from mosa_kernels.bench.shapes import Point
+
+CPU = torch.device("cpu")
+LIMITS = Limits(10.0, {"fp32": 0.1, "bf16": 0.1})
+BRIEF = Effort(rounds=3, seconds=0.1)
+SMALL = Point("swin_b_4", 1, 8, 3)
+
+
+@pytest.mark.parametrize("operator", ["merge", "masked_adamw", "alignment"])
+@pytest.mark.parametrize("point", [SMALL, SMALL._replace(dtype="bf16", expert_per="call")], ids=str)
+def test_every_available_provider_passes_the_gate(operator: str, point: Point) -> None:
+    (case,) = cases((operator,), (point,), CPU, BRIEF)
+    green = set()
+    for provider in case.providers():
+        row: dict = {}
+        admit(case, provider, row)
+        assert row["status"] in ("ok", "unavailable"), (provider.name, row)
+        if row["status"] == "ok":
+            green.add(provider.name)
+            assert row["error"]["relative"] <= 2 * row["error"]["eager"] + 1e-6
+    assert "eager" in green
+    if operator != "alignment":
+        assert "cpu" in green
+
+
+def test_inactive_experts_stand_still_in_the_optimizer_case() -> None:
+    (case,) = cases(("masked_adamw",), (SMALL._replace(expert_per="call", layers=1),), CPU, BRIEF)
+    before = torch.cat([p.reshape(-1) for p in case.state.params])  # type: ignore[attr-defined]
+    eager = next(provider for provider in case.providers() if provider.name == "eager")
+    after = eager.prepare().results()["params"]
+    owners = torch.cat(
+        [
+            torch.zeros(p.numel()) if owner is None else owner.reshape(-1).float()
+            for p, owner in zip(case.state.params, case.state.owners, strict=True)  # type: ignore[attr-defined]
+        ]
+    )
+    assert torch.equal(before[owners > 0], after[owners > 0])
+    assert not torch.equal(before[owners == 0], after[owners == 0])
+
+
+def test_a_model_has_an_adapter_a_block_and_each_case_comes_once() -> None:
+    points = [Point("vit_l", images, dtype=dtype) for images in (1, 2) for dtype in ("fp32", "bf16")]
+    assert [point.layers for point in of_a_model(points, "merge")] == [24, 24]
+    assert [point.dtype for point in of_a_model(points, "masked_adamw")] == ["fp32"]
+    assert {point.layers for point in of_a_model(points, "alignment")} == {12}
+
+
+def with_extra(case: Case, extra: Provider) -> Case:
+    """The case with one more provider of ours."""
+    providers = [*case.providers(), extra]
+    case.providers = lambda: providers  # type: ignore[method-assign]
+    return case
+
+
+def wrong(case: Case) -> Prepared:
+    prepared = next(p for p in case.providers() if p.name == "eager").prepare()
+    return prepared._replace(results=lambda: {"out": prepared.results()["out"] * 1.01})
+
+
+def test_a_wrong_result_has_no_time_in_any_form() -> None:
+    case = Adapter(SMALL, CPU).case("forward")
+    record = measure_case(with_extra(case, Provider("hasty", lambda: wrong(case), ours=True)), CPU, LIMITS, BRIEF)
+    row = next(row for row in record["rows"] if row["provider"] == "hasty")
+    assert row["status"] == "red"
+    assert row["reason"].startswith("error gate red: out: relative error")
+    assert not {"ms", "speed_up", "copy_share", "host_us"} & row.keys()
+    line = next(line for line in report.kernel_section(record).splitlines() if line.startswith("| hasty"))
+    assert "error gate red" in line
+    assert records.failures({"kernels": [record]}) == [
+        f"adapter_forward, {records.name_of(record['case'])}, hasty: {row['reason']}"
+    ]
+    assert all("ms" in row for row in record["rows"] if row["status"] == "ok")
+
+
+def test_a_provider_that_breaks_is_reported_with_its_message() -> None:
+    def breaks() -> Prepared:
+        raise RuntimeError("out of luck\nand more")
+
+    case = Adapter(SMALL, CPU).case("forward")
+    record = measure_case(with_extra(case, Provider("broken", breaks, ours=True)), CPU, LIMITS, BRIEF)
+    row = record["rows"][-1]
+    assert (row["status"], row["reason"]) == ("failed", "out of luck")
+    assert records.failures({"kernels": [record]})
+    eager = next(row for row in record["rows"] if row["provider"] == "eager")
+    assert eager["speed_up"] == 1
+
+
+def test_nothing_is_compiled_once_time_is_up() -> None:
+    effort = Effort(rounds=3, seconds=0.1, compiled=("compile",), compile_until=0)
+    record = measure_case(Adapter(SMALL, CPU, ("compile",)).case("forward"), CPU, LIMITS, effort)
+    row = next(row for row in record["rows"] if row["provider"] == "compile")
+    assert row["reason"] == kernels.NO_TIME
+
+
+def test_chosen_providers_alone_are_listed() -> None:
+    effort = Effort(rounds=3, seconds=0.1, providers=("eager", "cpu"))
+    record = measure_case(Adapter(SMALL, CPU).case("both"), CPU, LIMITS, effort)
+    assert [row["provider"] for row in record["rows"]] == ["eager", "cpu"]
+
+
+def test_compiled_providers_run_in_every_direction() -> None:
+    with kernels.fresh_compiler():
+        for operator in ("adapter_forward", "adapter_backward"):
+            effort = Effort(rounds=3, seconds=0.1, compiled=("compile",), providers=("compile",))
+            (case,) = cases((operator,), (SMALL,), CPU, effort)
+            (row,) = measure_case(case, CPU, LIMITS, effort)["rows"]
+            assert row["status"] == "ok", row
+
+
+def test_all_operators_have_cases() -> None:
+    found = {case.operator for case in cases(OPERATOR_NAMES, (SMALL,), CPU, BRIEF)}
+    assert found == set(OPERATOR_NAMES)
