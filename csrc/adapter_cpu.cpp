@@ -14,9 +14,11 @@
 namespace mosa {
 namespace {
 
-// Multiplications below which starting a thread (20 to 50 microseconds) costs more than it saves.
-constexpr int64_t kProductsPerThread = 4'000'000;
-// Runs of tiles that sum weight gradients on their own. A fixed number, so that results do not depend on the threads.
+// Multiplications below which waking the other threads costs more than they save. All of them or none: a team of
+// another size than the last makes the OpenMP runtime end threads and start new ones.
+constexpr int64_t kProductsOfOneThread = 8'000'000;
+// Runs of tiles that sum weight gradients on their own: this many, or for few tiles a smaller power of two, which most
+// numbers of threads share evenly. They depend on the call alone, so that results do not depend on the threads.
 constexpr int kMaxRuns = 8;
 
 const CpuKernels* kernels_of(InstructionSet set) {
@@ -80,6 +82,7 @@ struct Plan {
   std::vector<int> sums_expert;  // which expert (index) each sum belongs to
   int runs = 0;
   int threads = 1;
+  int workers = 1;  // of the threads, those that find a tile
 };
 
 int64_t expert_of(const AdapterCpuParams& p, int group) { return p.expert != nullptr ? p.expert[group] : p.expert_id; }
@@ -112,7 +115,8 @@ Plan make_plan(const AdapterCpuParams& p) {
     plan.experts.push_back(static_cast<int>(expert));
   }
   const int tiles = static_cast<int>(plan.tiles.size());
-  plan.runs = std::clamp(tiles / 2, 1, kMaxRuns);
+  plan.runs = kMaxRuns;
+  while (plan.runs > 1 && plan.runs > tiles / 2) plan.runs /= 2;
   for (int i = 0; i < tiles; ++i) {
     Tile& tile = plan.tiles[static_cast<size_t>(i)];
     tile.run = static_cast<int>(static_cast<int64_t>(i) * plan.runs / tiles);
@@ -122,7 +126,8 @@ Plan make_plan(const AdapterCpuParams& p) {
     tile.sums = static_cast<int>(plan.sums_expert.size()) - 1;
   }
   const int64_t products = p.tokens * p.width * p.rank * 2;
-  plan.threads = static_cast<int>(std::clamp<int64_t>(products / kProductsPerThread, 1, std::max(p.threads, 1)));
+  plan.threads = products < kProductsOfOneThread ? 1 : std::max(p.threads, 1);
+  plan.workers = std::min(plan.threads, tiles);
   return plan;
 }
 
@@ -228,7 +233,7 @@ int adapter_cpu_forward(const AdapterCpuParams& params, const AdapterCpuOutputs&
   const size_t scratch_bytes = kernels->scratch_bytes(params.width, params.rank, false);
 
   std::vector<CpuExpert> experts;
-  std::vector<char*> scratch(static_cast<size_t>(plan.threads));
+  std::vector<char*> scratch(static_cast<size_t>(plan.workers));
   Memory memory;
   for (const bool counting : {true, false}) {
     Arena arena;
@@ -247,7 +252,7 @@ int adapter_cpu_forward(const AdapterCpuParams& params, const AdapterCpuOutputs&
   call.rstd = outputs.rstd;
   const int64_t tiles = static_cast<int64_t>(plan.tiles.size());
   std::atomic<int64_t> next{0};
-  parallel_for(plan.threads, plan.threads, [&](int64_t worker) {
+  parallel_for(plan.workers, plan.threads, [&](int64_t worker) {
     for (int64_t i = next.fetch_add(1); i < tiles; i = next.fetch_add(1)) {
       const Tile& tile = plan.tiles[static_cast<size_t>(i)];
       kernels->forward(call, plan.tokens.data() + tile.start, static_cast<int>(tile.stop - tile.start),
@@ -267,7 +272,7 @@ int adapter_cpu_backward(const AdapterCpuParams& params, const AdapterCpuGradien
 
   std::vector<CpuExpert> experts;
   std::vector<CpuSums> sums;
-  std::vector<char*> scratch(static_cast<size_t>(plan.threads));
+  std::vector<char*> scratch(static_cast<size_t>(plan.workers));
   Memory memory;
   for (const bool counting : {true, false}) {
     Arena arena;
@@ -288,7 +293,7 @@ int adapter_cpu_backward(const AdapterCpuParams& params, const AdapterCpuGradien
   call.rstd = const_cast<float*>(gradients.rstd);
   call.weights = wants_sums(gradients);
   std::atomic<int> next{0};
-  parallel_for(plan.threads, plan.threads, [&](int64_t worker) {
+  parallel_for(plan.workers, plan.threads, [&](int64_t worker) {
     for (int run = next.fetch_add(1); run < plan.runs; run = next.fetch_add(1)) {
       int last = -1;
       for (const Tile& tile : plan.tiles) {

@@ -142,7 +142,9 @@ inline Vector keep_factor(const CpuTileCall& call, int64_t token, int64_t unit) 
   return kept(static_cast<uint32_t>(first), call.seed[group], call.drop_below);
 }
 
-// Asks for a row that is needed after the next matrix products.
+constexpr int kRowsAhead = 2;
+
+// Asks for a row that is needed a few rows later, or after the next matrix products.
 template <typename Token>
 inline void prefetch_row(const Token* row, int64_t width) {
   for (int64_t column = 0; column < width; column += 64 / static_cast<int64_t>(sizeof(Token))) {
@@ -159,6 +161,7 @@ void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const C
   const Token* residual = static_cast<const Token*>(call.residual);
 
   for (int i = 0; i < n; ++i) {
+    if (i + kRowsAhead < n) prefetch_row(x + tokens[i + kRowsAhead] * width, width);
     load_row(x + tokens[i] * width, width, s.row);
     float mean = 0, rstd = 1;
     if (call.rstd != nullptr) {

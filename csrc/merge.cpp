@@ -9,8 +9,8 @@
 namespace mosa {
 namespace {
 
-// Elements below which starting a thread (tens of microseconds) costs more than it saves.
-constexpr int64_t kElementsPerThread = 32768;
+// Elements below which waking the other threads costs more than they save.
+constexpr int64_t kElementsOfOneThread = 65536;
 constexpr int kRowsPerItem = 16;
 
 void merge_down_row(const MergeAdapter& a, int k) {
@@ -56,8 +56,7 @@ int merge_cpu(const MergeParams& params, int threads) {
     starts[n + 1] = starts[n] + (rows_of(a) + kRowsPerItem - 1) / kRowsPerItem;
     elements += 2 * static_cast<int64_t>(a.rank) * a.width;
   }
-  const int64_t useful = std::max<int64_t>(elements / kElementsPerThread, 1);
-  parallel_for(starts[params.count], static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t item) {
+  parallel_for(starts[params.count], elements < kElementsOfOneThread ? 1 : threads, [&](int64_t item) {
     const int n = static_cast<int>(std::upper_bound(starts, starts + params.count + 1, item) - starts) - 1;
     const MergeAdapter& a = params.adapters[n];
     const int64_t first = (item - starts[n]) * kRowsPerItem;

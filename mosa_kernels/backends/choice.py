@@ -68,19 +68,20 @@ def choose_adapter_backend(args: AdapterArguments, backend: str | None = None) -
     return "reference"
 
 
-_WIDE_BOTTLENECK, _LARGE_CALL = 64, 2_400_000  # r, and entries of x
+_WIDE_BOTTLENECK, _LARGE_CALL = 192, 2_400_000  # r, and entries of x
 
 
 def _pays_off(name: str, args: AdapterArguments) -> bool:
     """Whether a backend is the faster one for a call of this size, by measurement.
 
-    The CPU kernels win by the memory traffic that they save. With a wide bottleneck and an x whose intermediates stay
-    in the cache there is none to save, and eager PyTorch's matrix products are faster. Eager time / ours, forward and
-    forward + backward, one expert per sample, fp32 | bf16 (EPYC 9004, 2 threads, 32 MB of L3 cache):
+    The CPU kernels win by the memory traffic that they save. With a very wide bottleneck and an x whose intermediates
+    stay in the cache there is little to save, and they recompute in backward what eager PyTorch keeps. Eager time /
+    ours, forward and forward + backward, an expert per sample, fp32 | bf16 (EPYC 9004, 2 threads, 32 MB of L3 cache):
 
-        d 768, r 64, T   788    0.67 0.77 | 0.86 0.77       d 384, r 16, T  788    1.19 1.03 | 1.46 1.33
-                     T  3152    1.16 1.67 | 1.09 1.06                    T 3152    1.39 1.08 | 1.21 1.09
-                     T 12608    4.60 3.11 | 2.62 1.98       d 192, r  8, T 3152    1.11 1.22 | 1.43 1.25
+        d 768, r 256, T   197    1.17 0.88 | 1.19 0.93       d 768, r 128, T   197    1.28 1.03 | 1.28 1.01
+                      T  1576    1.43 0.82 | 1.37 0.84                     T   788    1.77 1.18 | 1.68 1.28
+                      T  6304    2.38 1.47 | 1.88 1.45       d 768, r  64, T   197    1.57 1.15 | 1.51 1.15
+        d 768, r 192, T   788    1.09 1.03 | 0.96 0.95                     T   788    1.55 1.31 | 1.88 1.37
 
     A compiled graph serves every number of tokens, so it does not ask.
     """

@@ -5,8 +5,12 @@ Everything is asked of both its paths: the compiled kernels, and the tiles in Py
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import adapter_calls
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 from oracle import double, oracle_adapter
 from torch import Tensor
 
+from mosa_kernels import mosa_adapter
 from mosa_kernels._extension import extension
 from mosa_kernels.backends import cpu, reference
 from mosa_kernels.backends.activations import ACTIVATIONS
@@ -327,3 +332,37 @@ def test_declines_with_a_reason() -> None:
     ok, reason = cpu.supports_adapter(args._replace(compute_dtype=torch.float16))
     assert not ok
     assert "float16" in reason
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.skipif(extension().reason is not None, reason=str(extension().reason))
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_no_threads_of_its_parent() -> None:
+    """An OpenMP runtime waits for ever for its threads, which fork leaves behind; plain threads are started anew."""
+    generator = torch.Generator().manual_seed(0)
+    x, w_down, w_up = (torch.randn(size, generator=generator) for size in ((4, 197, 192), (64, 192), (192, 64)))
+
+    def result() -> Tensor:
+        return mosa_adapter(x, w_down, None, w_up, None, None, None, backend="cpu")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = result()
+        shared = torch.zeros_like(expected).share_memory_()
+        child = os.fork()
+        if child == 0:
+            try:
+                np.copyto(shared.numpy(), result().numpy())  # PyTorch's own copy might use the runtime
+            finally:
+                os._exit(0)
+        deadline = time.monotonic() + 60
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                pytest.fail("the forked process hangs")
+            time.sleep(0.01)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(shared, expected)
