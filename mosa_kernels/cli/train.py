@@ -18,11 +18,11 @@ from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
 from mosa_kernels.train.methods import METHODS, AdapterOptions
 from mosa_kernels.train.progress import make_reporter
-from mosa_kernels.train.recipe import RECIPES, Recipe, make_recipe
+from mosa_kernels.train.recipe import RECIPES, Recipe, make_recipe, regularised
 from mosa_kernels.train.settings import Settings
 
 ADAPTER = frozenset(field.name for field in dataclasses.fields(AdapterOptions))
-RECIPE = frozenset(field.name for field in dataclasses.fields(Recipe)) | {"lr"}
+RECIPE = frozenset(field.name for field in dataclasses.fields(Recipe)) | {"lr", "regularisation"}
 
 
 def train(
@@ -62,7 +62,11 @@ def train(
     passes: Annotated[int | None, typer.Option(help="Forward passes of each batch: 1 or 2.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the consistency of two passes.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the alignment of features.")] = None,
-    align: Annotated[str | None, typer.Option(help="none, shallow, deep, all.")] = None,
+    regularisation: Annotated[
+        str | None, typer.Option(help="Table 7: none, consistency, consistency+alignment; sets alpha and align.")
+    ] = None,
+    align: Annotated[str | None, typer.Option(help="Blocks: none, shallow, deep, all, first-six.")] = None,
+    beta_over_depth: Annotated[bool | None, typer.Option(help="Divide beta by the number of blocks.")] = None,
     detach: Annotated[bool | None, typer.Option(help="Hold the targets of the consistency constant.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="mosa: only active experts move; or adamw.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -76,6 +80,9 @@ def train(
     weight_decay: Annotated[float | None, typer.Option()] = None,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, light, paper, official.")] = None,
+    inference: Annotated[
+        str | None, typer.Option(help="What the test reports: merged, stochastic, fixed, ensemble.")
+    ] = None,
     select: Annotated[str | None, typer.Option(help="best validation accuracy, or last epoch.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random but the data.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, bf16, fp16.")] = None,
@@ -129,10 +136,11 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
         return Settings(
             **{"model": OFFLINE_BACKBONE, **rest},
             adapter=AdapterOptions(**adapter),
-            recipe=make_recipe(given.get("recipe", "paper"), **numbers),
+            recipe=make_recipe(given.get("recipe", "paper"), rest.get("model"), **numbers),
         )
     before = Settings.from_dict(stored)
-    recipe = before.recipe if "recipe" not in given else make_recipe(given["recipe"])
+    recipe = before.recipe if "recipe" not in given else make_recipe(given["recipe"], before.model)
+    numbers = regularised(numbers, recipe)
     if "lr" in numbers:
         if numbers["lr"] == recipe.lr:
             del numbers["lr"]
@@ -182,7 +190,8 @@ def introduce(job: Job, console: Console) -> None:
     table.add_row("parameters", ", ".join(f"{name} {count:,}" for name, count in job.parameters.items()))
     if s.method != "linear":
         table.add_row("adapter", _listing(dataclasses.asdict(s.adapter)) + f", passes {s.passes}")
-    table.add_row(f"recipe {s.recipe.name}", _listing({"lr": s.recipe.lr, **s.recipe.as_dict()}, leave=("name",)))
+    toggles = {"lr": s.recipe.lr, "regularisation": s.recipe.regularisation, **s.recipe.as_dict()}
+    table.add_row(f"recipe {s.recipe.name}", _listing(toggles, leave=("name",)))
     table.add_row(
         "computing",
         f"{job.device}, precision {s.mixed_precision}, optimizer {s.optimizer}, "

@@ -182,10 +182,13 @@ class Job:
         weights = self.folder.best if recipe.select == "best" else self.folder.last
         load_trained(self.prepared.model, weights)
         runner, accelerator = self.trainer.runner, self.accelerator
-        validation = evaluate(runner, self.trainer.validation_loader, accelerator=accelerator, seed=recipe.seed)
-        test = evaluate(runner, self.trainer.test_loader, accelerator=accelerator, seed=recipe.seed)
-        reported = recipe.merge_rule if number_of_experts(runner) > 1 else "plain"
-        warning = warn_of_merge_loss(test, reported)
+        mechanisms = dict.fromkeys(("merged", "stochastic", recipe.inference))
+        validation, test = (
+            evaluate(runner, loader, mechanisms, accelerator=accelerator, seed=recipe.seed)
+            for loader in (self.trainer.validation_loader, self.trainer.test_loader)
+        )
+        reported = recipe.reported if number_of_experts(runner) > 1 else "plain"
+        warning = warn_of_merge_loss(test, recipe.merge_rule)
         if warning is not None:
             self.reporter.message(f"warning: {warning}")
         result = {

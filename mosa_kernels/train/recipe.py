@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 OPTIMIZERS = ("mosa", "adamw")
-ALIGNMENTS = ("none", "shallow", "deep", "all")
+ALIGNMENTS = ("none", "shallow", "deep", "all", "first-six")
 SELECTIONS = ("best", "last")
+INFERENCES = ("merged", "stochastic", "fixed", "ensemble")
+REGULARISATIONS = ("none", "consistency", "consistency+alignment")
+RELEASED_BLOCKS = 6  # the released code aligns so many, from the first on, whatever the model's depth
 
 
 def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
@@ -31,11 +34,13 @@ class Recipe:
         clip_norm: largest norm of the gradient, or None.
         augment: "none", "light", "paper" or "official" (see `mosa_kernels.data.transforms`).
         alpha, beta: weights of consistency and alignment in Eq. 6.
-        align: which blocks are aligned: "none", "shallow", "deep" or "all".
+        align: which blocks are aligned: "none", "shallow" (the first half), "deep" (the other), "all" or "first-six".
+        beta_over_depth: divide beta by the number of blocks, as the released code does.
         detach: whether the target of each consistency term is held constant.
         expert_per: an expert per "batch" or per "sample".
         dropout: on the adapters' bottleneck.
         merge_rule: "mean" or "jigsaw"; validation runs the adapter merged by it.
+        inference: which mechanism of Table 10 the test reports: "merged", "stochastic", "fixed" or "ensemble".
         select: "best" validation accuracy (the earliest of equals) or the "last" epoch.
         seed: of everything random, unless the user gives one.
     """
@@ -55,10 +60,12 @@ class Recipe:
     alpha: float = 1.0
     beta: float = 1.0
     align: str = "shallow"
+    beta_over_depth: bool = False
     detach: bool = False
     expert_per: str = "batch"
     dropout: float = 0.0
     merge_rule: str = "mean"
+    inference: str = "merged"
     select: str = "best"
     seed: int = 0
 
@@ -68,6 +75,7 @@ class Recipe:
         _choice("align", self.align, ALIGNMENTS)
         _choice("expert_per", self.expert_per, ("sample", "batch"))
         _choice("merge_rule", self.merge_rule, ("mean", "jigsaw"))
+        _choice("inference", self.inference, INFERENCES)
         _choice("select", self.select, SELECTIONS)
         for name, at_least in (("epochs", 1), ("batch_size", 1)):
             if getattr(self, name) < at_least:
@@ -89,6 +97,28 @@ class Recipe:
         """The peak learning rate."""
         return self.base_lr * self.batch_size / 256 if self.lr_scaled else self.base_lr
 
+    @property
+    def reported(self) -> str:
+        """The mechanism, as `evaluate` names it, that counts as the accuracy of a model with experts."""
+        return self.merge_rule if self.inference == "merged" else self.inference
+
+    @property
+    def regularisation(self) -> str:
+        """The row of Table 7 that this is."""
+        if self.beta and self.align != "none":
+            return "consistency+alignment" if self.alpha else "alignment"
+        return "consistency" if self.alpha else "none"
+
+    def loss_options(self, depth: int) -> dict[str, Any]:
+        """What `MoSALoss` takes, for a model of so many blocks."""
+        first = tuple(range(min(RELEASED_BLOCKS, depth)))
+        return {
+            "alpha": self.alpha,
+            "beta": self.beta / depth if self.beta_over_depth else self.beta,
+            "align": first if self.align == "first-six" else self.align,
+            "detach_targets": self.detach,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """All numbers and the learning rate that follows, ready for JSON."""
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
@@ -102,6 +132,8 @@ OFFICIAL = Recipe(
     lr_per_epoch=True,
     eps=1e-6,
     augment="official",
+    beta=0.01,  # over the depth, where alignment is switched on: align="first-six"
+    beta_over_depth=True,
     align="none",
     detach=True,
     dropout=0.1,
@@ -110,10 +142,20 @@ OFFICIAL = Recipe(
 RECIPES = {recipe.name: recipe for recipe in (PAPER, OFFICIAL)}
 
 
-def make_recipe(name: str = "paper", **overrides: Any) -> Recipe:
+# Of a large backbone, the paper trains half as long on batches half as large (Table 12).
+LARGE: dict[str, Any] = {"batch_size": 64, "epochs": 50, "warmup_epochs": 10.0}
+
+
+def make_recipe(name: str = "paper", model: str | None = None, **overrides: Any) -> Recipe:
     """A named recipe with some numbers replaced; an override of None is no override.
 
-    `lr` sets the peak learning rate itself. With other `epochs` the warm-up keeps its share of them.
+    `lr` sets the peak learning rate itself, `regularisation` the row of Table 7. With other `epochs` the warm-up keeps
+    its share of them.
+
+    Args:
+        name: one of `RECIPES`.
+        model: timm's name of the backbone; of a large one (ViT-L), the batch is 64 and the run 50 epochs.
+        overrides: fields of `Recipe`, `lr`, or `regularisation`.
 
     Raises:
         ValueError: an unknown recipe or number, both `lr` and `base_lr`, or a value out of range.
@@ -126,10 +168,31 @@ def make_recipe(name: str = "paper", **overrides: Any) -> Recipe:
             raise ValueError("lr, base_lr: expected one of them, got both")
         given |= {"base_lr": given.pop("lr"), "lr_scaled": False}
     known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
-    unknown = sorted(set(given) - known)
+    unknown = sorted(set(given) - known - {"regularisation"})
     if unknown:
         raise ValueError(f"recipe: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
     base = RECIPES[name]
+    if model is not None and "_large_" in model:
+        base = dataclasses.replace(base, **LARGE)
+    given = regularised(given, base)
     if "epochs" in given and "warmup_epochs" not in given:
         given["warmup_epochs"] = base.warmup_epochs * given["epochs"] / base.epochs
     return dataclasses.replace(base, **given)
+
+
+def regularised(given: dict[str, Any], base: Recipe) -> dict[str, Any]:
+    """The same with "regularisation" spelled out as alpha, beta and align; what is given beside it comes first.
+
+    Raises:
+        ValueError: no row of Table 7.
+    """
+    rest = dict(given)
+    kind = rest.pop("regularisation", None)
+    if kind is None:
+        return rest
+    _choice("regularisation", kind, REGULARISATIONS)
+    alpha = 0.0 if kind == "none" else base.alpha or 1.0
+    if kind != REGULARISATIONS[-1]:
+        return {"alpha": alpha, "align": "none", **rest}
+    usual = "first-six" if base.beta_over_depth else "shallow"
+    return {"alpha": alpha, "align": usual if base.align == "none" else base.align, **rest}

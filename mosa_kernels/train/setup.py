@@ -17,6 +17,7 @@ from mosa_kernels.data.loaders import Loaders, make_loaders
 from mosa_kernels.data.open import open_data
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.losses import MoSALoss
+from mosa_kernels.peft.placement import find_blocks
 from mosa_kernels.train.backbones import create_backbone, data_config, require_known
 from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.loop import Trainer
@@ -149,7 +150,7 @@ def make_trainer(settings: Settings, prepared: Prepared, accelerator: Accelerato
     prepared.model.to(accelerator.device)  # before the optimizer sees its parameters
     criterion = None
     if settings.passes == 2:
-        criterion = MoSALoss(recipe.alpha, recipe.beta, recipe.align, detach_targets=recipe.detach)
+        criterion = MoSALoss(**recipe.loss_options(len(find_blocks(prepared.model))))
     return Trainer(
         model=prepared.model,
         objective=Objective(settings.passes or 1, criterion),

@@ -29,6 +29,55 @@ def test_official_recipe_is_not_scaled_and_begins_with_an_epoch_at_zero():
     assert rates[3] > 0
 
 
+def test_official_alignment_is_a_hundredth_over_the_depth_in_six_blocks():
+    assert OFFICIAL.loss_options(12) == {"alpha": 1, "beta": 0.01 / 12, "align": "none", "detach_targets": True}
+    on = make_recipe("official", regularisation="consistency+alignment")
+    assert on.loss_options(12) == {
+        "alpha": 1,
+        "beta": 0.01 / 12,
+        "align": (0, 1, 2, 3, 4, 5),
+        "detach_targets": True,
+    }
+    assert on.loss_options(4)["align"] == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "expected"),
+    [
+        ("paper", "none", (0, 1, "none")),
+        ("paper", "consistency", (1, 1, "none")),
+        ("paper", "consistency+alignment", (1, 1, "shallow")),
+        ("official", "none", (0, 0.01, "none")),
+        ("official", "consistency", (1, 0.01, "none")),
+        ("official", "consistency+alignment", (1, 0.01, "first-six")),
+    ],
+)
+def test_regularisation_is_a_row_of_table_7(recipe: str, kind: str, expected: tuple[float, float, str]):
+    made = make_recipe(recipe, regularisation=kind)
+    assert (made.alpha, made.beta, made.align) == expected
+    assert made.regularisation == kind
+
+
+def test_regularisation_yields_to_what_is_said_beside_it():
+    assert make_recipe("paper", regularisation="consistency+alignment", align="deep").align == "deep"
+    assert make_recipe("paper", regularisation="consistency", alpha=0.5).alpha == 0.5
+
+
+def test_a_large_backbone_trains_half_as_long_on_half_the_batch():
+    for name in ("paper", "official"):
+        large = make_recipe(name, "vit_large_patch16_224.orig_in21k")
+        assert (large.batch_size, large.epochs, large.warmup_epochs) == (64, 50, 10)
+        assert make_recipe(name, "vit_base_patch16_224.orig_in21k") == make_recipe(name)
+    assert make_recipe("paper", "vit_large_patch16_224", epochs=10).warmup_epochs == 2
+    assert make_recipe("paper", "vit_large_patch16_224", batch_size=32).batch_size == 32
+
+
+def test_the_reported_mechanism():
+    assert PAPER.reported == "mean"
+    assert make_recipe("paper", merge_rule="jigsaw").reported == "jigsaw"
+    assert make_recipe("paper", merge_rule="jigsaw", inference="ensemble").reported == "ensemble"
+
+
 def rates_of(recipe: Recipe, updates_per_epoch: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=recipe.lr)
     schedule = Schedule(optimizer, recipe, updates_per_epoch)
@@ -86,9 +135,11 @@ def test_a_recipe_survives_json():
         ("paper", {"epochs": 0}, "epochs: expected at least 1, got 0"),
         ("paper", {"epochs": 5, "warmup_epochs": 5}, "warmup_epochs: expected at least 0 and less than the 5 epochs"),
         ("paper", {"dropout": 1.0}, "dropout: expected 0 <= p < 1"),
-        ("paper", {"align": "top"}, "align: expected one of none, shallow, deep, all, got 'top'"),
+        ("paper", {"align": "top"}, "align: expected one of none, shallow, deep, all, first-six, got 'top'"),
         ("paper", {"base_lr": float("nan")}, "base_lr: expected a number of at least 0, got nan"),
         ("paper", {"momentum": 0.9}, "got momentum"),
+        ("paper", {"inference": "best"}, "inference: expected one of merged, stochastic, fixed, ensemble, got 'best'"),
+        ("paper", {"regularisation": "l2"}, "regularisation: expected one of none, consistency, consistency"),
         ("paper", {"clip_norm": 0.0}, "clip_norm: expected a positive number"),
     ],
 )
