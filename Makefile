@@ -2,6 +2,7 @@
 # make bench  measure kernels and whole models on this machine: report, tables and pictures in runs/bench
 # make test   everything that has to hold: style, types, the build, all tests
 # make build  (re)build the compiled module in place;   make lint   style and types alone
+# make nvrtc  download the compiler that checks the kernels for V100; make test does it too
 # make clean  remove what was built;   make distclean   the virtual environment too
 #
 # PYTHON=... chooses the interpreter for .venv; MOSA_CUDA=0 leaves the CUDA kernels out.
@@ -18,6 +19,8 @@ WORKERS := $(shell [ $(CORES) -ge 2 ] && echo 2 || echo 1)
 THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
 
 NATIVE := $(wildcard csrc/*) CMakeLists.txt setup.py mosa_kernels/version.py
+NVRTC := build/nvrtc12
+NVRTC_WHEELS := nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12
 CLANG_FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*/*)
 
 .PHONY: demo bench test lint build check-native unit-tests clean distclean
@@ -40,12 +43,19 @@ lint: $(VENV)/.dependencies
 
 build: $(VENV)/.built
 
-# The same sources again with warnings as errors, beside the build in use, which has to work with any compiler.
+# The same sources again with warnings as errors, beside the build in use, which has to work with any compiler. Two
+# architectures see all that depends on them: before and after sm_80 and sm_90.
 check-native: $(VENV)/.dependencies
 	@echo "== compiled module, warnings are errors"
-	MOSA_STRICT=1 $(BIN)/python setup.py --quiet build_ext --build-temp build/strict/temp --build-lib build/strict/lib
+	MOSA_STRICT=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;9.0}" $(BIN)/python setup.py --quiet build_ext --build-temp build/strict/temp --build-lib build/strict/lib
 
-unit-tests: $(VENV)/.built
+# The last compiler that knows V100, apart from the CUDA libraries of PyTorch. Without it, its tests are skipped.
+nvrtc: $(VENV)/.created
+	@[ -e $(NVRTC)/.complete ] || { echo "== runtime compiler of CUDA 12, for the kernels on V100 (130 MB)"; rm -rf $(NVRTC); \
+	  $(BIN)/python -m pip install --quiet --no-deps --target $(NVRTC) $(NVRTC_WHEELS) && touch $(NVRTC)/.complete; } || \
+	  echo "the runtime compiler of CUDA 12 cannot be had: the kernels are not checked for V100"
+
+unit-tests: $(VENV)/.built nvrtc
 	@echo "== tests"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS)
 
@@ -68,4 +78,5 @@ clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 distclean: clean
+	@[ ! -e $(VENV) ] || [ -e $(VENV)/.created ] || { echo "$(VENV) was not made by make: left alone" >&2; exit 1; }
 	rm -rf $(VENV)

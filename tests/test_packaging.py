@@ -141,6 +141,15 @@ def test_the_environment_of_make_says_what_debian_lacks(tmp_path: Path) -> None:
     assert "needs Python 3.10 or newer; /bin/false is not" in output
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_make_removes_no_environment_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "pyvenv.cfg").touch()
+    output = run("bash", ROOT / ".ci" / "make-venv", tmp_path / "theirs", sys.executable, cwd=tmp_path, ok=False)
+    assert "theirs exists and was not made by this script" in output
+    assert (tmp_path / "theirs" / "pyvenv.cfg").exists()
+
+
 # The sources and the module that they make
 
 
