@@ -27,6 +27,9 @@ class MoSAAdamW(Optimizer):
     the layer in training mode explains counts for all experts too. Parameters that experts share, and those of other
     modules, see ordinary AdamW.
 
+    The host reads nothing from a GPU, so that a CUDA graph can hold the step, after a few steps outside of it; give
+    `lr` as a tensor on the device to change it between replays.
+
     Args:
         params: a module (its trainable parameters), parameters, named parameters, or groups of either.
         lr: learning rate, a number or a tensor [].
@@ -226,7 +229,8 @@ class _ActivityHistory:
         if grad is None:
             self._flags = None
         elif self._flags is not None and grad._version != self._version:
-            self._flags = self._flags.to(grad.device) * (grad != 0).any()
+            # Selected, not multiplied: a replayed CUDA graph may find anything in the flags of before its capture.
+            self._flags = torch.where((grad != 0).any(), self._flags.to(grad.device), 0)
 
     def _report(self, experts: Tensor) -> None:
         self._look()

@@ -184,6 +184,7 @@ def test_autocast_and_compile_do_not_change_the_value() -> None:
         ({"align": [1, 1]}, r"align: expected different block indices of at least 0, got \[1, 1\]"),
         ({"align": [-1]}, r"align: expected different block indices of at least 0, got \[-1\]"),
         ({"label_smoothing": 1.5}, r"label_smoothing: expected 0 to 1, got 1.5"),
+        ({"backend": "cpu"}, "backend: expected one of reference, triton or None, got 'cpu'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:

@@ -280,6 +280,20 @@ def test_gradients_of_unknown_origin_count_for_all_experts() -> None:
     assert step_and_see(layer, optimizer) == [2]
 
 
+def test_flags_of_a_cleared_gradient_are_forgotten_whatever_they_hold() -> None:
+    """A replayed CUDA graph finds them overwritten."""
+    layer = adapter(num_experts=4)
+    optimizer = MoSAAdamW(layer)
+    backward(layer, 2)
+    optimizer.step()
+    for history in optimizer._histories.values():
+        assert history._flags is not None
+        history._flags = torch.full_like(history._flags, torch.nan)
+    optimizer.zero_grad(set_to_none=False)
+    backward(layer, 1)
+    assert step_and_see(layer, optimizer) == [1]
+
+
 def test_a_layer_used_twice_in_one_pass() -> None:
     layer = adapter(num_experts=4)
     optimizer = MoSAAdamW(layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ class Backend(NamedTuple):
     load: Callable[[], ModuleType]
 
 
-class Operator(NamedTuple):
+@dataclass(frozen=True)
+class Operator:
     """An operator that several backends offer: `<name>` in the module of each, and `supports_<name>` of a call.
 
     The second says whether the backend takes a call, and if not, why; for the automatic choice and for the error alike.

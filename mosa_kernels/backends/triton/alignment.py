@@ -37,6 +37,7 @@ __all__ = ["available", "feature_alignment", "feature_alignment_backward", "supp
 
 BLOCK = 2048
 FORWARD_BLOCKS = 8  # a program: fewer sums to add up at the end
+_LARGEST = 2**31 - BLOCK * FORWARD_BLOCKS
 NUM_WARPS = 8  # eight entries a thread: one load of 16 bytes in half precision
 
 
@@ -85,12 +86,12 @@ def alignment_forward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     item = find_item(table, program, items, ITEMS)
-    size = entry(table, 1, items, item)
+    size = entry(table, 1, items, item).to(tl.int32)
     dtype = entry(table, 4, items, item)
-    row_length = entry(table, 5, items, item)
+    row_length = entry(table, 5, items, item).to(tl.int32)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
-    start = (program - entry(table, 0, items, item)) * (BLOCKS * BLOCK)
+    start = (program - entry(table, 0, items, item).to(tl.int32)) * (BLOCKS * BLOCK)
     total = 0.0
     if FLOAT32:
         if dtype == 0:
@@ -133,12 +134,12 @@ def alignment_backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     item = find_item(table, program, items, ITEMS)
-    size = entry(table, 1, items, item)
+    size = entry(table, 1, items, item).to(tl.int32)
     dtype = entry(table, 4, items, item)
-    row_length = entry(table, 5, items, item)
+    row_length = entry(table, 5, items, item).to(tl.int32)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
-    index = (program - entry(table, 0, items, item)) * BLOCK + tl.arange(0, BLOCK)
+    index = (program - entry(table, 0, items, item).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
     factor = 2.0 * tl.load(grad).to(tl.float32) * number(table, 8, items, item)
     if FLOAT32:
         if dtype == 0:
@@ -165,6 +166,8 @@ def supports_feature_alignment(features1: Sequence[Tensor], features2: Sequence[
             return False, f"features1[{layer}] or features2[{layer}] is not on {device}"
         if one.numel() == 0:
             return False, f"features1[{layer}] is empty"
+        if one.numel() > _LARGEST:
+            return False, f"features1[{layer}] has {one.numel()} entries, at most {_LARGEST} are taken"
     return True, ""
 
 

@@ -270,6 +270,9 @@ def _table_of(tensors: AdamWTensors) -> _Table:
     known = _tables.get(key)
     if known is not None:
         _tables.move_to_end(key)
+        if capturing(device):
+            keep(known.table)
+            keep(known.tickets)
     else:
         number = [max(1, -(-size // BLOCK)) for size in sizes]  # an empty parameter counts its steps too
         first, programs = first_programs(number)
@@ -292,7 +295,4 @@ def _table_of(tensors: AdamWTensors) -> _Table:
             _tables[key] = known
             if len(_tables) > _MOST_TABLES:
                 _tables.popitem(last=False)
-    if capturing(device):
-        keep(known.table)
-        keep(known.tickets)
     return known

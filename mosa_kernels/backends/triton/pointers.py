@@ -46,15 +46,20 @@ def upload(fields: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return table
     if not capturing(device):
-        if _reserve is None:  # pinned memory cannot be had everywhere while a graph is captured
-            _reserve = torch.empty(_RESERVE, dtype=torch.int64, pin_memory=True)
+        if _reserve is None:  # not every version can pin memory while a graph is captured
+            _reserve = _pinned(_RESERVE)
         return table.pin_memory().to(device, non_blocking=True)
     if _reserve is None or _reserve_used + table.numel() > _reserve.numel():
-        _reserve, _reserve_used = torch.empty(max(_RESERVE, table.numel()), dtype=torch.int64, pin_memory=True), 0
-        keep(_reserve)
+        _reserve, _reserve_used = _pinned(max(_RESERVE, table.numel())), 0
     source = _reserve[_reserve_used : _reserve_used + table.numel()].view(table.shape)
     _reserve_used += table.numel()
     return source.copy_(table).to(device, non_blocking=True)
+
+
+def _pinned(numbers: int) -> Tensor:
+    memory = torch.empty(numbers, dtype=torch.int64, pin_memory=True)
+    keep(memory)
+    return memory
 
 
 def keep(tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -150,6 +151,13 @@ def test_only_what_is_asked_for(only: int) -> None:
         torch.testing.assert_close(found.double(), slope, rtol=1e-5, atol=1e-6)
 
 
+class Output(NamedTuple):
+    logits1: Tensor
+    logits2: Tensor
+    features1: list[Tensor]
+    features2: list[Tensor]
+
+
 def output(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
     def halves(*shape: int) -> tuple[Tensor, Tensor]:
         both = torch.randn(6, *shape, device=DEVICE).to(dtype).requires_grad_()
@@ -187,8 +195,7 @@ def test_the_whole_loss_compiles_to_one_graph() -> None:
     arguments = (out.logits1, out.logits2, out.features1, out.features2)
 
     def call(logits1: Tensor, logits2: Tensor, features1: list[Tensor], features2: list[Tensor]) -> Tensor:
-        again = SimpleNamespace(logits1=logits1, logits2=logits2, features1=features1, features2=features2)
-        return criterion(again, target)
+        return criterion(Output(logits1, logits2, features1, features2), target)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(call(*arguments), out.leaves, allow_unused=True, retain_graph=True)
