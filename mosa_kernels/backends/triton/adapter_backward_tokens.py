@@ -80,6 +80,28 @@ def recompute(
 
 
 @triton.jit
+def activation_gradient(
+    z, bias, dh, tokens, units, seed, seed_id, seed_group, threshold, keep_scale,
+    R: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """The bottleneck's output h, and da from the gradient of h: float32 [BLOCK_T, BLOCK_R]."""
+    h = activate(z + bias[None, :], ACTIVATION)
+    da = dh * activation_slope(z + bias[None, :], ACTIVATION)
+    if DROPOUT:
+        kept = kept_units(tokens, units, seed, seed_id, seed_group, threshold, R)
+        h = tl.where(kept, h * keep_scale, 0.0)
+        da = tl.where(kept, da * keep_scale, 0.0)
+    return h, da
+
+
+@triton.jit
+def norm_terms(da, s, z, D: tl.constexpr):
+    """c1 and c2 [BLOCK_T], from the rounded da, so that what LayerNorm projects out is gone exactly."""
+    rounded = da.to(tl.float32)
+    return tl.sum(rounded * s[None, :], 1) * (1.0 / D), tl.sum(rounded * z, 1) * (1.0 / D)
+
+
+@triton.jit
 def finish(
     z, bias, s, dh, x, row_at, grad, grad_at, dx, dx_at, h_out, num_tokens, tokens, rows, token_mean, token_rstd,
     w_down, owner_down, w_down_init, gamma, seed, units, e, expert_scale, merged_scale, seed_id, seed_group, threshold,
@@ -89,12 +111,9 @@ def finish(
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Stores h, da and the gradient of x for the given rows."""
-    h = activate(z + bias[None, :], ACTIVATION)
-    da = dh * activation_slope(z + bias[None, :], ACTIVATION)
-    if DROPOUT:
-        kept = kept_units(tokens, units, seed, seed_id, seed_group, threshold, R)
-        h = tl.where(kept, h * keep_scale, 0.0)
-        da = tl.where(kept, da * keep_scale, 0.0)
+    h, da = activation_gradient(
+        z, bias, dh, tokens, units, seed, seed_id, seed_group, threshold, keep_scale, R, ACTIVATION, DROPOUT
+    )
     if h_out is not None:
         at = tokens.to(tl.int64)[:, None] * H_STRIDE + tl.arange(0, BLOCK_R)[None, :]
         tl.store(h_out + at, h.to(DTYPE), mask=rows[:, None])
@@ -105,10 +124,8 @@ def finish(
             tl.store(da_out + at, da.to(DTYPE), mask=rows[:, None])
     if dx is not None:
         operand = da.to(DTYPE)
-        if gamma is not None:  # from the rounded da, so that what LayerNorm projects out is gone exactly
-            rounded = operand.to(tl.float32)
-            c1 = tl.sum(rounded * s[None, :], 1) * (1.0 / D)
-            c2 = tl.sum(rounded * z, 1) * (1.0 / D)
+        if gamma is not None:
+            c1, c2 = norm_terms(operand, s, z, D)
         factor = factor_of(e, expert_scale, merged_scale)
         for start in range(0, D, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)

@@ -5,12 +5,12 @@ assignment by whole units (``granularity="column"``) shrinks the bottleneck of a
 projections and in both directions. This is read off the assignment itself, whatever it was drawn as. Other
 granularities scatter an expert's entries over all units, and the kernels run as they do without lists:
 
-- "element" and the even ones: no row of 16 entries, let alone a tile, is without an owner.
-- "block": 16 x 16 tiles. A tile of the kernels (32 to 64 columns, the whole r) holds tiles of every expert, and the
-  matrix units want more than one such tile at a time.
+- "element" and the even ones: every expert owns something of every tile.
+- "block": 16 x 16 blocks. At r = 128 and N = 4, one in a hundred tiles of 32 columns by r is without an entry of the
+  expert; of pieces of 32 x 32, a third, and products of that size are too small to keep the matrix units busy.
 - "row": the output features of an expert lie scattered among those of the others. Of 64 neighbours it owns 16 on
-  average and up to 28, of which a product padded to 32 would save half, a fifth of all arithmetic of a forward pass,
-  for a shuffle of the output through shared memory.
+  average and up to 28: a product padded to 32 would save half of the up-projection, a quarter of a forward pass, for a
+  shuffle of the output through shared memory.
 """
 
 from __future__ import annotations

@@ -24,17 +24,26 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """The tiles of the three kernels that multiply matrices."""
+    """The tiles of the kernels that multiply matrices."""
 
     forward: Config
     tokens: Config  # the backward kernel over tokens
     weights: Config  # the backward kernel over weights
-    programs: int  # how many programs the last one splits its tokens into, about two a multiprocessor
+    together: Config  # the backward kernel that does the work of both
+    programs: int  # how many programs the kernel over weights has, about two a multiprocessor; half for the last one
 
 
 def padded(size: int) -> int:
     """The power of two that a dimension of a matrix product is padded to."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+ONE_LAUNCH = 0
+"""The widest padded bottleneck whose backward pass runs in one launch (`adapter_backward_together`).
+
+None does: counted, it moves three quarters of the bytes of three launches at r = 16, d = 768 and 128 images, but it has
+not been measured. Set it to 16 to compare.
+"""
 
 
 @cache
@@ -46,13 +55,16 @@ def configs(width: int, units: int, matmul_dtype: torch.dtype, arch: int, listed
         arch: 10 times the compute capability.
         listed: whether they are read from lists, whose addresses take registers.
     """
-    half = _HALF_HOPPER if 90 <= arch < 120 else _HALF_AMPERE  # 12.x has the shared memory of 8.6
+    family = "hopper" if 90 <= arch < 120 else "ampere"  # 12.x has the shared memory of 8.6
+    half = _HALF_HOPPER if family == "hopper" else _HALF_AMPERE
     table = _FLOAT32 if matmul_dtype == torch.float32 else half
     columns = padded(width)
     size = padded(units) * (2 if listed and matmul_dtype == torch.float32 else 1)
     row = table[next(limit for limit in sorted(table) if size <= limit)]
     forward, tokens, weights = (config._replace(block_d=min(config.block_d, columns)) for config in row)
-    return Configs(forward, tokens, weights, programs=264 if arch >= 90 else 216)
+    together = _TOGETHER["float32" if matmul_dtype == torch.float32 else family]
+    together = together._replace(block_d=min(together.block_d, columns))
+    return Configs(forward, tokens, weights, together, programs=264 if arch >= 90 else 216)
 
 
 _Row = tuple[Config, Config, Config]
@@ -72,4 +84,9 @@ _FLOAT32: dict[int, _Row] = {
     64: (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 4, 2)),
     128: (Config(32, 16, 8, 2), Config(32, 16, 8, 2), Config(32, 32, 8, 2)),
     256: (Config(16, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 2)),
+}
+_TOGETHER = {  # for padded bottlenecks of 16
+    "ampere": Config(32, 64, 4, 2),
+    "hopper": Config(64, 64, 8, 2),
+    "float32": Config(32, 32, 8, 2),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.dropout import drop_threshold
+from mosa_kernels.backends.triton import configs as table
 from mosa_kernels.backends.triton.configs import Configs, configs, padded
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -91,36 +92,48 @@ class Parts(NamedTuple):
     column_blocks: int
     number: int
     tokens: int  # in one part
-    layout: tuple[
-        int, ...
-    ]  # where w_up, gamma, beta, b_up, b_down and the scale begin in a part, after w_down; the end
+    layout: tuple[int, ...]  # after w_down: where w_up, gamma, beta, b_up, b_down and the scale begin; the end
 
 
 def parts_of(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts:
+    """The parts of the kernel over weights."""
     config = plan.configs.weights
+    column_blocks = -(-args.width // config.block_d)
+    parts = _parts(args, needs, column_blocks)
+    most = plan.configs.programs // (column_blocks * max(1, int(parts.down) + int(parts.up)))
+    return _shared(parts, plan.tokens, config.block_t, most)
+
+
+def together_parts(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts | None:
+    """The parts of a backward pass in one launch, or None where it takes three."""
+    if plan.units > table.ONE_LAUNCH or plan.lists or not needs.x:
+        return None
+    parts = _parts(args, needs, 1)
+    if not (parts.down and parts.up):
+        return None
+    return _shared(parts, plan.tokens, plan.configs.together.block_t, plan.configs.programs // 2)
+
+
+def _parts(args: AdapterArguments, needs: AdapterNeeds, column_blocks: int) -> Parts:
     down = needs.w_down or needs.b_down or needs.norm_weight or needs.norm_bias
     scale = needs.scale and args.scale_tensor is not None
     up = needs.w_up or needs.b_up or scale
     d = args.width
-    column_blocks = -(-d // config.block_d)
-    blocks = -(-plan.tokens // config.block_t)
-    count = max(1, min(blocks, plan.configs.programs // (column_blocks * max(1, int(down) + int(up)))))
-    tokens = -(-blocks // count) * config.block_t
     size, norm = d * args.bottleneck, d if args.norm_weight is not None else 0
     at_up = size if down else 0
     at_gamma = at_up + (size if up else 0)
     at_bias = at_gamma + 2 * norm
     at_down_bias = at_bias + (0 if args.b_up is None else args.b_up.numel())
     at_scale = at_down_bias + args.bottleneck
-    return Parts(
-        down=down,
-        up=up,
-        scale=scale,
-        column_blocks=column_blocks,
-        number=-(-plan.tokens // tokens),
-        tokens=tokens,
-        layout=(at_up, at_gamma, at_gamma + norm, at_bias, at_down_bias, at_scale, at_scale + column_blocks),
-    )
+    layout = (at_up, at_gamma, at_gamma + norm, at_bias, at_down_bias, at_scale, at_scale + column_blocks)
+    return Parts(down, up, scale, column_blocks, 1, 1, layout)
+
+
+def _shared(parts: Parts, tokens: int, block_t: int, most: int) -> Parts:
+    """The tokens shared out, in whole blocks, among so many parts at most."""
+    blocks = -(-tokens // block_t)
+    share = -(-blocks // max(1, min(blocks, most))) * block_t
+    return parts._replace(number=-(-tokens // share), tokens=share)
 
 
 def float32_precision() -> str:

@@ -21,10 +21,15 @@ triton = pytest.importorskip("triton", reason="PyTorch came without Triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 
-from mosa_kernels.backends.triton import adapter_backward_tokens, adapter_backward_weights, reduce  # noqa: E402
+from mosa_kernels.backends.triton import (  # noqa: E402
+    adapter_backward_together,
+    adapter_backward_tokens,
+    adapter_backward_weights,
+    reduce,
+)
 from mosa_kernels.backends.triton.adapter_forward import adapter_forward_kernel, forward_launch  # noqa: E402
 from mosa_kernels.backends.triton.launch import Launch, interpreted  # noqa: E402
-from mosa_kernels.backends.triton.plan import parts_of, plan_of, rows_of  # noqa: E402
+from mosa_kernels.backends.triton.plan import parts_of, plan_of, rows_of, together_parts  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(adapter_forward_kernel), reason="the interpreter compiles nothing")
 
@@ -79,6 +84,12 @@ def launches(
     yield "forward", forward_launch(args, plan, x, residual, lists, args.x, floats, floats)
     yield "tokens", adapter_backward_tokens.tokens_launch(args, plan, x, x, lists, floats, floats, args.x, h)
     yield "weights", adapter_backward_weights.weights_launch(args, plan, parts, x, x, lists, floats, floats, h, floats)
+    together = together_parts(args, plan, needs)
+    if together is not None:
+        yield (
+            "together",
+            adapter_backward_together.together_launch(args, plan, together, x, x, floats, floats, args.x, floats),
+        )
     yield "reduce", reduce.reduce_launch(args, parts, floats, gradients)
 
 
@@ -151,6 +162,24 @@ def test_lists_of_units(kernel: str, r: int, listed: int, arch: int, dtype: torc
     _, spilled = registers_and_spills(machine_code, arch, tmp_path)
     assert machine_code.metadata.shared <= SMALL_SHARED
     assert spilled == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [(80, torch.bfloat16), (90, torch.bfloat16), (80, torch.float32), (90, torch.float32)],
+    ids=str,
+)
+def test_the_backward_pass_in_one_launch(
+    arch: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "together" not in dict(launches(call(768, 16, dtype), arch)), "it has not been measured"
+    monkeypatch.setattr(table, "ONE_LAUNCH", 16)
+    machine_code = compiled(call(768, 16, dtype), "together", arch)
+    registers, spilled = registers_and_spills(machine_code, arch, tmp_path)
+    assert machine_code.metadata.shared <= SMALL_SHARED
+    assert spilled == 0
+    assert registers * machine_code.metadata.num_warps * 32 <= 65536
+    assert "together" not in dict(launches(call(768, 32, dtype), arch))
 
 
 @pytest.mark.parametrize("r", [128, 256])
