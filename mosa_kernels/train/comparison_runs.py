@@ -16,6 +16,7 @@ import torch
 
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.train.comparison import Contender, Outcome, demo_splits, run_contender
+from mosa_kernels.train.orphans import end_with_parent
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import Settings
 
@@ -82,6 +83,7 @@ _news: Any = None
 def _begin_worker(news: Any) -> None:
     global _news
     _news = news
+    end_with_parent()
     torch.set_num_threads(1)
 
 
@@ -121,7 +123,7 @@ def _run_in_processes(
     news = context.Queue()
     found: dict[int, Outcome] = {}
     with (
-        _one_thread_each(),
+        one_thread_each(),
         ProcessPoolExecutor(min(workers, len(tasks)), context, _begin_worker, (news,)) as pool,
     ):
         # The longest first, so that no worker is left alone with a long run at the end.
@@ -142,7 +144,7 @@ def _run_in_processes(
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Has processes that start within the context compute with one thread each."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
