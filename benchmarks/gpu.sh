@@ -61,8 +61,9 @@ else
 fi
 
 phase doctor 40 "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' doctor
-[ "$DRY" = 1 ] && collect=--collect-only || collect=
-phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 $collect
+selected=(tests)
+[ "$DRY" = 1 ] && selected=(--collect-only tests/bench)
+phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 "${selected[@]}"
 
 if [ "$DRY" != 1 ]; then
   measured="--preset quick --device cuda --deadline $(($(left 300) - 70 > 60 ? $(left 300) - 70 : 60))"

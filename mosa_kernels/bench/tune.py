@@ -83,15 +83,21 @@ def tune(axes: Axes, say: Callable[[str], None], device: torch.device | None = N
     return "\n".join(lines)
 
 
-def tune_row(point: Point, device: torch.device, candidates: Sequence[Config], say: Callable[[str], None]) -> str:
-    """The best tiles of each kernel for one row, as a line of the table."""
+def tune_row(
+    point: Point,
+    device: torch.device,
+    candidates: Sequence[Config],
+    say: Callable[[str], None],
+    seconds: float = _SECONDS,
+) -> str:
+    """The best tiles of each kernel for one row, as a line of the table; `seconds` bound each round of timing."""
     adapter = Adapter(point, device)
     best = _present(point, device)
     remarks = []
     for kernel, direction in KERNELS.items():
         case = adapter.case(direction)
         trials = [_Trial({**best, kernel: tiles}, kernel, case) for tiles in [best[kernel], *candidates]]
-        chosen, now, then = _fastest(trials, device, say)
+        chosen, now, then = _fastest(trials, device, say, seconds)
         best[kernel] = chosen.tiles[kernel]
         remarks.append(f"{kernel} {then.median:.4g} ms (before {now.median:.4g})")
     row = ", ".join(spelled(best[kernel]) for kernel in KERNELS)
@@ -135,7 +141,7 @@ class _Trial:
 
 
 def _fastest(
-    trials: Sequence[_Trial], device: torch.device, say: Callable[[str], None]
+    trials: Sequence[_Trial], device: torch.device, say: Callable[[str], None], seconds: float
 ) -> tuple[_Trial, Timing, Timing]:
     """The best trial, and the times of the first one, which is the present choice, and of the best."""
     right: list[_Trial] = []
@@ -147,10 +153,10 @@ def _fastest(
             say(f"  {trial.kernel} {spelled(trial.tiles[trial.kernel])}: {reason}")
     if not right or right[0] is not trials[0]:
         raise ValueError(f"tune: the present choice {trials[0].tiles} does not run")
-    brief = _timed(right, device, _BRIEF_ROUNDS)
+    brief = _timed(right, device, _BRIEF_ROUNDS, seconds)
     order = sorted(range(1, len(right)), key=lambda n: brief[n].median)[:_FINALISTS]
     finalists = [right[0], *(right[n] for n in order)]
-    final = _timed(finalists, device, _FINAL_ROUNDS)
+    final = _timed(finalists, device, _FINAL_ROUNDS, seconds)
     for trial, timing in zip(finalists, final, strict=True):
         say(f"  {trial.kernel} {spelled(trial.tiles[trial.kernel])}: {timing.median:.4g} ms")
     best = min(range(len(finalists)), key=lambda n: final[n].median)
@@ -159,9 +165,9 @@ def _fastest(
     return finalists[best], final[0], final[best]
 
 
-def _timed(trials: Iterable[_Trial], device: torch.device, rounds: int) -> list[Timing]:
+def _timed(trials: Iterable[_Trial], device: torch.device, rounds: int, seconds: float) -> list[Timing]:
     calls = {str(number): trial.run for number, trial in enumerate(trials)}
-    times = in_turn(calls, device, rounds=rounds, seconds=_SECONDS, cold=device.type == "cuda")
+    times = in_turn(calls, device, rounds=rounds, seconds=seconds, cold=device.type == "cuda")
     return list(times.values())
 
 

@@ -65,6 +65,7 @@ def test_the_flush_is_larger_than_the_cache() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_times_on_a_gpu_are_those_of_the_device() -> None:
     device = torch.device("cuda", 0)
     small, large = (torch.randn(size, size, device=device) for size in (64, 4096))

@@ -1,0 +1,60 @@
+"""Two reports side by side: a regression is what lies beyond the noise, or is gone."""
+
+from __future__ import annotations
+
+import pytest
+from reports import ms, record, report, row
+
+from mosa_kernels.bench.commits import faster
+from mosa_kernels.bench.compare import caveats, compare, markdown, regressions
+
+
+def pair(before: float | None, after: float | None) -> list:
+    old, new = (report(record("adapter", [row("triton", value, True)])) for value in (before, after))
+    return compare(old, new)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [(1.0, 1.2, "slower"), (1.2, 1.0, "faster"), (1.0, 1.04, "same"), (1.0, None, "lost"), (None, 1.0, "new")],
+)
+def test_verdicts(before: float | None, after: float | None, verdict: str) -> None:
+    (difference,) = pair(before, after)
+    assert difference.verdict == verdict
+    assert bool(regressions([difference])) == (verdict in ("slower", "lost"))
+
+
+def test_a_large_change_within_the_spread_is_noise() -> None:
+    noisy = [report(record("adapter", [row("triton", 1.0, True)])) for _ in range(2)]
+    noisy[0]["kernels"][0]["rows"][0]["ms"] = ms(1.0, 0.3)
+    noisy[1]["kernels"][0]["rows"][0]["ms"] = ms(1.2, 0.3)
+    assert [d.verdict for d in compare(*noisy)] == ["same"]
+
+
+def test_what_turned_red_is_a_regression_and_what_was_not_asked_for_is_none() -> None:
+    before = report(record("adapter", [row("triton", 1.0, True)]), record("merge", [row("cuda", 1.0, True)]))
+    red = {"provider": "triton", "ours": True, "status": "red", "reason": "error gate red: x"}
+    after = report(record("adapter", [red]))
+    found = {d.name[2]: d for d in compare(before, after)}
+    assert found["triton"].verdict == "lost"
+    assert found["cuda"].verdict == "absent"
+    assert [d.name[2] for d in regressions(list(found.values()))] == ["triton"]
+    text = markdown(before, after, ("a", "b"), list(found.values()))
+    assert "1 regression(s)" in text
+    assert "lost: error gate red: x" in text
+
+
+def test_other_machines_and_versions_are_said() -> None:
+    before = report(record("adapter", [row("triton", 1.0, True)]))
+    after = report(record("merge", [row("triton", 1.0, True)]), device="NVIDIA A100", versions={"torch": "2.12.0"})
+    text = markdown(before, after, ("a", "b"), compare(before, after))
+    assert "the device differs: NVIDIA H200 and NVIDIA A100" in text
+    assert "torch differs: 2.11.0 and 2.12.0" in text
+    assert "no case in common" in text
+    assert caveats(before, before) == []
+
+
+def test_of_two_runs_the_faster_counts_row_by_row() -> None:
+    rows = ([row("eager", 2.0), row("triton", 1.0, True)], [row("eager", 1.0), row("triton", 2.0, True)])
+    best = faster(*(report(record("adapter", each)) for each in rows))
+    assert [r["ms"]["median"] for r in best["kernels"][0]["rows"]] == [1.0, 1.0]

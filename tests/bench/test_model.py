@@ -1,0 +1,91 @@
+"""Whole models: every variant trains, and one that computes something else has no time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mosa_kernels.bench.dense_copies import DenseCopiesAdapter
+from mosa_kernels.bench.model import admit_variant, measure_model, settings
+from mosa_kernels.bench.model_variants import BACKBONE, TRAINING, Setting, Shop, state_bytes
+from mosa_kernels.nn.adapter import FusedMoSAAdapter
+
+CPU = torch.device("cpu")
+
+
+def test_rows_of_a_small_model() -> None:
+    (setting,) = settings("smoke", "cpu")
+    record = measure_model(setting, CPU, rounds=3, seconds=0.1)
+    rows = {row["variant"]: row for row in (*record["training"], *record["inference"])}
+    assert {row["status"] for name, row in rows.items() if "PEFT" not in name} == {"ok"}, rows
+    training = {row["variant"]: row for row in record["training"] if row["status"] == "ok"}
+    for row in training.values():
+        assert row["images_per_second"] == pytest.approx(4 / row["ms"]["median"] * 1e3)
+        assert 0 <= row["share_in_adapters"] < 1
+        assert row["saved_bytes"] > 0
+    fused, copies, alone = (
+        training[name] for name in ("MoSA fused, expert per batch", "MoSA N copies, expert per batch", BACKBONE)
+    )
+    assert copies["state_bytes"] > fused["state_bytes"] > alone["state_bytes"]
+    assert training["MoSA eager, expert per sample"]["saved_bytes"] > fused["saved_bytes"]
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_other_models_and_a_wrong_variant(model: str) -> None:
+    options = (("depth", 1), ("img_size", 32)) if "vit" in model else (("depths", (1, 1, 1, 1)),)
+    shop = Shop(Setting(model, 1, 4, 2, options), CPU)
+    variants = {variant.name: variant for variant in shop.variants() if variant.part == TRAINING}
+    row, made = admit_variant(shop, variants["MoSA fused, expert per sample"])
+    assert row["status"] == "ok", row
+    assert made is not None
+    logits = made.logits
+    assert logits is not None
+    wrong = variants["MoSA fused, expert per sample"]._replace(
+        build=lambda: made._replace(logits=lambda: logits() * 1.001)
+    )
+    row, refused = admit_variant(shop, wrong)
+    assert row["status"] == "red"
+    assert "error gate red: logits" in row["reason"]
+    assert refused is None
+
+
+def test_presets_name_the_models_of_the_paper() -> None:
+    full = {setting.model for setting in settings("full", "cuda")}
+    assert full == {"vit_base_patch16_224", "vit_large_patch16_224", "swin_base_patch4_window7_224"}
+    assert all(setting.half for setting in settings("quick", "cuda"))
+    assert [(s.model, s.batch) for s in settings("quick", "cpu", ["deit_tiny_patch16_224"], 3)] == [
+        ("deit_tiny_patch16_224", 3)
+    ]
+
+
+def test_dense_copies_are_the_same_function_and_cost_what_they_cost() -> None:
+    torch.manual_seed(0)
+    fused = FusedMoSAAdapter(24, 8, 3)
+    with torch.no_grad():
+        fused.up.weight.normal_()
+        fused.up.bias.normal_()
+    copies = DenseCopiesAdapter(copy.deepcopy(fused))
+    x, residual = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+    for expert in range(3):
+        for add_input in (True, False):
+            expected = fused(x, residual, expert, add_input)
+            torch.testing.assert_close(copies(x, residual, expert, add_input), expected)
+    assert sum(mask.element_size() * mask.numel() for mask in copies.buffers()) == 3 * 24 * 8 * 8
+    assert {tuple(parameter.shape) for parameter in copies.up.parameters()} == {(24, 8), (24,)}
+    masks = torch.stack([up.mask for up in copies.up])  # type: ignore[misc]
+    assert torch.equal(masks.sum(0), torch.ones(24, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="expected a dense down-projection"):
+        DenseCopiesAdapter(FusedMoSAAdapter(24, 8, 3, sparse="down"))
+
+
+def test_state_counts_weights_gradients_moments_and_owners() -> None:
+    layer = nn.ModuleDict({"a": FusedMoSAAdapter(24, 8, 3, norm=False)})
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer["a"](torch.randn(1, 5, 24)).sum().backward()
+    optimizer.step()
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    counts = 4 * len(list(layer.parameters()))
+    assert state_bytes(layer, optimizer) == 16 * parameters + counts + 24 * 8

@@ -1,0 +1,120 @@
+"""What a report says: tables, losses, goals, and nothing where nothing was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from reports import record, report, row
+
+from mosa_kernels.bench.goals import NOT_MEASURED, answers
+from mosa_kernels.bench.plots import draw
+from mosa_kernels.bench.records import failures, losses, name_of, timings
+from mosa_kernels.bench.report import HOW_TO_SEND, markdown
+from mosa_kernels.bench.run import read, write
+
+FAST = {"copy_share": 0.85, "launches": 1, "saved_bytes": 128 * 197 * 8, "host_us": {"host": 12.0, "wall": 50.0}}
+
+
+def gpu_report() -> dict:
+    rows = [
+        row("eager", 0.4, host_us={"host": 60.0, "wall": 70.0}),
+        row("compile", 0.2),
+        row("compile max-autotune", 0.15),
+        row("triton", 0.1, True, **FAST),
+        row("cuda", None, True),
+    ]
+    one_image = "vit_b, 1 x 197"
+    return report(
+        record("adapter_forward", rows),
+        record("adapter", rows, shape="vit_l, 128 x 197"),
+        record("adapter", rows, shape=one_image),
+        record("adapter_forward", rows, shape=one_image),
+        record("masked_adamw", [row("triton", 1.0, True, launches=3)]),
+    )
+
+
+def test_goals_are_met_missed_or_not_measured() -> None:
+    found = {(a.case.split(",")[0], a.backend, a.goal.name): a for a in answers(gpu_report())}
+    forward = {
+        name: a
+        for (operator, backend, name), a in found.items()
+        if (operator, backend) == ("adapter_forward", "triton")
+    }
+    assert forward["times as fast as eager"].value == pytest.approx(4)
+    assert forward["times as fast as eager"].verdict == "met"
+    assert forward["times as fast as compile max-autotune"].verdict == "missed"
+    assert forward["share of the measured copy bandwidth on 3A"].shown == "0.85"
+    assert forward["host time a call"].verdict == "met"
+    assert found["adapter", "triton", "saved bytes a token"].value == 8
+    assert found["adapter", "triton", "times as fast as eager, end to end in a row of calls"].value == pytest.approx(
+        1.4
+    )
+    assert found["masked_adamw", "triton", "launches"].verdict == "missed"
+    assert {a.verdict for (_, backend, _), a in found.items() if backend == "cuda"} == {NOT_MEASURED}
+
+
+def test_goals_of_a_cpu_are_others() -> None:
+    rows = [row("eager", 10.0), row("cpu", 4.0, True)]
+    (answer,) = answers(report(record("adapter_forward", rows, shape="vit_b, 64 x 197", dtype="fp32"), device="a CPU"))
+    assert (answer.backend, answer.value, answer.verdict) == ("cpu", 2.5, "met")
+
+
+def test_losses_are_named_and_other_functions_do_not_count() -> None:
+    lost = record("adapter", [row("eager", 1.0), row("cpu", 2.0, True), row("triton", 1.5, True)])
+    close = record("adapter", [row("eager", 1.0), row("cpu", 1.01, True)])
+    won = record("adapter", [row("eager", 2.0), row("cpu", 1.0, True), row("merged dense", 0.5)])
+    assert losses(report(won)) == []
+    (line,) = losses(report(lost))
+    assert "eager is 1.50 times as fast as triton" in line
+    assert "within the spread" in losses(report(close))[0]
+
+
+def test_markdown_says_everything_once() -> None:
+    made = gpu_report()
+    made["kernels"].append(record("adapter", [row("eager", 1.0), row("triton", 2.0, True)], dtype="fp16"))
+    made["left_out"] = ["model: vit_l"]
+    text = markdown(made, ["kernels.png"])
+    for words in (
+        "# NVIDIA H200", "commit abc", "driver 1.2", "copying 4000 GB/s", "![kernels](kernels.png)", "| met |",
+        "| missed |", NOT_MEASURED, "0.1 (0.098 to 0.102)", "eager is 2.00 times as fast as triton",
+        "Not available: cuda (not here).", "model: vit_l", HOW_TO_SEND,
+    ):  # fmt: skip
+        assert words in text, words
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+
+
+def test_a_report_is_written_and_read_back(tmp_path: Path) -> None:
+    made = gpu_report()
+    paths = write(made, tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == ["report.json", "report.md", "kernels.png"]
+    assert read(tmp_path / "new" / "folder") == json.loads(paths[0].read_text()) == made
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert not list(paths[0].parent.glob(".*"))
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="expected a report of format 1, got 99"):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "absent.json")
+
+
+def test_pictures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
+    assert draw(report(), tmp_path) == []
+
+
+def test_names_and_timings() -> None:
+    made = gpu_report()
+    made["growth"] = [{**made["kernels"][0], "axis": "tokens", "value": 5}]
+    training = [{"variant": "MoSA fused, expert per sample", "status": "red", "reason": "error gate red"}]
+    made["models"] = [{"case": {"model": "vit", "batch": 2}, "training": training, "inference": []}]
+    names = [name for name, _ in timings(made)]
+    assert len(names) == len(set(names))
+    assert ("growth with tokens", name_of(made["kernels"][0]["case"]), "eager") in names
+    assert name_of(made["kernels"][0]["case"]) == "vit_b, 128 x 197, d 768, r 64, N 4, bf16, expert per call"
+    assert failures(made) == ["model, training, vit, batch 2, MoSA fused, expert per sample: error gate red"]

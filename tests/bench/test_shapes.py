@@ -1,0 +1,118 @@
+"""Which shapes are measured, and what wrong wishes are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mosa_kernels.bench.case import Work
+from mosa_kernels.bench.environment import choose_device, describe
+from mosa_kernels.bench.growth import growth_points
+from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
+from mosa_kernels.bench.run import Request
+from mosa_kernels.bench.shapes import BOTTLENECKS, EXPERTS, MODELS, PRESETS, Axes, Point, points
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_grow_and_the_full_one_covers_every_axis(device: str) -> None:
+    sizes = [len(points(preset, device)) for preset in PRESETS]
+    assert sizes == sorted(sizes)
+    full = points("full", device)
+    assert len(full) == len(set(full))
+    assert {point.model for point in full} == set(MODELS)
+    assert {point.bottleneck for point in full} == set(BOTTLENECKS)
+    assert {point.experts for point in full} == set(EXPERTS)
+    assert {point.expert_per for point in full} == {"call", "sample"}
+    assert {"fp32", "bf16"} <= {point.dtype for point in full}
+    vit_b = [point.tokens for point in full if point.model == "vit_b"]
+    assert min(vit_b) == 197
+    assert max(vit_b) == 256 * 197
+
+
+def test_the_committed_cpu_figures_are_in_the_quick_preset() -> None:
+    quick = points("quick", "cpu")
+    for dtype in ("fp32", "bf16"):
+        for per in ("call", "sample"):
+            assert Point("vit_b", 64, 64, 4, dtype, per) in quick
+
+
+def test_values_asked_for_are_combined() -> None:
+    axes = Axes(model=("vit_s",), bottleneck=(8, 16), dtype=("fp32", "bf16"))
+    found = points("quick", "cpu", axes)
+    assert [(point.bottleneck, point.dtype) for point in found] == [
+        (8, "fp32"),
+        (8, "bf16"),
+        (16, "fp32"),
+        (16, "bf16"),
+    ]
+    assert {point.model for point in found} == {"vit_s"}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Axes(model=("vit_x",)), "model: expected some of vit_ti, .* got 'vit_x'"),
+        (lambda: Axes(dtype=("fp8",)), "dtype: expected some of fp32, fp16, bf16, got 'fp8'"),
+        (lambda: Axes(experts=(0,)), "experts: expected at least 1, at most 255, got 0"),
+        (lambda: Axes(experts=(256,)), "got 256"),
+        (lambda: Request(preset="fast"), "preset: expected one of smoke, quick, full, got 'fast'"),
+        (lambda: Request(only=("adaptor",)), "only: expected some of adapter_forward, .* got 'adaptor'"),
+        (lambda: Request(providers=("nobody",)), "providers: expected some of eager, .* got 'nobody'"),
+        (lambda: Request(rounds=0), "rounds: expected at least 1, got 0"),
+        (lambda: points("fast", "cpu"), "preset: expected one of"),
+        (lambda: choose_device("tpu"), "device: expected cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_wrong_wishes_name_what_was_expected(make, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_request_can_be_handed_on_as_words() -> None:
+    axes = Axes(model=("vit_s",), images=(1, 2), expert_per=("call",))
+    words = Request(preset="smoke", only=("adapter", "merge"), axes=axes, threads=1).arguments()
+    assert words == [
+        *("--preset", "smoke", "--only", "adapter,merge", "--threads", "1", "--shapes", "vit_s", "--images", "1,2"),
+        *("--expert-per", "call"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth"),
+    [
+        ("NVIDIA H200", 4800), ("NVIDIA H100 80GB HBM3", 3350), ("NVIDIA H100 PCIe", 2000),
+        ("Tesla V100-SXM2-32GB", 900), ("NVIDIA A100-SXM4-40GB", 1555), ("NVIDIA A100-SXM4-80GB", 2039),
+        ("NVIDIA L4", 300), ("NVIDIA GeForce RTX 4090", 1008), ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 3090", None),
+    ],
+)  # fmt: skip
+def test_rooflines_by_name(name: str, bandwidth: float | None) -> None:
+    known = known_roofline(name)
+    assert (known and known.bandwidth) == bandwidth
+    assert known is None or known.source
+
+
+def test_the_limit_is_the_longer_of_copying_and_products() -> None:
+    limits = Limits(copy=100.0, matrix={"fp32": 1.0})
+    assert limits.seconds(Work(10**9, 10**9), "fp32") == pytest.approx(0.01)
+    assert limits.seconds(Work(10**6, 10**12), "fp32") == pytest.approx(1)
+    assert limits.seconds(Work(10**6, 10**12), "bf16") == pytest.approx(1e-5)  # nobody measured that rate
+
+
+def test_limits_of_this_machine_and_its_description() -> None:
+    limits = measure_limits(torch.device("cpu"), quick=True)
+    assert limits.copy > 0.01
+    assert set(limits.matrix) == {"fp32", "bf16"}
+    described = describe(torch.device("cpu"))
+    assert described["device_type"] == "cpu"
+    assert described["gpu"] is None
+    assert described["threads"] == torch.get_num_threads()
+
+
+def test_growth_varies_one_axis_at_a_time() -> None:
+    for preset in PRESETS:
+        found = list(growth_points(preset, "cpu"))
+        assert {axis for axis, _ in found} == {"images", "bottleneck", "experts", "layers"}
+        for axis, point in found:
+            base = next(p for a, p in found if a != axis)
+            differing = {name for name in Point._fields if getattr(point, name) != getattr(base, name)}
+            assert len(differing) <= 2  # its own axis, and the base's

@@ -1,0 +1,111 @@
+"""The stems under pytest-benchmark, the calls for compute-sanitizer, and the script for a GPU, all on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mosa_kernels.bench.kernels import OPERATOR_NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def python(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**ENVIRONMENT, **more}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_there_is_a_stem_for_every_operator() -> None:
+    for name in OPERATOR_NAMES:
+        assert name == load(f"bench_{name}").OPERATOR
+
+
+def test_stems_run_under_pytest_benchmark() -> None:
+    done = python("-m", "pytest", "-q", BENCHMARKS, "--benchmark-disable", "-p", "no:cacheprovider", "-rs")
+    assert done.returncode == 0, done.stdout
+    passed, skipped = (int(word.split()[0]) for word in done.stdout.splitlines()[-1].split(", ")[:2])
+    assert passed >= 3 * len(OPERATOR_NAMES)
+    assert skipped > 0
+    assert "there is no CUDA device" in done.stdout or "triton" in done.stdout
+
+
+def test_a_stem_is_a_script(tmp_path: Path) -> None:
+    words = ("--preset", "smoke", "--device", "cpu", "--rounds", "3", "--output", tmp_path)
+    done = python(BENCHMARKS / "bench_merge.py", *words)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "report.json").read_text())
+    assert {record["operator"] for record in made["kernels"]} == {"merge"}
+
+
+def test_tuning_is_a_module(tmp_path: Path) -> None:
+    done = python("-m", "benchmarks.tune_triton", "--dry-run", "--bottlenecks", "128")
+    assert done.returncode == 0, done.stderr
+    assert "r 128, bf16" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs coreutils' timeout")
+def test_the_gpu_script_goes_through_its_phases(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    environment = {**ENVIRONMENT, "MOSA_GPU_SH_DRY": "1", "PYTHON": sys.executable}
+    done = subprocess.run([BENCHMARKS / "gpu.sh", output], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {phase["phase"]: phase for phase in json.loads((output / "phases.json").read_text())["phases"]}
+    assert list(found) == ["doctor", "tests", "bench", "small_calls"]
+    for name in ("doctor", "bench", "small_calls"):
+        assert found[name]["ended"] == "passed", found[name]
+    assert found["tests"]["ended"] in ("passed", "no tests")
+    assert found["small_calls"]["said"].endswith(", 0 failed")
+    files = {path.name for path in output.iterdir()}
+    assert {"summary.md", "phases.json", "report.json", "report.md", "kernels.png", "logs.tar.gz"} <= files
+    assert len(files) <= 8
+    with tarfile.open(output / "logs.tar.gz") as archive:
+        assert "logs/bench.log" in archive.getnames()
+    assert "## Goals" not in (output / "summary.md").read_text()  # the smallest shapes decide none
+
+
+def test_the_gpu_script_outlives_phases_that_run_out_of_time(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "MOSA_GPU_SH_DRY": "1", "MOSA_GPU_SECONDS": "0", "PYTHON": sys.executable}
+    done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    phases = json.loads((tmp_path / "phases.json").read_text())["phases"]
+    assert len(phases) == 4
+    assert {phase["ended"] for phase in phases} == {"out of time"}
+    assert all(phase["limit"] == 1 for phase in phases)
+
+
+def test_the_gpu_script_wants_a_folder() -> None:
+    done = subprocess.run([BENCHMARKS / "gpu.sh"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: benchmarks/gpu.sh OUT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a\n========= ERROR SUMMARY: 0 errors\nb", "ERROR SUMMARY: 0 errors"),
+        ("x\n===== 3 failed, 4 passed in 5s =====\n", "3 failed, 4 passed in 5s"),
+        ("first\nlast\n", "last"),
+        ("", ""),
+    ],
+)
+def test_the_line_that_says_most(text: str, said: str) -> None:
+    assert load("gpu_summary").telling_line(text) == said

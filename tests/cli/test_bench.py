@@ -1,0 +1,150 @@
+"""`mosa-kernels bench` from end to end on the smallest shapes, comparisons, and wrong input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from reports import record, report, row
+
+from mosa_kernels.bench.kernels import OPERATOR_NAMES
+from mosa_kernels.bench.run import PARTS
+from mosa_kernels.train.folder import write_json
+
+SMOKE = ("bench", "--preset", "smoke", "--device", "cpu", "--threads", "1")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_everything_is_measured_and_written(command, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    result = command(*SMOKE, "--output", output)
+    assert result.exit_code == 0, result.output
+    made = json.loads((output / "report.json").read_text())
+    assert {r["operator"] for r in made["kernels"]} == set(OPERATOR_NAMES)
+    assert {r["axis"] for r in made["growth"]} == {"tokens", "bottleneck r", "experts N", "adapters"}
+    assert made["models"][0]["training"]
+    rows = [r for part in ("kernels", "growth") for each in made[part] for r in each["rows"]]
+    assert all(r["status"] in ("ok", "unavailable") for r in rows)
+    assert all(("ms" in r) == (r["status"] == "ok") for r in rows)
+    assert all(r["reason"] for r in rows if r["status"] == "unavailable")
+    ours = [r for r in rows if r["provider"] == "cpu" and "ms" in r]
+    assert len(ours) >= 10
+    for each in ours:
+        assert each["ms"]["smallest"] <= each["ms"]["p20"] <= each["ms"]["median"] <= each["ms"]["p80"]
+        assert each["error"]["relative"] <= 2 * each["error"]["eager"] + 1e-6
+    machine = made["machine"]
+    assert machine["threads"] == 1
+    assert machine["device_type"] == "cpu"
+    assert machine["versions"]["torch"]
+    text = (output / "report.md").read_text()
+    for heading in (
+        "## Kernels",
+        "### Adapter, forward",
+        "## Whole models",
+        "## How cost grows",
+        "open a pull request",
+    ):
+        assert heading in text
+    for name in ("kernels.png", "models.png", "growth.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert str(output / "report.json") in result.stdout.replace("\n", "")
+
+
+def test_one_part_with_chosen_shapes_and_providers(command, tmp_path: Path) -> None:
+    result = command(
+        *SMOKE, "--only", "adapter", "--shapes", "swin_b_4", "--images", "1,2", "--bottlenecks", "8",
+        "--dtypes", "bf16", "--expert-per", "call", "--providers", "eager,N copies,cpu", "--output", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "report.json").read_text())
+    assert [r["case"]["shape"] for r in made["kernels"]] == ["swin_b_4, 1 x 49", "swin_b_4, 2 x 49"]
+    assert [[x["provider"] for x in r["rows"]] for r in made["kernels"]] == [["eager", "N copies", "cpu"]] * 2
+    assert made["growth"] == made["models"] == []
+
+
+def test_a_deadline_leaves_the_rest_out_and_says_so(command, tmp_path: Path) -> None:
+    result = command(*SMOKE, "--only", "model,growth", "--deadline", "1", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "report.json").read_text())
+    assert any(name.startswith("model") for name in made["left_out"]) or made["seconds"] < 3
+    if made["left_out"]:
+        assert "Left out for lack of time" in (tmp_path / "report.md").read_text()
+
+
+def test_a_wrong_kernel_ends_with_an_error(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mosa_kernels.backends import cpu
+
+    right = cpu.adapter_forward
+    monkeypatch.setattr(cpu, "adapter_forward", lambda args: (right(args)[0] * 1.01, *right(args)[1:]))
+    result = command(*SMOKE, "--only", "adapter_forward", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "wrong" in result.stdout
+    rows = [r for each in json.loads((tmp_path / "report.json").read_text())["kernels"] for r in each["rows"]]
+    assert {r["status"] for r in rows if r["provider"] == "cpu"} == {"red"}
+    assert "error gate red" in (tmp_path / "report.md").read_text()
+
+
+def test_compare_ends_with_an_error_where_something_became_slower(command, tmp_path: Path) -> None:
+    paths = []
+    for name, median in (("a", 1.0), ("b", 2.0)):
+        paths.append(tmp_path / name / "report.json")
+        write_json(paths[-1], report(record("adapter", [row("triton", median, True)])))
+    slower = command("bench", "--compare", paths[0], paths[1].parent)
+    assert slower.exit_code == 1
+    assert "1 regression(s) beyond the noise" in slower.stdout
+    assert "slower" in slower.stdout
+    faster = command("bench", "--compare", paths[1], paths[0])
+    assert faster.exit_code == 0
+    assert "No regression" in faster.stdout
+
+
+def test_tune_lists_what_it_would_run(command) -> None:
+    result = command("bench", "--tune", "--dry-run", "--bottlenecks", "64", "--dtypes", "bf16")
+    assert result.exit_code == 0, result.output
+    assert "r 64, bf16" in result.stdout
+    assert "Config(" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--preset", "fast"), "preset: expected one of smoke, quick, full"),
+        (("--only", "adapters"), f"only: expected some of {', '.join(PARTS)}"),
+        (("--device", "tpu"), "device: expected cpu or cuda, got 'tpu'"),
+        (("--shapes", "vit_h"), "model: expected some of vit_ti"),
+        (("--bottlenecks", "8,x"), "bottlenecks: expected whole numbers with commas, got '8,x'"),
+        (("--threads", "0"), "threads: expected at least 1, got 0"),
+        (("--dry-run",), "dry-run: expected together with --tune"),
+        (("--compare", "nowhere", "neither"), "got 'nowhere'"),
+    ],
+)
+def test_wrong_input_is_named(command, words: tuple[str, ...], expected: str) -> None:
+    result = command("bench", *words)
+    assert result.exit_code == 1
+    assert "error: " in result.stderr
+    assert expected in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_said(command, tmp_path: Path) -> None:
+    result = command("bench", "--device", "cuda", "--output", tmp_path / "none")
+    assert result.exit_code == 1
+    assert "PyTorch sees no CUDA device" in result.stderr
+    assert not (tmp_path / "none").exists()
+    assert command("bench", "--tune").exit_code == 1
+
+
+def test_a_report_that_is_not_there_is_said(command, tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", report())
+    result = command("bench", "--compare", tmp_path, tmp_path / "absent")
+    assert result.exit_code == 1
+    assert "absent" in result.stderr
