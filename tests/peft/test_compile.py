@@ -53,7 +53,15 @@ def test_switching_is_seen() -> None:
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+RECORDS_IN_CHECKPOINTS = pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"),
+    reason="this PyTorch compiles no checkpointed block that keeps its output, as features are kept",
+)
+
+
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=RECORDS_IN_CHECKPOINTS)], ids=["plain", "checkpointed"]
+)
 def test_two_passes_of_a_compiled_model(checkpointing: bool) -> None:
     model, x = inject_adapter(make(), MoSAConfig(bottleneck=4, dropout=0.2)).train(), images()
     train_a_little(model)
