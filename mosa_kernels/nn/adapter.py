@@ -12,7 +12,7 @@ from mosa_kernels.functional.split import split
 from mosa_kernels.nn.activity import ExpertActivity
 from mosa_kernels.nn.dense import DenseAdapter
 from mosa_kernels.nn.projection import Projection
-from mosa_kernels.nn.sampler import ExpertSampler
+from mosa_kernels.nn.sampler import Draw, ExpertSampler
 
 SPARSE = ("up", "down", "both")
 MERGE_RULES = ("mean", "jigsaw")
@@ -43,6 +43,8 @@ class FusedMoSAAdapter(nn.Module):
         learnable_scale: whether `scale` is a parameter.
         pruned: only expert 0 ever runs and the rest is pruned: SparseAdapter, with 1/N of a dense adapter.
         norm_eps: epsilon of the LayerNorm.
+        out_dim: width of the up-projection's output, for subclasses that put it elsewhere; None: d.
+        bias: whether the projections have biases; `expert_bias` says of what kind.
 
     Raises:
         ValueError: an option is out of range; the message names it, what was expected and what came.
@@ -68,11 +70,15 @@ class FusedMoSAAdapter(nn.Module):
         learnable_scale: bool = False,
         pruned: bool = False,
         norm_eps: float = 1e-6,
+        out_dim: int | None = None,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("bottleneck", bottleneck), ("num_experts", num_experts)):
+        out_dim = dim if out_dim is None else out_dim
+        sizes = (("dim", dim), ("bottleneck", bottleneck), ("num_experts", num_experts), ("out_dim", out_dim))
+        for name, size in sizes:
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if sparse not in SPARSE:
@@ -85,7 +91,7 @@ class FusedMoSAAdapter(nn.Module):
             raise ValueError(f"dropout: expected 0 <= p < 1, got {dropout}")
         if isinstance(expert_scale, str) and expert_scale != "N":
             raise ValueError(f"expert_scale: expected a number or 'N', got {expert_scale!r}")
-        self.dim, self.bottleneck, self.num_experts = dim, bottleneck, num_experts
+        self.dim, self.out_dim, self.bottleneck, self.num_experts = dim, out_dim, bottleneck, num_experts
         self.activation, self.dropout, self.sparse, self.granularity = activation, dropout, sparse, granularity
         self.merge_rule, self.pruned = merge_rule, pruned
         self.expert_scale = float(num_experts) if isinstance(expert_scale, str) else expert_scale
@@ -95,7 +101,7 @@ class FusedMoSAAdapter(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         owners: dict[str, Tensor | None] = {"up": None, "down": None}
         if num_experts > 1:
-            for side, shape in (("up", (dim, bottleneck)), ("down", (bottleneck, dim))):
+            for side, shape in (("up", (out_dim, bottleneck)), ("down", (bottleneck, dim))):
                 if pruned or sparse in (side, "both"):
                     owners[side] = split(shape, num_experts, granularity, generator)
         bias_rows = num_experts if expert_bias and num_experts > 1 and not pruned else None
@@ -106,15 +112,17 @@ class FusedMoSAAdapter(nn.Module):
             bottleneck,
             owners["down"],
             initial=owners["down"] is not None,
+            has_bias=bias,
             activity=self._activity,
             device=device,
             dtype=dtype,
         )
         self.up = Projection(
             bottleneck,
-            dim,
+            out_dim,
             owners["up"],
             bias_rows=bias_rows,
+            has_bias=bias,
             activity=self._activity,
             device=device,
             dtype=dtype,
@@ -134,7 +142,8 @@ class FusedMoSAAdapter(nn.Module):
         if self.pruned and self.down.initial is not None:
             self.down.initial.zero_()
         nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        if self.up.bias is not None:
+            nn.init.zeros_(self.up.bias)
 
     @property
     def merged_scale(self) -> float:
@@ -158,16 +167,32 @@ class FusedMoSAAdapter(nn.Module):
         Returns:
             Tensor with the shape and dtype of x.
         """
-        dropout = self.dropout if self.training else 0.0
-        draw = self.sampler(x.shape[0], x.device, dropout > 0)
+        draw = self._draw(x, x.shape[0], expert)
+        return self._run(x, draw, self.up.weight, self.up.bias, self.up.assignment, residual, add_input)
+
+    def _draw(self, x: Tensor, samples: int, expert: Tensor | int | None) -> Draw:
+        """What this pass over `samples` images has drawn, or has been told."""
+        draw = self.sampler(samples, x.device, self.training and self.dropout > 0)
+        return draw if expert is None else Draw(expert, draw.seed)
+
+    def _run(
+        self,
+        x: Tensor,
+        draw: Draw,
+        w_up: Tensor,
+        b_up: Tensor | None,
+        assignment: Tensor | None,
+        residual: Tensor | None,
+        add_input: bool,
+    ) -> Tensor:
         return mosa_adapter(
             x,
             self.down.weight,
             self.down.bias,
-            self.up.weight,
-            self.up.bias,
-            self.up.assignment,
-            draw.expert if expert is None else expert,
+            w_up,
+            b_up,
+            assignment,
+            draw.expert,
             norm_weight=None if self.norm is None else self.norm.weight,
             norm_bias=None if self.norm is None else self.norm.bias,
             norm_eps=1e-6 if self.norm is None else self.norm.eps,
@@ -175,7 +200,7 @@ class FusedMoSAAdapter(nn.Module):
             scale=self.scale,
             residual=residual,
             add_input=add_input,
-            dropout_p=dropout,
+            dropout_p=self.dropout if self.training else 0.0,
             seed=draw.seed,
             assignment_down=self.down.assignment,
             w_down_init=self.down.initial,

@@ -24,18 +24,19 @@ class Projection(nn.Module):
         bias_rows: None for one shared bias [out], or N for one per expert [N, out].
         initial: whether the values at the start are kept as what an expert sees outside its own entries; without it
             an expert sees zeros there.
+        has_bias: whether there is a bias at all.
         activity: of the adapter that this projection is part of; None where there are no experts.
 
     Attributes:
         weight: [out, in].
-        bias: [out] or [N, out].
+        bias: [out] or [N, out], or None.
         assignment: uint8 [out, in], a buffer, or None.
         initial: [out, in], a buffer, or None.
         activity: reports which experts ran, or None.
     """
 
     weight: nn.Parameter
-    bias: nn.Parameter
+    bias: Any  # nn.Parameter, or None in a projection without one: adapters have theirs
     assignment: Tensor | None
     initial: Tensor | None
 
@@ -47,6 +48,7 @@ class Projection(nn.Module):
         *,
         bias_rows: int | None = None,
         initial: bool = False,
+        has_bias: bool = True,
         activity: ExpertActivity | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,14 +58,16 @@ class Projection(nn.Module):
         self.activity = activity
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device, dtype=dtype))
         bias_shape = (out_features,) if bias_rows is None else (bias_rows, out_features)
-        self.bias = nn.Parameter(torch.zeros(bias_shape, device=device, dtype=dtype))
+        bias = nn.Parameter(torch.zeros(bias_shape, device=device, dtype=dtype)) if has_bias else None
+        self.register_parameter("bias", bias)
         self.register_buffer("assignment", None if assignment is None else assignment.to(device))
         self.register_buffer("initial", torch.zeros_like(self.weight) if initial else None)
 
     def reset_kaiming(self) -> None:
         """Kaiming-uniform (a = sqrt 5) weights, as `torch.nn.Linear`, and zero biases."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         if self.initial is not None:
             self.initial.copy_(self.weight.detach())
 
@@ -90,9 +94,8 @@ class Projection(nn.Module):
 
     def extra_repr(self) -> str:
         owners = "dense" if self.assignment is None else "split"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {owners}, bias={list(self.bias.shape)}"
-        )
+        bias = None if self.bias is None else list(self.bias.shape)
+        return f"in_features={self.in_features}, out_features={self.out_features}, {owners}, bias={bias}"
 
 
 def projection_of(parameter: Tensor) -> Projection | None:

@@ -17,12 +17,21 @@ class BackboneMismatchError(ValueError):
 
 
 def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The backbone's parameters and saved buffers by timm's names, without classifier and adapters."""
+    """The backbone's parameters and saved buffers by timm's names, without classifier and adapters.
+
+    They are those that the model came with, also while a baseline trains copies of them or an adapter is merged.
+    """
     book = find_book(model)
     foreign = [f"{path}." for path in head_paths(model)]
+    originals: dict[str, Tensor] = {}
     if book is not None:
         foreign += [f"{BOOK}.", *(f"{path}.{SLOT}." for path in book.blocks)]
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(foreign))}
+        originals = book.originals()
+    return {
+        name: originals.get(name, tensor).detach()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(tuple(foreign))
+    }
 
 
 def describe_backbone(model: nn.Module) -> dict[str, Any]:

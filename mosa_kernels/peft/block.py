@@ -1,23 +1,32 @@
 """A transformer block with adapters: timm's own forward, run with another FFN branch.
 
 The block keeps its modules, parameters and their names. Its class becomes a subclass whose forward hands timm's forward
-a view of the block, in which the one module where the residual stream enters the FFN's branch remembers the stream.
-Hooks that keep the stream in an attribute do the same, but `torch.compile` refuses them under activation
-checkpointing (a side effect inside a checkpointed region), and `torch.fx` loses them; the view lives for one call.
+a view of the block, in which the one module where the residual stream enters the FFN's branch remembers the stream,
+and attention computes its projections with low-rank updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.peft.attention import updated_attention
 from mosa_kernels.peft.placement import BlockKind, block_kind, forward_class
+from mosa_kernels.peft.prompts import Prompts
+from mosa_kernels.peft.route import Routes, routed_sites
+from mosa_kernels.peft.styles import LORA_TARGETS
+from mosa_kernels.peft.view import ModuleView
 
 SLOT = "mosa"
 """The attribute of a block that holds its adapters; they are saved as ``<block>.mosa.<adapter name>.<site>``."""
+PROMPTS = "prompts"
+"""The site of `Prompts`."""
+Sites: TypeAlias = "nn.ModuleDict | dict[str, Callable[..., Tensor]]"
+"""What runs in a block, by site."""
 
 
 class AdapterSlot(nn.ModuleDict):
@@ -27,6 +36,8 @@ class AdapterSlot(nn.ModuleDict):
         index: of the block, through all stages.
         active: the name of the adapter that runs, or None.
         record: where the block's outputs go, by its index, while `two_pass` collects them; else None.
+        routes: which images meet which adapters, within `adapters_per_sample`; else None.
+        folded: whether the adapters that run are in the block's own weights already.
     """
 
     def __init__(self, index: int) -> None:
@@ -34,12 +45,29 @@ class AdapterSlot(nn.ModuleDict):
         self.index = index
         self.active: str | None = None
         self.record: dict[int, Tensor] | None = None
+        self.routes: Routes | None = None
+        self.folded = False
 
-    def current(self) -> nn.ModuleDict | None:
-        """The adapters that run, by site; None where the block computes as the backbone does."""
+    def current(self) -> Sites | None:
+        """What runs, by site; None where the block computes as the backbone does.
+
+        Raises:
+            RuntimeError: in training mode while the adapters are in the block's own weights.
+        """
+        if self.folded:
+            if self.training:
+                raise RuntimeError("model: its adapter is merged into the frozen weights; train after unmerge_adapter")
+            return None
+        if self.routes is not None:
+            found = {name: self.named(name) for name in self.routes.groups if name in self}
+            return routed_sites(self.routes, found) if found else None
         if self.active is None or self.active not in self:
             return None
-        adapters = self[self.active]
+        return self.named(self.active)
+
+    def named(self, name: str) -> nn.ModuleDict:
+        """The adapters of one name, by site."""
+        adapters = self[name]
         assert isinstance(adapters, nn.ModuleDict)
         return adapters
 
@@ -55,21 +83,11 @@ class Tap:
         self.stream = stream
         return self.module(stream, *args, **kwargs)
 
-    def add(self, adapter: nn.Module, out: Tensor) -> Tensor:
+    def add(self, adapter: Callable[..., Tensor], out: Tensor) -> Tensor:
         """``out + adapter(stream)``."""
         if self.stream is None:
             raise RuntimeError("the block did not pass its residual stream where it is known to")
         return adapter(self.stream.reshape(out.shape), residual=out, add_input=False)
-
-
-class BlockView:
-    """A block for the length of one call: what is set here stands in for what the block has."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._block = block
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
 
 
 class AdaptedBlock(nn.Module):
@@ -90,12 +108,23 @@ class AdaptedBlock(nn.Module):
             self.mosa.record[self.mosa.index] = out
         return out
 
-    def _forward_with(self, adapters: nn.ModuleDict, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_with(self, adapters: Sites, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = self.kind
-        view: Any = BlockView(self)
+        if self.mosa.routes is not None and x.shape[0] != self.mosa.routes.images:
+            raise ValueError(
+                f"adapters_per_sample: expected as many images as names, {self.mosa.routes.images}, got {x.shape[0]}"
+            )
+        view: Any = ModuleView(self)
+        if PROMPTS in adapters:
+            return self._forward_prompted(view, cast(Prompts, adapters[PROMPTS]), x, *args, **kwargs)
+        updates: dict[str, Any] = {site: adapters[site] for site in LORA_TARGETS if site in adapters}
+        if updates:
+            view.attn = updated_attention(self.attn, updates, x.shape[0])
+            if kind.attention not in (None, "attn"):  # a method of the block, which calls attention
+                setattr(view, kind.attention, partial(getattr(self.base, kind.attention), view))
         if "after_attention" in adapters:
             assert kind.attention is not None
-            setattr(view, kind.attention, after(getattr(self, kind.attention), adapters["after_attention"]))
+            setattr(view, kind.attention, after(getattr(view, kind.attention), adapters["after_attention"]))
         if "after_ffn" in adapters:
             view.mlp = after(self.mlp, adapters["after_ffn"])  # type: ignore[arg-type]
         if "parallel_ffn" not in adapters:
@@ -106,11 +135,11 @@ class AdaptedBlock(nn.Module):
         if entry == "":
             return adapter(x, residual=self.base.forward(view, x, *args, **kwargs), add_input=False)
         if entry.endswith("[]"):
-            branches = getattr(self, entry[:-2])
+            branches = getattr(view, entry[:-2])
             tap = Tap(branches[0])
             setattr(view, entry[:-2], [tap, *branches[1:]])
         else:
-            tap = Tap(getattr(self, entry))
+            tap = Tap(getattr(view, entry))
             setattr(view, entry, tap)
         if kind.ends_at is None:
             return tap.add(adapter, self.base.forward(view, x, *args, **kwargs))
@@ -118,11 +147,18 @@ class AdaptedBlock(nn.Module):
         setattr(view, kind.ends_at, lambda out: end(tap.add(adapter, out)))
         return self.base.forward(view, x, *args, **kwargs)
 
+    def _forward_prompted(self, view: Any, prompts: Prompts, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hasattr(self.attn, "num_prefix_tokens"):  # rotations by position begin after them
+            attention: Any = ModuleView(cast(nn.Module, self.attn))
+            attention.num_prefix_tokens = self.attn.num_prefix_tokens + prompts.length  # type: ignore[operator]
+            view.attn = attention
+        return prompts.take_out(self.base.forward(view, prompts.put_in(x), *args, **kwargs))
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_block, (self.base,), self.__dict__
 
 
-def after(module: Callable[..., Tensor], adapter: nn.Module) -> Callable[..., Tensor]:
+def after(module: Callable[..., Tensor], adapter: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``y + adapter(y)`` of the module's output y."""
 
     def run(*args: Any, **kwargs: Any) -> Tensor:

@@ -6,12 +6,14 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
-from mosa_kernels.peft.block import SLOT, AdapterSlot, adapters_in
+from mosa_kernels.peft.block import PROMPTS, SLOT, AdapterSlot, adapters_in
 from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import Head, head_paths
+from mosa_kernels.peft.prompts import Prompts
+from mosa_kernels.peft.tuned import Tuned
 
 BOOK = "mosa"
 """The attribute of a model that holds its `AdapterBook`."""
@@ -30,6 +32,8 @@ class AdapterBook(nn.Module):
         trainable: the parameters that were trainable before the first adapter came.
         backbone_head: the classifier that the backbone came with, frozen; None while it is in use.
         heads: the classifiers of the adapters that are not active.
+        tuned: the parameters of baselines that train the backbone's own, by name; of the active one, the originals.
+        folded: while an adapter is merged into the backbone's weights, these as they were, by name; else None.
     """
 
     backbone_head: Head | None
@@ -42,6 +46,8 @@ class AdapterBook(nn.Module):
         self.trainable = trainable
         self.backbone_head = None
         self.heads = nn.ModuleDict()
+        self.tuned = nn.ModuleDict()
+        self.folded: dict[str, Tensor] | None = None
         self._model = weakref.ref(model)  # weak, so that the model's memory is free as soon as its user drops it
 
     @property
@@ -83,6 +89,51 @@ class AdapterBook(nn.Module):
         for path, slot in zip(self.blocks, self.slots(), strict=True):
             for site, adapter in adapters_in(slot, name):
                 yield path, site, adapter
+
+    def prompts(self, name: str) -> Iterator[tuple[str, str, Prompts]]:
+        """(path of the block, site, prompts) of a name, in the order of the blocks; those with parameters."""
+        for path, slot in zip(self.blocks, self.slots(), strict=True):
+            prompts = dict(slot.named(name).items()).get(PROMPTS) if name in slot else None
+            if isinstance(prompts, Prompts) and prompts.weight is not None:
+                yield path, PROMPTS, prompts
+
+    def tuned_by(self, name: str | None) -> Tuned | None:
+        """The parameters of the backbone that a baseline trains, or None."""
+        found = self.tuned[name] if name is not None and name in self.tuned else None
+        assert found is None or isinstance(found, Tuned)
+        return found
+
+    def originals(self) -> dict[str, Tensor]:
+        """Those weights of the backbone that something else is in the place of just now, by name."""
+        tuned = self.tuned_by(self.active)
+        return {**({} if tuned is None else tuned.tensors()), **(self.folded or {})}
+
+
+def check_unfolded(book: AdapterBook) -> None:
+    """
+    Raises:
+        ValueError: an adapter is merged into the backbone's weights.
+    """
+    if book.folded is not None:
+        raise ValueError(f"model: {book.active!r} is merged into the frozen weights; call unmerge_adapter first")
+
+
+def check_settled(book: AdapterBook) -> None:
+    """
+    Raises:
+        ValueError: an adapter is merged into the backbone's weights, or several run within `adapters_per_sample`.
+    """
+    check_unfolded(book)
+    check_unrouted(book)
+
+
+def check_unrouted(book: AdapterBook) -> None:
+    """
+    Raises:
+        ValueError: several adapters run within `adapters_per_sample`.
+    """
+    if any(slot.routes is not None for slot in book.slots()):
+        raise ValueError("model: expected to be outside of adapters_per_sample, which decides what runs")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

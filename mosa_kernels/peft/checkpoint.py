@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mosa_kernels.peft.backbone import check_backbone, describe_backbone
-from mosa_kernels.peft.book import book_of, check_known, find_book, unwrap
+from mosa_kernels.peft.book import book_of, check_known, check_settled, check_unrouted, find_book, unwrap
 from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFileError, read_adapter, write_adapter
 from mosa_kernels.peft.head import current_head, head_paths
@@ -20,11 +20,13 @@ from mosa_kernels.peft.switch import set_adapter
 from mosa_kernels.version import __version__
 
 FORMAT = 1
-_ADAPTERS, _HEAD = "adapters.", "head."
+_ADAPTERS, _HEAD, _TUNED = "adapters.", "head.", "tuned."
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Writes an adapter with its splits and its head: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Of a baseline, what it trains: prompts, or its own version of the backbone's parameters.
 
     The backbone's name in timm and the SHA-256 of its weights are recorded. A save that is interrupted leaves what was
     there before. Other files in the directory stay.
@@ -38,6 +40,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ValueError: the model has no adapters, or none of this name.
     """
     book = book_of(model)
+    check_unrouted(book)
     model = unwrap(model)
     name = book.active if adapter_name is None else adapter_name
     if name is None:
@@ -84,12 +87,15 @@ def load_adapter(
         FileNotFoundError: the directory or a file in it is missing.
         AdapterFileError: a file is damaged, or not what `save_adapter` writes.
         BackboneMismatchError: the backbone is another; the message says in what.
-        ValueError: the head has another size, or the name is taken by an adapter with another configuration.
+        ValueError: the head has another size, the name is taken by an adapter with another configuration, or an
+            adapter is merged into the frozen weights.
     """
     description, tensors = read_adapter(Path(directory))
     config, saved_name, num_classes = _read_description(description, Path(directory) / CONFIG_FILE)
     name = saved_name if adapter_name is None else adapter_name
     inner = unwrap(model)
+    if find_book(inner) is not None:
+        check_settled(book_of(inner))
     check_backbone(description["backbone"], inner, ignore_backbone_hash)
     book = find_book(inner)
     known = book is not None and name in book.configs
@@ -121,13 +127,18 @@ def load_adapter(
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The very tensors: ``adapters.<block>.<site>.<tensor>`` and, of the adapter's head, ``head.<path>.<tensor>``."""
+    """The very tensors: ``adapters.<block>.<site>.<tensor>``, of a baseline ``tuned.<name in the model>``, and, of the
+    adapter's head, ``head.<path>.<tensor>``."""
     book = book_of(model)
     found = {
         f"{_ADAPTERS}{path}.{site}.{key}": tensor
-        for path, site, adapter in book.adapters(name)
-        for key, tensor in adapter.state_dict(keep_vars=True).items()
+        for path, site, module in (*book.adapters(name), *book.prompts(name))
+        for key, tensor in module.state_dict(keep_vars=True).items()
     }
+    tuned = book.tuned_by(name)
+    if tuned is not None:
+        values = tuned.tensors() if name != book.active else {path: model.get_parameter(path) for path in tuned.paths}
+        found |= {f"{_TUNED}{path}": value for path, value in values.items()}
     head = current_head(model) if name == book.active else book.heads[name]
     for path, module in zip(head_paths(model), head.children(), strict=True):
         found |= {f"{_HEAD}{path}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}

@@ -12,26 +12,29 @@ from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.functional.split import GRANULARITIES, MAX_EXPERTS
 from mosa_kernels.nn.adapter import MERGE_RULES, SPARSE
 from mosa_kernels.nn.sampler import EXPERT_PER
-from mosa_kernels.peft.styles import STYLES, Style
+from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site, Style
 
 MODES = ("dense", "pruned", "mosa")
+METHODS = ("adapter", "full", "linear", "bitfit", "vpt-shallow", "vpt-deep")
 
 
 @dataclass(frozen=True)
 class MoSAConfig:
-    """The adapters of one model.
+    """The adapters of one model, or the baseline that they are compared with.
 
     Args:
-        style: where adapters sit: "adaptformer" (parallel to the FFN), "pfeiffer" (after the FFN) or "houlsby" (after
-            attention and after the FFN).
+        style: where adapters sit: "adaptformer" (parallel to the FFN), "pfeiffer" (after the FFN), "houlsby" (after
+            attention and after the FFN) or "lora" (added to what linear layers of attention make of their input).
         mode: "dense" (a plain adapter), "pruned" (SparseAdapter: one fixed mask keeps 1/N of the weights) or "mosa".
         bottleneck: r.
-        num_experts: N; mode "dense" has one whatever is said here, and "pruned" keeps 1/N.
+        num_experts: N, or one N for each block that gets adapters, in their order; mode "dense" has one whatever is
+            said here, and "pruned" keeps 1/N.
         activation: "gelu", "gelu_tanh", "relu", "silu" or "identity"; None: the style's.
         scale: factor on the adapter's output; None: the style's.
         norm: whether the adapter normalises its input; None: as the style does.
         dropout: probability of dropping an entry of the bottleneck in training.
-        sparse: which projection is split, "up" (the paper's hierarchical strategy), "down" or "both".
+        sparse: which projection is split, "up" (the paper's hierarchical strategy), "down", "both", or "none" (Table
+            6's dense down and dense up: one expert, which owns everything).
         granularity: what an expert owns: "element", "row", "column", "block", "even_rows" or "even_columns".
         expert_bias: one up-projection bias per expert, or one that all share.
         merge_rule: "mean" of the experts, or "jigsaw" (arXiv 2312.02923, Eq. 7).
@@ -41,6 +44,12 @@ class MoSAConfig:
         layers: the blocks that get adapters, counted from 0 through all stages, negative from the end; None: all.
         seed: of the splits.
         learnable_scale: whether `scale` is trained.
+        lora_targets: of style "lora", which linear layers: some of "q", "k", "v" and "proj" (the output projection).
+        method: "adapter", or a baseline that has none and takes no notice of the fields above but those named here:
+            "linear" trains the head alone, "full" every parameter, "bitfit" (arXiv 2106.10199) the backbone's biases,
+            "vpt-shallow" and "vpt-deep" (arXiv 2203.12119) prompt tokens after the class token, before the first
+            block or anew before each one (`layers`, `dropout` and `seed` apply). The head trains in all of them.
+        prompt_length: how many prompt tokens, per block for "vpt-deep".
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -49,7 +58,7 @@ class MoSAConfig:
     style: str = "adaptformer"
     mode: str = "mosa"
     bottleneck: int = 64
-    num_experts: int = 4
+    num_experts: int | tuple[int, ...] = 4
     activation: str | None = None
     scale: float | None = None
     norm: bool | None = None
@@ -64,21 +73,31 @@ class MoSAConfig:
     layers: tuple[int, ...] | None = None
     seed: int = 0
     learnable_scale: bool = False
+    lora_targets: tuple[str, ...] = ("q", "v")
+    method: str = "adapter"
+    prompt_length: int = 10
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("style", tuple(STYLES)),
             ("mode", MODES),
-            ("sparse", SPARSE),
+            ("sparse", (*SPARSE, "none")),
             ("granularity", GRANULARITIES),
             ("merge_rule", MERGE_RULES),
             ("expert_per", EXPERT_PER),
+            ("method", METHODS),
         ):
             _check_choice(name, getattr(self, name), choices)
         if self.activation is not None:
             _check_choice("activation", self.activation, tuple(ACTIVATIONS))
-        for name, most in (("bottleneck", None), ("num_experts", MAX_EXPERTS)):
-            _check_count(name, getattr(self, name), most)
+        for name in ("bottleneck", "prompt_length"):
+            _check_count(name, getattr(self, name), None)
+        if _is_listing(self.num_experts):
+            object.__setattr__(self, "num_experts", tuple(self.num_experts))  # type: ignore[arg-type]
+        if not self._experts:
+            raise ValueError("num_experts: expected a number or one for each block, got an empty list")
+        for count in self._experts:
+            _check_count("num_experts", count, MAX_EXPERTS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected a whole number, got {self.seed!r}")
         for name in ("expert_bias", "anchored", "learnable_scale"):
@@ -93,12 +112,53 @@ class MoSAConfig:
             raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout!r}")
         if self.expert_scale != "N":
             _check_number("expert_scale", self.expert_scale, "a number or 'N'")
-        if self.mode == "pruned" and self.num_experts < 2:
+        if self.mode == "pruned" and min(self._experts) < 2:
             raise ValueError(f"num_experts: expected at least 2 for mode 'pruned', got {self.num_experts}")
-        if self.anchored and self.mode != "mosa":
-            raise ValueError(f"anchored: expected False for mode {self.mode!r}, which has no experts, got True")
+        if self.mode == "pruned" and self.sparse == "none":
+            raise ValueError("sparse: expected up, down or both for mode 'pruned', which keeps 1/N, got 'none'")
+        if self.anchored and (self.mode != "mosa" or self.sparse == "none"):
+            without = f"mode {self.mode!r}" if self.mode != "mosa" else "sparse 'none'"
+            raise ValueError(f"anchored: expected False for {without}, which has no experts, got True")
         if self.layers is not None:
             object.__setattr__(self, "layers", _check_layers(self.layers))
+        object.__setattr__(self, "lora_targets", _check_targets(self.lora_targets))
+        if self.style == "lora":
+            self._check_linear()
+
+    def _check_linear(self) -> None:
+        """What folds into a weight is linear."""
+        if self.activation not in (None, "identity"):
+            raise ValueError(f"activation: expected None or identity for style 'lora', got {self.activation!r}")
+        if self.norm:
+            raise ValueError("norm: expected None or False for style 'lora', whose updates fold into weights, got True")
+
+    @property
+    def _experts(self) -> tuple[int, ...]:
+        return self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
+
+    def experts_of(self, blocks: int) -> list[int]:
+        """N of each of the `blocks` blocks that get adapters.
+
+        Raises:
+            ValueError: `num_experts` lists another number of blocks.
+        """
+        if self.mode == "dense" or self.sparse == "none":
+            return [1] * blocks
+        if not isinstance(self.num_experts, tuple):
+            return [self.num_experts] * blocks
+        if len(self.num_experts) != blocks:
+            raise ValueError(
+                f"num_experts: expected one number, or one for each of the {blocks} blocks with adapters, got "
+                f"{len(self.num_experts)}: {list(self.num_experts)}"
+            )
+        return list(self.num_experts)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where in a block its adapters sit; none for the baselines."""
+        if self.method != "adapter":
+            return ()
+        return self.lora_targets if self.style == "lora" else self.placement.sites  # type: ignore[return-value]
 
     @property
     def placement(self) -> Style:
@@ -173,8 +233,21 @@ def _check_number(name: str, value: Any, expected: str = "a number") -> None:
         raise ValueError(f"{name}: expected {expected} that is finite, got {value!r}")
 
 
+def _is_listing(value: Any) -> bool:
+    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes))
+
+
+def _check_targets(targets: Any) -> tuple[str, ...]:
+    """In the order of `LORA_TARGETS`, so that the order in which they are given changes nothing."""
+    listed = tuple(targets) if _is_listing(targets) else (targets,)
+    known = all(isinstance(target, str) and target in LORA_TARGETS for target in listed)
+    if not listed or not known or len(set(listed)) != len(listed):
+        raise ValueError(f"lora_targets: expected some of {', '.join(LORA_TARGETS)}, each once, got {targets!r}")
+    return tuple(target for target in LORA_TARGETS if target in listed)
+
+
 def _check_layers(layers: Any) -> tuple[int, ...]:
-    if isinstance(layers, (str, bytes)) or not hasattr(layers, "__iter__"):
+    if not _is_listing(layers):
         raise TypeError(f"layers: expected None or a list of block indices, got {layers!r}")
     found = tuple(layers)
     for index in found:

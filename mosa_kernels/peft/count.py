@@ -8,10 +8,10 @@ from torch import nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.projection import Projection
-from mosa_kernels.peft.book import book_of, unwrap
+from mosa_kernels.peft.book import book_of, check_unrouted, unwrap
 from mosa_kernels.peft.head import current_head
 
-KINDS = ("down weights", "up weights", "biases", "norms", "scales")
+KINDS = ("down weights", "up weights", "biases", "norms", "scales", "prompts", "backbone")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class TrainableParameters:
     """What trains in a model with adapters.
 
     Attributes:
-        kinds: down weights, up weights, biases, norms and scales of the active adapter. Of the biases, one per
-            output feature is counted here, as in the paper.
+        kinds: down weights, up weights, biases, norms and scales of the active adapter; of a baseline, prompts, or
+            what it trains of the backbone. Of the biases, one per output feature is counted here, as in the paper.
         expert_biases: what one bias per expert adds to that, (N - 1) * d for each adapter.
         head: parameters of the classifier.
-        backbone: parameters of the backbone without a classifier; they are frozen.
+        backbone: parameters of the backbone without a classifier; all frozen but those that a baseline trains.
     """
 
     kinds: dict[str, Count]
@@ -73,7 +73,8 @@ class TrainableParameters:
         lines = [f"{'trainable parameters':<28}{'stored':>14}{'active':>14}"]
         lines += [f"{name:<28}{stored:>14,}{active:>14,}" for name, stored, active in rows]
         share = 100 * self.adapter.active / max(self.backbone, 1)
-        lines.append(f"{'backbone (frozen)':<28}{self.backbone:>14,}    the adapter is {share:.2f} % of it")
+        backbone = "backbone" if self.kinds["backbone"].stored else "backbone (frozen)"
+        lines.append(f"{backbone:<28}{self.backbone:>14,}    the adapter is {share:.2f} % of it")
         return "\n".join(lines)
 
 
@@ -84,6 +85,7 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
         ValueError: the model has no adapters, or all are disabled.
     """
     book = book_of(model)
+    check_unrouted(book)
     if book.active is None:
         raise ValueError("model: expected an active adapter, got one within disable_adapter")
     counts = dict.fromkeys(KINDS, Count())
@@ -91,8 +93,15 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     for _, _, adapter in book.adapters(book.active):
         for kind, count in _count(adapter).items():
             counts[kind] += count
-        if adapter.up.bias.dim() == 2:
-            expert_biases += adapter.up.bias.numel() - adapter.dim
+        if adapter.up.bias is not None and adapter.up.bias.dim() == 2:
+            expert_biases += adapter.up.bias.numel() - adapter.out_dim
+    for _, _, prompts in book.prompts(book.active):
+        size = sum(parameter.numel() for parameter in prompts.parameters())
+        counts["prompts"] += Count(size, size)
+    tuned = book.tuned_by(book.active)
+    if tuned is not None:
+        size = sum(value.numel() for value in tuned.values)
+        counts["backbone"] += Count(size, size)
     model = unwrap(model)
     head = current_head(model)
     others = sum(parameter.numel() for slot in book.slots() for parameter in slot.parameters())
@@ -103,7 +112,7 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 
 
 def _count(adapter: FusedMoSAAdapter) -> dict[str, Count]:
-    biases = adapter.down.bias.numel() + adapter.dim
+    biases = 0 if adapter.down.bias is None else adapter.down.bias.numel() + adapter.out_dim
     norms = 0 if adapter.norm is None else sum(parameter.numel() for parameter in adapter.norm.parameters())
     scales = adapter.scale.numel() if isinstance(adapter.scale, nn.Parameter) else 0
     return {

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.nn.lora import FusedMoSALoRA
 from mosa_kernels.nn.streams import derived_seed
-from mosa_kernels.peft.block import AdapterSlot, give_slot, take_slot
-from mosa_kernels.peft.book import BOOK, AdapterBook, book_of, check_known, find_book, unwrap
+from mosa_kernels.peft.attention import find_attention, projected
+from mosa_kernels.peft.backbone import backbone_tensors
+from mosa_kernels.peft.block import PROMPTS, AdapterSlot, give_slot, take_slot
+from mosa_kernels.peft.book import BOOK, AdapterBook, book_of, check_known, check_settled, find_book, unwrap
 from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
 from mosa_kernels.peft.placement import FoundBlock, block_width, find_blocks, forward_class, select_layers
+from mosa_kernels.peft.prompts import check_prompts, make_prompts
+from mosa_kernels.peft.styles import LORA_TARGETS
 from mosa_kernels.peft.switch import set_adapter
+from mosa_kernels.peft.tuned import Tuned, is_bias
 
 
 def inject_adapter(
@@ -27,6 +34,10 @@ def inject_adapter(
     whose tokens lie transposed in memory and are pooled without a norm, such as vit_relpos, the pooling sums in
     another order.) Several adapters, each with its own head, share one backbone: the first takes the model's head,
     the others start from a copy of the head that the model came with.
+
+    The baselines (`MoSAConfig.method`) are put in, switched and saved in the same way. Those that train parameters of
+    the backbone train copies of them, so that the backbone is there for the others. Prompts change the output, as
+    they do in VPT.
 
     Args:
         model: of `timm.create_model`; its blocks keep the names of their modules and parameters.
@@ -49,6 +60,8 @@ def inject_adapter(
     model = unwrap(model)
     book = find_book(model)
     _check_name(adapter_name, book)
+    if book is not None:
+        check_settled(book)
     blocks = find_blocks(model)
     layers = select_layers(config.layers, len(blocks))
     _check_style(config, [blocks[index] for index in layers])
@@ -58,7 +71,7 @@ def inject_adapter(
         raise ValueError(f"num_classes: expected None or a number from 0, got {num_classes!r}")
     own_head = current_head(model)
 
-    made = {index: _make_adapters(config, blocks[index], index) for index in layers}
+    made = _make(model, config, blocks, layers)
     if book is None:
         book = _open_book(model, blocks)
         head = own_head
@@ -70,6 +83,9 @@ def inject_adapter(
     for index, adapters in made.items():
         slot = book.slots()[index]
         slot[adapter_name] = adapters
+    tuned = _make_tuned(model, config.method)
+    if tuned is not None:
+        book.tuned[adapter_name] = tuned
     book.configs[adapter_name] = config
     book.heads[adapter_name] = head
     return set_adapter(model, adapter_name).train(model.training)
@@ -81,10 +97,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     With the last one gone the model is what it was before: its own head, its own trainable parameters, plain blocks.
 
     Raises:
-        ValueError: the model has no adapter of this name.
+        ValueError: the model has no adapter of this name, or one is merged into the frozen weights.
     """
     book = book_of(model)
     check_known(book, adapter_name)
+    check_settled(book)
     model = unwrap(model)
     others = [name for name in book.configs if name != adapter_name]
     if not others:
@@ -96,16 +113,21 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
             del slot[adapter_name]
     del book.configs[adapter_name]
     del book.heads[adapter_name]
+    if adapter_name in book.tuned:
+        del book.tuned[adapter_name]
     return model
 
 
 def remove_all(model: nn.Module, keep_head: bool = False) -> nn.Module:
-    """Takes out every adapter, in place; with `keep_head` the active head stays in the model."""
+    """Takes out every adapter, in place; with `keep_head` the active head, and what it was trained with, stays."""
     book = book_of(model)
     model = unwrap(model)
     if not keep_head and book.active is not None:
         assert book.backbone_head is not None
         install_head(model, book.backbone_head)
+        tuned = book.tuned_by(book.active)
+        if tuned is not None:
+            tuned.exchange(model)
     for path in book.blocks:
         take_slot(model.get_submodule(path))
     delattr(model, BOOK)
@@ -125,15 +147,43 @@ def _check_name(name: str, book: AdapterBook | None) -> None:
 
 def _check_style(config: MoSAConfig, blocks: list[FoundBlock]) -> None:
     for path, block, kind in blocks:
-        for site in config.placement.sites:
-            if (site == "after_ffn" and kind.ffn is None) or (site == "after_attention" and kind.attention is None):
+        for site in config.sites:
+            name = forward_class(block).__name__
+            if site in LORA_TARGETS:
+                try:
+                    projected(find_attention(block), site)
+                except ValueError as error:
+                    raise ValueError(
+                        f"style: {config.style!r} does not reach {site!r} of {name} at {path}: {error}"
+                    ) from error
+            elif (site == "after_ffn" and kind.ffn is None) or (site == "after_attention" and kind.attention is None):
                 raise ValueError(
                     f"style: {config.style!r} needs attention and FFN as modules of their own, which "
-                    f"{forward_class(block).__name__} at {path} does not have; expected 'adaptformer'"
+                    f"{name} at {path} does not have; expected 'adaptformer'"
                 )
 
 
-def _make_adapters(config: MoSAConfig, found: FoundBlock, index: int) -> nn.ModuleDict:
+def _make(
+    model: nn.Module, config: MoSAConfig, blocks: list[FoundBlock], layers: list[int]
+) -> dict[int, nn.ModuleDict]:
+    """What goes into the blocks, by their index."""
+    if config.method in ("vpt-shallow", "vpt-deep"):
+        chosen = [blocks[index] for index in layers]
+        check_prompts(model, chosen, config.method)
+        deep = config.method == "vpt-deep"
+        if not deep:
+            _check_shallow(blocks, layers)
+        prompts = make_prompts(model, blocks, layers, config.prompt_length, deep, config.dropout, config.seed)
+        return {index: nn.ModuleDict({PROMPTS: each}) for index, each in prompts.items()}
+    if config.method != "adapter":
+        return {}
+    experts = config.experts_of(len(layers))
+    return {
+        index: _make_adapters(config, blocks[index], index, count) for index, count in zip(layers, experts, strict=True)
+    }
+
+
+def _make_adapters(config: MoSAConfig, found: FoundBlock, index: int, num_experts: int) -> nn.ModuleDict:
     """One adapter for each site of a block, where the block is and in its dtype."""
     full = config.resolved()
     assert full.activation is not None
@@ -141,30 +191,59 @@ def _make_adapters(config: MoSAConfig, found: FoundBlock, index: int) -> nn.Modu
     assert full.norm is not None
     reference = next(found.block.parameters())
     adapters = nn.ModuleDict()
-    for number, site in enumerate(config.placement.sites):
-        adapter = FusedMoSAAdapter(
-            block_width(found.block),
-            full.bottleneck,
-            1 if full.mode == "dense" else full.num_experts,
-            full.activation,
-            full.scale,
-            full.norm,
-            full.dropout,
-            full.sparse,
-            full.granularity,
-            full.expert_bias,
-            derived_seed(full.seed, index, number),
-            merge_rule=full.merge_rule,
-            expert_per=full.expert_per,
-            expert_scale=full.expert_scale,
-            learnable_scale=full.learnable_scale,
-            pruned=full.mode == "pruned",
-            device=reference.device,
-            dtype=reference.dtype,
-        )
+    for site in config.sites:
+        # Of LoRA's sites the number is the target's, whichever others there are; of the others, that in the style.
+        number = LORA_TARGETS.index(site) if site in LORA_TARGETS else config.sites.index(site)
+        common: dict[str, Any] = {
+            "bottleneck": full.bottleneck,
+            "num_experts": num_experts,
+            "scale": full.scale,
+            "dropout": full.dropout,
+            "sparse": "up" if full.sparse == "none" else full.sparse,
+            "granularity": full.granularity,
+            "seed": derived_seed(full.seed, index, number),
+            "merge_rule": full.merge_rule,
+            "expert_per": full.expert_per,
+            "expert_scale": full.expert_scale,
+            "learnable_scale": full.learnable_scale,
+            "pruned": full.mode == "pruned",
+            "device": reference.device,
+            "dtype": reference.dtype,
+        }
+        adapter: FusedMoSAAdapter
+        if site in LORA_TARGETS:
+            place = projected(find_attention(found.block), site)
+            adapter = FusedMoSALoRA(place.columns, place.rows, **common)
+        else:
+            adapter = FusedMoSAAdapter(
+                block_width(found.block),
+                activation=full.activation,
+                norm=full.norm,
+                expert_bias=full.expert_bias,
+                **common,
+            )
         adapter.sampler.anchored = full.anchored
         adapters[site] = adapter
     return adapters
+
+
+def _check_shallow(blocks: list[FoundBlock], layers: list[int]) -> None:
+    inside = blocks[layers[0] : layers[-1] + 1]
+    widths = {block_width(block) for _, block, _ in inside}
+    if len(widths) > 1 or len({path.rpartition(".")[0] for path, _, _ in inside}) > 1:
+        raise ValueError(
+            "method: 'vpt-shallow' carries its prompts through all blocks, which stages of different widths "
+            f"{sorted(widths)} do not let it; expected 'vpt-deep'"
+        )
+
+
+def _make_tuned(model: nn.Module, method: str) -> Tuned | None:
+    """What a baseline trains of the backbone, as copies."""
+    if method not in ("full", "bitfit"):
+        return None
+    known = backbone_tensors(model)
+    paths = [name for name, _ in model.named_parameters() if name in known]
+    return Tuned({name: known[name] for name in paths if method == "full" or is_bias(name)})
 
 
 def _open_book(model: nn.Module, blocks: list[FoundBlock]) -> AdapterBook:

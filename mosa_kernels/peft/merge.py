@@ -11,8 +11,9 @@ from torch import nn
 
 from mosa_kernels.backends.merge import MergedWeights
 from mosa_kernels.functional.merge import merge_adapters
-from mosa_kernels.nn.adapter import MERGE_RULES
-from mosa_kernels.peft.book import book_of, check_known, unwrap
+from mosa_kernels.nn.lora import FusedMoSALoRA
+from mosa_kernels.peft.book import book_of, check_known, check_settled, unwrap
+from mosa_kernels.peft.fold import check_rule, fold, low_rank_updates
 from mosa_kernels.peft.inject import remove_all
 from mosa_kernels.peft.placement import BlockKind, find_blocks
 from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
@@ -25,7 +26,9 @@ def merge_and_unload(model: nn.Module, rule: str | None = None, *, adapter_name:
     What evaluation mode computed is what the merged model computes, where the rule is the configuration's. Sums are in
     float32. In a half-precision model the merged weights are rounded to its dtype, and a warning says by how much. The
     adapter's modules are `torch.nn` ones without hooks, so the model exports, traces and compiles as before. The FFN's
-    norm and scale move into the branch beside the adapter (``mlp.branch.norm2``).
+    norm and scale move into the branch beside the adapter (``mlp.branch.norm2``). Low-rank updates (style "lora") go
+    into the frozen weights, and the model is as large and as fast as it was. Of the baselines that train parameters,
+    the trained ones stay in the model.
 
     Args:
         model: with adapters.
@@ -36,19 +39,28 @@ def merge_and_unload(model: nn.Module, rule: str | None = None, *, adapter_name:
         The model, with the adapter's head, and every parameter trainable that was before adapters came.
 
     Raises:
-        ValueError: the model has no adapters, none of this name, or the rule is neither.
+        ValueError: the model has no adapters, none of this name, one is merged already (see `unmerge_adapter`), the
+            rule is neither, or it is a baseline with prompts, which are tokens that no weight can take in.
     """
-    if rule is not None and rule not in MERGE_RULES:
-        raise ValueError(f"rule: expected None or one of {', '.join(MERGE_RULES)}, got {rule!r}")
+    check_rule(rule)
     book = book_of(model)
+    check_settled(book)
     name = book.active if adapter_name is None else adapter_name
     if name is None:
         raise ValueError("adapter_name: expected one, for within disable_adapter none is active")
     check_known(book, name)
+    method = book.configs[name].method
+    if method.startswith("vpt"):
+        raise ValueError(f"method: {method!r} adds tokens, which do not merge into weights; keep the model as it is")
     model = unwrap(model)
     set_adapter(model, name)
 
-    placed = list(book.adapters(name))
+    updates = low_rank_updates(book, name, rule)
+    if updates:
+        fold(model, updates)
+    placed = [each for each in book.adapters(name) if not isinstance(each[2], FusedMoSALoRA)]
+    if not placed:
+        return remove_all(model, keep_head=True)
     inputs = [adapter.merge_input(rule) for _, _, adapter in placed]
     exact = merge_adapters(inputs, dtype=_working_dtype(inputs[0].w_down.dtype))
     merged = [

@@ -7,29 +7,37 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from mosa_kernels.peft.book import AdapterBook, book_of, check_known, unwrap
+from mosa_kernels.peft.book import AdapterBook, book_of, check_known, check_settled, unwrap
 from mosa_kernels.peft.head import Head, current_head, install_head
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Makes an adapter, with its head, the one that runs and the only one that trains.
+    """Makes an adapter (or baseline), with its head, the one that runs and the only one that trains.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model has no adapter of this name.
+        ValueError: the model has no adapter of this name, or one is merged into the frozen weights.
     """
     book = book_of(model)
     check_known(book, name)
     _run(unwrap(model), book, name)
-    for other in book.configs:
-        for _, _, adapter in book.adapters(other):
-            adapter.requires_grad_(other == name)
-    for other, head in book.heads.items():
-        head.requires_grad_(other == name)
-    current_head(unwrap(model)).requires_grad_(True)
+    let_train(unwrap(model), book, {name})
     return model
+
+
+def let_train(model: nn.Module, book: AdapterBook, names: set[str]) -> None:
+    """The adapters and heads of these names take gradients, the others do not; one of the names is active."""
+    for slot in book.slots():
+        for other, adapters in slot.items():
+            adapters.requires_grad_(other in names)
+    for other, head in book.heads.items():
+        head.requires_grad_(other in names)
+    current_head(model).requires_grad_(book.active in names)
+    tuned = book.tuned_by(book.active)
+    for path in [] if tuned is None else tuned.paths:
+        model.get_parameter(path).requires_grad_(True)
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -68,7 +76,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def _run(model: nn.Module, book: AdapterBook, name: str | None) -> None:
     """Puts the head of `name` (None: the backbone's) into the model, the one in use away, and sets every block."""
+    check_settled(book)
     if name != book.active:
+        _exchange_tuned(model, book, name)
         if book.active is not None and book.active not in book.heads:
             book.heads[book.active] = current_head(model)
         if name is None:
@@ -82,6 +92,17 @@ def _run(model: nn.Module, book: AdapterBook, name: str | None) -> None:
     book.active = name
     for slot in book.slots():
         slot.active = name
+
+
+def _exchange_tuned(model: nn.Module, book: AdapterBook, name: str | None) -> None:
+    before, after = book.tuned_by(book.active), book.tuned_by(name)
+    if before is not None:
+        before.requires_grad_(False)
+        for path in before.paths:
+            model.get_parameter(path).requires_grad_(False)
+        before.exchange(model)
+    if after is not None:
+        after.exchange(model)
 
 
 def _taken(book: AdapterBook, name: str) -> Head:

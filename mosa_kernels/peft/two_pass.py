@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mosa_kernels.nn.sampler import Draw, ExpertSampler
 from mosa_kernels.nn.streams import STREAM_BITS, marked_generator
 from mosa_kernels.peft.block import AdapterSlot
-from mosa_kernels.peft.book import AdapterBook, book_of
+from mosa_kernels.peft.book import AdapterBook, book_of, check_settled
 from mosa_kernels.peft.placement import select_layers
 
 MODES = ("batched", "sequential")
@@ -68,6 +68,7 @@ def two_pass(
     if not isinstance(images, Tensor) or images.dim() < 1:
         raise TypeError(f"images: expected a tensor [B, channels, height, width], got {type(images).__name__}")
     book = book_of(model)
+    check_settled(book)
     if book.active is None:
         raise ValueError("model: expected an active adapter, got one within disable_adapter")
     if not model.training:
@@ -127,7 +128,7 @@ class _Run:
         missing = [index for index in self.blocks if index not in record]
         if missing:
             raise RuntimeError(f"features: expected the outputs of blocks {missing}, which did not run")
-        first = next(slot.index for slot in self.slots if slot.current() is not None)
+        first = next((slot.index for slot in self.slots if slot.current() is not None), len(self.slots))
         if logits.requires_grad and not all(record[i].requires_grad for i in self.blocks if i >= first):
             raise RuntimeError(
                 "features: reentrant activation checkpointing cuts them off from the gradient; use the other kind "

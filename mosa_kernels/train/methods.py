@@ -1,4 +1,4 @@
-"""What can be trained, by name: the adapter, the number of passes, and the optimizer that go with it."""
+"""What can be trained, by name: the adapter or baseline, the number of passes, and the optimizer that go with it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,52 @@ class Method:
         mode: of `MoSAConfig`: "dense", "pruned" or "mosa"; None trains the head alone.
         passes: forward passes of each batch.
         optimizer: "mosa" or "adamw".
+        style: of `MoSAConfig`, where the method has one of its own; None leaves it to the user.
+        baseline: the `method` of `MoSAConfig` for what has no adapters.
     """
 
     name: str
     mode: str | None
     passes: int
     optimizer: str
+    style: str | None = None
+    baseline: str | None = None
 
+    def complete(self, options: AdapterOptions) -> AdapterOptions:
+        """The options with style and bottleneck filled in, where the method has adapters.
+
+        Raises:
+            ValueError: the options name another style than the method's own.
+        """
+        if self.mode is None or self.baseline is not None:
+            return options
+        if self.style is not None and options.style not in (None, self.style):
+            raise ValueError(f"style: method {self.name!r} has style {self.style!r}, got {options.style!r}")
+        style = self.style or options.style or DEFAULT_STYLE
+        bottleneck = BOTTLENECKS.get(style, DEFAULT_BOTTLENECK) if options.bottleneck is None else options.bottleneck
+        return dataclasses.replace(options, style=style, bottleneck=bottleneck)
+
+
+DEFAULT_STYLE = "adaptformer"
+DEFAULT_BOTTLENECK = 64
+BOTTLENECKS = {"lora": 16}  # the rank of arXiv 2312.02923, Table 5
 
 METHODS = {
     method.name: method
     for method in (
+        Method("full", "dense", 1, "adamw", baseline="full"),
         Method("linear", None, 1, "adamw"),
+        Method("bitfit", "dense", 1, "adamw", baseline="bitfit"),
+        Method("vpt-shallow", "dense", 1, "adamw", baseline="vpt-shallow"),
+        Method("vpt-deep", "dense", 1, "adamw", baseline="vpt-deep"),
         Method("adaptformer", "dense", 1, "adamw"),
+        Method("pfeiffer", "dense", 1, "adamw", "pfeiffer"),
+        Method("houlsby", "dense", 1, "adamw", "houlsby"),
+        Method("lora", "dense", 1, "adamw", "lora"),
         Method("sparseadapter", "pruned", 1, "adamw"),
+        Method("sparselora", "pruned", 1, "adamw", "lora"),
         Method("mosa", "mosa", 2, "mosa"),
+        Method("mosl", "mosa", 2, "mosa", "lora"),
     )
 }
 
@@ -60,12 +91,13 @@ def find_method(name: str) -> Method:
 class AdapterOptions:
     """The shape of the adapters; None takes the style's default (see `MoSAConfig`).
 
-    The recipe's `dropout`, `expert_per` and `merge_rule` complete it.
+    The recipe's `dropout`, `expert_per` and `merge_rule` complete it. Of the baselines, `layers` and `prompt_length`
+    are for prompts; the rest has no meaning for them.
     """
 
-    style: str = "adaptformer"
-    bottleneck: int = 64
-    num_experts: int = 4
+    style: str | None = None
+    bottleneck: int | None = None
+    num_experts: int | tuple[int, ...] = 4
     sparse: str = "up"
     granularity: str = "element"
     activation: str | None = None
@@ -76,28 +108,44 @@ class AdapterOptions:
     anchored: bool = False
     layers: tuple[int, ...] | None = None
     learnable_scale: bool = False
+    lora_targets: tuple[str, ...] = ("q", "v")
+    prompt_length: int = 10
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists only
+        for name in ("layers", "num_experts", "lora_targets"):  # JSON has lists only
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 def adapt(model: nn.Module, method: Method, options: AdapterOptions, recipe: Recipe, seed: int) -> MoSAConfig | None:
-    """Puts the method's adapters into a model, in place, and freezes the rest; the head trains.
+    """Puts the method's adapters, or what a baseline trains, into a model, in place; freezes the rest; the head trains.
 
     Returns:
-        The adapters' configuration, or None for linear probing.
+        The configuration, or None for linear probing.
+
+    Raises:
+        ValueError: an option is out of range or does not fit the method or the model.
     """
     if method.mode is None:
         train_head_only(model)
         return None
+    if method.baseline is not None:
+        config = MoSAConfig(
+            method=method.baseline,
+            dropout=recipe.dropout,
+            layers=options.layers,
+            prompt_length=options.prompt_length,
+            seed=seed,
+        )
+        inject_adapter(model, config)
+        return config
     config = MoSAConfig(
         mode=method.mode,
         dropout=recipe.dropout,
         expert_per=recipe.expert_per,
         merge_rule=recipe.merge_rule,
         seed=seed,
-        **dataclasses.asdict(options),
+        **dataclasses.asdict(method.complete(options)),
     )
     inject_adapter(model, config)
     return config

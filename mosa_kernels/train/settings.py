@@ -55,6 +55,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         method = find_method(self.method)
+        object.__setattr__(self, "adapter", method.complete(self.adapter))
         object.__setattr__(self, "passes", method.passes if self.passes is None else self.passes)
         object.__setattr__(self, "optimizer", method.optimizer if self.optimizer is None else self.optimizer)
         if self.passes not in (1, 2):

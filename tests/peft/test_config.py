@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosa_kernels.peft import MoSAConfig
+from mosa_kernels.peft.config import METHODS
 from mosa_kernels.peft.styles import STYLES
 
 
@@ -21,15 +22,18 @@ def test_defaults_of_a_style_fill_what_is_none() -> None:
 @given(
     st.builds(
         MoSAConfig,
-        style=st.sampled_from(sorted(STYLES)),
+        style=st.sampled_from(sorted(set(STYLES) - {"lora"})),
         mode=st.sampled_from(("dense", "mosa")),
         bottleneck=st.integers(1, 300),
-        num_experts=st.integers(1, 255),
+        num_experts=st.integers(1, 255) | st.lists(st.integers(1, 255), min_size=1, max_size=3).map(tuple),
         scale=st.none() | st.floats(-1, 1),
         norm=st.none() | st.booleans(),
         expert_scale=st.just("N") | st.floats(0.1, 4),
         layers=st.none() | st.lists(st.integers(-12, 11), min_size=1, unique=True),
         seed=st.integers(0, 2**40),
+        sparse=st.sampled_from(("up", "down", "both", "none")),
+        method=st.sampled_from(METHODS),
+        prompt_length=st.integers(1, 100),
     )
 )
 def test_json_keeps_every_field(config: MoSAConfig) -> None:
@@ -48,18 +52,26 @@ def test_json_refuses_what_it_does_not_know() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("style", "lora", "adaptformer, pfeiffer, houlsby"),
+        ("style", "prefix", "adaptformer, pfeiffer, houlsby, lora"),
         ("mode", "sparse", "dense, pruned, mosa"),
         ("bottleneck", 0, "at least 1"),
         ("bottleneck", 8.0, "whole number"),
         ("bottleneck", True, "whole number"),
         ("num_experts", 256, "at most 255"),
+        ("num_experts", [4, 0], "at least 1"),
+        ("num_experts", [], "one for each block"),
+        ("lora_targets", ["q", "qkv"], "some of q, k, v, proj"),
+        ("lora_targets", ["q", "q"], "each once"),
+        ("lora_targets", [], "some of q, k, v, proj"),
+        ("lora_targets", 3, "some of q, k, v, proj"),
+        ("method", "vpt", "adapter, full, linear, bitfit, vpt-shallow, vpt-deep"),
+        ("prompt_length", 0, "at least 1"),
         ("activation", "tanh", "gelu"),
         ("scale", "big", "a number"),
         ("scale", float("nan"), "finite"),
         ("norm", 1, "True, False or None"),
         ("dropout", 1.0, "0 <= p < 1"),
-        ("sparse", "none", "up, down, both"),
+        ("sparse", "half", "up, down, both, none"),
         ("granularity", "entry", "element"),
         ("expert_bias", 1, "True or False"),
         ("merge_rule", "sum", "mean, jigsaw"),
@@ -86,6 +98,31 @@ def test_options_that_contradict_each_other() -> None:
         MoSAConfig(mode="pruned", num_experts=1)
     with pytest.raises(ValueError, match="anchored: expected False for mode 'dense'"):
         MoSAConfig(mode="dense", anchored=True)
+    with pytest.raises(ValueError, match="anchored: expected False for sparse 'none'"):
+        MoSAConfig(sparse="none", anchored=True)
+    with pytest.raises(ValueError, match="sparse: expected up, down or both for mode 'pruned'"):
+        MoSAConfig(mode="pruned", sparse="none")
+    with pytest.raises(ValueError, match="num_experts: expected at least 2 for mode 'pruned'"):
+        MoSAConfig(mode="pruned", num_experts=(4, 1))
+    with pytest.raises(ValueError, match="activation: expected None or identity for style 'lora'"):
+        MoSAConfig(style="lora", activation="gelu")
+    with pytest.raises(ValueError, match="norm: expected None or False for style 'lora'"):
+        MoSAConfig(style="lora", norm=True)
+
+
+def test_targets_have_one_order() -> None:
+    assert MoSAConfig(lora_targets=["proj", "q"]).lora_targets == ("q", "proj")  # type: ignore[arg-type]
+    assert MoSAConfig(style="lora", lora_targets=("v", "k")).sites == ("k", "v")
+    assert MoSAConfig(style="houlsby", method="bitfit").sites == ()
+
+
+def test_experts_of_each_block() -> None:
+    assert MoSAConfig(num_experts=3).experts_of(2) == [3, 3]
+    assert MoSAConfig(num_experts=[3, 1]).experts_of(2) == [3, 1]  # type: ignore[arg-type]
+    assert MoSAConfig(num_experts=3, mode="dense").experts_of(2) == [1, 1]
+    assert MoSAConfig(num_experts=3, sparse="none").experts_of(2) == [1, 1]
+    with pytest.raises(ValueError, match=r"num_experts: expected one number, or one for each of the 3 blocks .* got 2"):
+        MoSAConfig(num_experts=(3, 1)).experts_of(3)
 
 
 def test_a_configuration_does_not_change() -> None:

@@ -1,0 +1,161 @@
+"""Low-rank updates of a frozen linear layer as a mixture of sparse experts: MoSL (arXiv 2312.02923, section 4.3).
+
+LoRA is arXiv 2106.09685; with one expert this is it, and with one pruned expert it is SparseLoRA.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mosa_kernels.nn.adapter import FusedMoSAAdapter
+
+
+class FusedMoSALoRA(FusedMoSAAdapter):
+    """``scale * up(down(x))``, to be added to what a frozen linear layer makes of the same x.
+
+    It is an adapter without norm, activation and biases, so that it folds into the frozen weight: see `delta`. Drawing
+    of experts, evaluation and initialisation are those of `FusedMoSAAdapter`; a fresh layer adds nothing.
+
+    Args:
+        in_features: width of x, as of the frozen layer.
+        out_features: width of the output, as of the frozen layer; None: the same.
+        bottleneck: the rank r.
+        num_experts: N; 1 is plain LoRA.
+        scale: factor on the output (LoRA's alpha / r).
+        dropout: probability of dropping an entry of the bottleneck in training.
+        sparse, granularity, seed, merge_rule, expert_per, expert_scale, learnable_scale, pruned: see
+            `FusedMoSAAdapter`.
+
+    Raises:
+        ValueError: an option is out of range; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        bottleneck: int = 16,
+        num_experts: int = 4,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        sparse: str = "up",
+        granularity: str = "element",
+        seed: int = 0,
+        *,
+        merge_rule: str = "mean",
+        expert_per: str = "sample",
+        expert_scale: float | str = 1.0,
+        learnable_scale: bool = False,
+        pruned: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            bottleneck,
+            num_experts,
+            "identity",
+            scale,
+            False,
+            dropout,
+            sparse,
+            granularity,
+            False,
+            seed,
+            merge_rule=merge_rule,
+            expert_per=expert_per,
+            expert_scale=expert_scale,
+            learnable_scale=learnable_scale,
+            pruned=pruned,
+            out_dim=out_features,
+            bias=False,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        expert: Tensor | int | None = None,
+        add_input: bool = False,
+        samples: int | None = None,
+    ) -> Tensor:
+        """``[x] + [residual] + scale * up(down(x))``.
+
+        Args:
+            x: tokens [B, ..., in_features].
+            residual: what the frozen layer made of x, [B, ..., out_features], or None. Where both widths are the same
+                it is added in the kernel.
+            expert: overrules what the layer would draw: an id, or ids [] or [G] (see `mosa_adapter`).
+            add_input: whether x itself is a summand; needs equal widths.
+            samples: how many images the first dimension holds, one after the other, where that is not B: windowed
+                attention has B = images * windows, and an expert is drawn for each image.
+
+        Returns:
+            Tensor [B, ..., out_features] of x's dtype.
+
+        Raises:
+            ValueError: `samples` does not divide B, or `add_input` with different widths.
+        """
+        samples = x.shape[0] if samples is None else samples
+        if samples != x.shape[0] and (samples < 1 or x.shape[0] % samples):
+            raise ValueError(f"samples: expected a divisor of x.shape[0] = {x.shape[0]}, got {samples}")
+        draw = self._draw(x, samples, expert)
+        if self.out_dim == self.dim:
+            return self._run(x, draw, self.up.weight, None, self.up.assignment, residual, add_input)
+        if add_input:
+            raise ValueError(f"add_input: expected False for widths {self.dim} and {self.out_dim}, got True")
+        # The operator is square: the output comes in pieces as wide as the input, the last one filled with zeros.
+        pieces = []
+        for start in range(0, self.out_dim, self.dim):
+            width = min(self.dim, self.out_dim - start)
+            rows, missing = slice(start, start + width), (0, 0, 0, self.dim - width)
+            owner = self.up.assignment
+            piece = self._run(
+                x,
+                draw,
+                F.pad(self.up.weight[rows], missing),
+                None,
+                None if owner is None else F.pad(owner[rows], missing),
+                None,
+                False,
+            )
+            pieces.append(piece[..., :width])
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        return out if residual is None else residual + out
+
+    @torch.no_grad()
+    def delta(self, rule: str | None = None) -> Tensor:
+        """What merging adds to the frozen weight (Eq. 7 and 8), float32 [out_features, in_features].
+
+        float64 for a layer in float64. Sums and products are in that dtype whatever the layer's own.
+
+        Args:
+            rule: "mean" or "jigsaw"; None is the layer's `merge_rule`, which evaluation mode computes too.
+
+        Raises:
+            ValueError: `rule` is neither.
+        """
+        given = self.merge_input(rule)
+        working = torch.float64 if given.w_down.dtype == torch.float64 else torch.float32
+        down, up = given.w_down.to(working), given.w_up.to(working)
+        if given.w_down_init is not None:
+            initial = given.w_down_init.to(working)
+            down = initial + given.down_factor * (down - initial)
+        scale = given.scale.to(working) if isinstance(given.scale, Tensor) else given.scale
+        with torch.autocast(down.device.type, enabled=False):
+            return (scale * given.up_factor * up) @ down
+
+    @torch.no_grad()
+    def merge(self, rule: str | None = None) -> nn.Linear:  # type: ignore[override]  # no dense adapter is left
+        """`delta` as a plain linear layer without a bias, in the layer's dtype, for those who do not fold it.
+
+        Raises:
+            ValueError: `rule` is neither "mean" nor "jigsaw".
+        """
+        linear = nn.Linear(self.dim, self.out_dim, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.delta(rule).to(self.up.weight.dtype))
+        return linear.train(self.training)

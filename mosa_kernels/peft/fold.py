@@ -1,0 +1,140 @@
+"""Low-rank updates in the frozen weights themselves: no cost at inference, and a way back that is exact."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.nn.lora import FusedMoSALoRA
+from mosa_kernels.peft.attention import find_attention, projected
+from mosa_kernels.peft.book import AdapterBook, book_of, check_settled, unwrap
+
+
+@dataclass(frozen=True)
+class FoldLoss:
+    """What rounding to the weights' dtype lost of the updates that were added to them.
+
+    Attributes:
+        dtype: of the weights.
+        relative: the norm of what was lost over the norm of the update, in the layer where it is largest; 1 is an
+            update that has vanished.
+        absolute: the largest change of an entry, in any layer.
+        worst: the layer of `relative`.
+    """
+
+    dtype: torch.dtype
+    relative: float
+    absolute: float
+    worst: str
+
+    def __str__(self) -> str:
+        return (
+            f"merged into {self.dtype}: rounding loses {100 * self.relative:.3g} % of the update of {self.worst} and "
+            f"moves an entry by at most {self.absolute:.2g}"
+        )
+
+
+def merge_adapter(model: nn.Module, rule: str | None = None) -> FoldLoss:
+    """Adds the active adapter to the frozen weights, in place; `unmerge_adapter` brings them back bit by bit.
+
+    For style "lora" (MoSL, arXiv 2312.02923, section 4.3). The sums are in float32 (float64 for weights in it) and
+    rounded once. The adapter stays in the model, at rest: while it is merged, nothing can be trained, switched or
+    injected, and saving writes the adapter and the backbone's hash as ever. `merge_and_unload` is for good.
+
+    Args:
+        model: with adapters of style "lora".
+        rule: "mean" or "jigsaw"; None: the `merge_rule` of the adapter's configuration.
+
+    Returns:
+        What rounding lost; it prints as a sentence. In half precision it is a warning too: small updates of large
+        weights can vanish, and merging in float32 before converting loses less.
+
+    Raises:
+        ValueError: the model has no adapters, the active one does not fold, is merged already, or the rule is neither.
+    """
+    book = book_of(model)
+    check_settled(book)
+    check_rule(rule)
+    if book.active is None:
+        raise ValueError("model: expected an active adapter, got one within disable_adapter")
+    config = book.configs[book.active]
+    if not config.sites or config.style != "lora":
+        what = config.method if config.method != "adapter" else config.style
+        raise ValueError(f"model: expected an active adapter of style 'lora', which folds into weights, got {what!r}")
+    model = unwrap(model)
+    updates = low_rank_updates(book, book.active, rule)
+    originals = {path: model.get_parameter(path).detach().clone() for path, _, _ in updates}
+    loss = fold(model, updates)
+    book.folded = originals
+    for slot in book.slots():
+        slot.folded = True
+    return loss
+
+
+@torch.no_grad()
+def unmerge_adapter(model: nn.Module) -> nn.Module:
+    """Puts back the very weights that `merge_adapter` changed; the adapter runs again.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model has no adapters, or none is merged.
+    """
+    book = book_of(model)
+    if book.folded is None:
+        raise ValueError("model: expected one whose adapter is merged (see merge_adapter), got one where none is")
+    inner = unwrap(model)
+    for path, original in book.folded.items():
+        inner.get_parameter(path).copy_(original)
+    book.folded = None
+    for slot in book.slots():
+        slot.folded = False
+    return model
+
+
+def check_rule(rule: str | None) -> None:
+    """
+    Raises:
+        ValueError: the merge rule is unknown.
+    """
+    if rule is not None and rule not in MERGE_RULES:
+        raise ValueError(f"rule: expected None or one of {', '.join(MERGE_RULES)}, got {rule!r}")
+
+
+Update = tuple[str, int, Tensor]
+"""Name of a weight in the model, the first row that changes, and what is added to the rows from there on."""
+
+
+def low_rank_updates(book: AdapterBook, name: str, rule: str | None) -> list[Update]:
+    """What the low-rank adapters of a name add to the model's weights."""
+    updates = []
+    for path, site, adapter in book.adapters(name):
+        if isinstance(adapter, FusedMoSALoRA):
+            place = projected(find_attention(book.model.get_submodule(path)), site)
+            updates.append((f"{path}.attn.{place.layer}.weight", place.start, adapter.delta(rule)))
+    return updates
+
+
+@torch.no_grad()
+def fold(model: nn.Module, updates: Iterable[Update]) -> FoldLoss:
+    """Adds updates to weights, each row rounded once; a warning says what that lost in half precision."""
+    losses = []
+    for path, start, delta in updates:
+        rows = model.get_parameter(path)[start : start + delta.shape[0]]
+        exact = rows.to(torch.promote_types(rows.dtype, delta.dtype)) + delta
+        rows.copy_(exact)
+        lost = exact - rows.to(exact.dtype)
+        size = delta.norm().item()
+        relative = lost.norm().item() / size if size else 0.0
+        losses.append(FoldLoss(rows.dtype, relative, lost.abs().max().item(), path))
+    worst = max(losses, key=lambda loss: loss.relative)
+    found = FoldLoss(worst.dtype, worst.relative, max(loss.absolute for loss in losses), worst.worst)
+    if found.dtype in (torch.float16, torch.bfloat16):
+        warnings.warn(f"{found}; merge in float32 and convert afterwards to compare", stacklevel=3)
+    return found

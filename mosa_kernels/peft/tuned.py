@@ -1,0 +1,50 @@
+"""Baselines that train the backbone's own parameters: all of them, or its biases (BitFit, arXiv 2106.10199).
+
+The backbone stays as it was: what trains are copies, which take the place of the originals while they are active, as
+the heads of several adapters do. So a baseline is one more adapter to switch, save and compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+class Tuned(nn.Module):
+    """Parameters that can stand in for the backbone's.
+
+    Args:
+        values: what they begin with, by name in the model; copied.
+
+    Attributes:
+        paths: their names in the model.
+        values: while they are active the backbone's own, otherwise the trained ones; in the order of `paths`.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.paths = list(values)
+        self.values = nn.ParameterList(nn.Parameter(value.detach().clone()) for value in values.values())
+
+    def exchange(self, model: nn.Module) -> None:
+        """Puts these into the model, and keeps what was there in their place."""
+        for number, path in enumerate(self.paths):
+            parent, _, name = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            mine = self.values[number]
+            self.values[number] = owner.get_parameter(name)
+            owner.register_parameter(name, mine)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept here, by name in the model."""
+        return dict(zip(self.paths, self.values, strict=True))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.paths)} tensors"
+
+
+def is_bias(path: str) -> bool:
+    """Whether a parameter is an additive bias by timm's names: `bias`, or BEiT's and EVA's `q_bias` and `v_bias`."""
+    name = path.rpartition(".")[2]
+    return name == "bias" or name.endswith("_bias")
