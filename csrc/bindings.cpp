@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "adapter_cpu_bindings.h"
+#include "adapter_cuda_bindings.h"
 #include "build_info.h"
 #include "masked_adamw_bindings.h"
 #include "merge_bindings.h"
@@ -27,4 +28,5 @@ PYBIND11_MODULE(_C, m) {
   mosa::bind_split(m);
   mosa::bind_masked_adamw(m);
   mosa::bind_adapter_cpu(m);
+  mosa::bind_adapter_cuda(m);
 }

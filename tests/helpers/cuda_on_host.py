@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -50,7 +50,12 @@ def sanitized_environment() -> dict[str, str] | None:
     return {**os.environ, SANITIZE: "1", "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options}
 
 
-def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None, sanitize: bool | None = None) -> ModuleType:
+def build(
+    stem: str,
+    changes: Mapping[str, tuple[str, str]] | None = None,
+    sanitize: bool | None = None,
+    units: Sequence[str] | None = None,
+) -> ModuleType:
     """A module with what `bind_<stem>` adds to `_C`; its `*_cuda` functions run on the host, on CPU tensors' addresses.
 
     Args:
@@ -58,19 +63,22 @@ def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None, sanit
         changes: for a test of the tests: per file of csrc, a text that stands in it once and what takes its place.
         sanitize: with the address sanitizer, which ends the process at the first access out of bounds; it works in
             processes started with `sanitized_environment`. None: where that is so.
+        units: patterns of the operator's files in csrc, where the stem does not name them.
 
     Raises:
         RuntimeError: the compiler failed; the message is its output.
     """
     import pybind11
 
-    headers = _texts((ROOT / "csrc").glob("*.h"))
-    shared = [*(ROOT / "csrc").glob("parallel*.cpp"), ROOT / "csrc" / "cuda_device.cu"]
-    kernels = _texts([*(ROOT / "csrc").glob(f"{stem}*.c*"), *shared])
+    csrc = ROOT / "csrc"
+    patterns = [f"{stem}*.c*"] if units is None else [f"{stem}_bindings.cpp", *units]
+    sources = [path for pattern in (*patterns, "parallel*.cpp", "cuda_device.cu") for path in csrc.glob(pattern)]
+    headers, kernels = _texts(csrc.glob("*.h")), _texts(sources)
     binding = {f"{stem}_bindings.cpp": kernels.pop(f"{stem}_bindings.cpp"), "module.cpp": BINDING.format(stem=stem)}
     for name, (old, new) in (changes or {}).items():
-        assert kernels[name].count(old) == 1, f"{name} does not contain {old!r} once"
-        kernels[name] = kernels[name].replace(old, new)
+        texts = kernels if name in kernels else headers
+        assert texts[name].count(old) == 1, f"{name} does not contain {old!r} once"
+        texts[name] = texts[name].replace(old, new)
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
@@ -78,9 +86,14 @@ def build(stem: str, changes: Mapping[str, tuple[str, str]] | None = None, sanit
         f"{stem}.o", (binding, headers, suffix), [*COMMON, "-c", *includes], headers | binding, ["module.cpp"]
     )
     sanitize = os.environ.get(SANITIZE) == "1" if sanitize is None else sanitize
-    arguments = ["-shared", f"-I{STAND_IN}", *KERNEL_FLAGS, *(ADDRESSES if sanitize else ())]
-    inputs = (kernels, headers, _texts(STAND_IN.iterdir()), glue.name, glue.parent.name)
-    library = _cached(f"_C{suffix}", inputs, arguments, headers | kernels, [*kernels, "-x", "none", str(glue)])
+    flags = [*KERNEL_FLAGS, *(ADDRESSES if sanitize else ())]
+    stand_in = _texts(STAND_IN.iterdir())
+    objects = [glue] + [
+        _cached(f"{name}.o", (text, headers, stand_in), ["-c", f"-I{STAND_IN}", *flags], headers | {name: text}, [name])
+        for name, text in kernels.items()
+    ]
+    inputs = [(path.name, path.parent.name) for path in objects]
+    library = _cached(f"_C{suffix}", inputs, ["-shared", *flags, "-x", "none"], {}, [str(path) for path in objects])
 
     # pybind11 hands out a module that it has seen under the same full name, whatever file it is asked to load.
     spec = importlib.util.spec_from_file_location(f"on_host_{library.parent.name}._C", library)

@@ -3,9 +3,11 @@
 // Every CUDA thread of a block is a fiber with its own stack. Fibers run one at a time, in the order of their thread
 // index, until they reach a barrier or a warp-wide operation; there they yield until all that take part have come.
 // A kernel that reads what a later thread writes without a barrier in between therefore sees stale values, and a
-// barrier that some thread never reaches is reported as a deadlock. Blocks run one after the other.
+// barrier that some thread never reaches is reported as a deadlock. Blocks run one after the other, each on shared
+// memory full of NaN, and the dynamic part ends where the launch said.
 #pragma once
 
+#include <math.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -27,8 +30,15 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
-// One block runs at a time, so what a block shares may be static.
-#define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// One block runs at a time, so what a block shares may be static. As thread_local is, and `extern` may stand before it.
+#define __shared__ thread_local
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) static_cast<void>(size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) static_cast<void>(size)
+#endif
 
 using std::max;
 using std::min;
@@ -41,6 +51,7 @@ using uint3 = dim3;
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaErrorInvalidValue = 1;
 constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
 using cudaStream_t = void*;
 
@@ -68,6 +79,13 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
+// Shared memory of a block: what it may have by itself, and when it asks on the device that has the least, a T4.
+constexpr size_t kSharedByItself = 48 * 1024;
+constexpr size_t kSharedAtMost = 64 * 1024;
+namespace mosa {
+inline thread_local __align__(128) unsigned char dynamic_shared[kSharedAtMost + 128];
+}  // namespace mosa
+
 inline uint3 threadIdx;
 inline uint3 blockIdx;
 inline dim3 blockDim;
@@ -78,15 +96,23 @@ namespace cuda_on_host {
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 128 * 1024;
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+  size_t zeros;  // at the end, in place of what stands there
+};
+
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  char* stack;
   uint3 index;
   bool done = false;
   // The barrier at which it waits, counted from the start of the block: one count per kind of barrier.
   long block_barriers = 0;
   long warp_barriers = 0;
-  uint64_t exchanged = 0;  // what it offers to its warp
+  uint64_t exchanged = 0;                 // what it offers to its warp
+  std::vector<std::vector<Copy>> copies;  // that it has started and not waited for, by commit; the last is open
 };
 
 struct Block {
@@ -166,8 +192,9 @@ inline void run_block(Block& running) {
   for (Fiber& fiber : running.fibers) {
     fiber.done = false;
     fiber.block_barriers = fiber.warp_barriers = 0;
+    fiber.copies.assign(1, {});
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = fiber.stack;
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
@@ -185,6 +212,32 @@ inline void run_block(Block& running) {
   }
 }
 
+// Stacks outlive a launch: to map fresh ones takes longer than many a kernel.
+inline char* stack_of(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[thread].get();
+}
+
+// Bytes of dynamic shared memory that each kernel has asked for.
+inline std::map<const void*, size_t> asked_for;
+
+inline void fill_shared_memory(size_t bytes) {
+  ASAN_UNPOISON_MEMORY_REGION(mosa::dynamic_shared, sizeof(mosa::dynamic_shared));
+  std::memset(mosa::dynamic_shared, 0xff, sizeof(mosa::dynamic_shared));
+  ASAN_POISON_MEMORY_REGION(mosa::dynamic_shared + bytes, sizeof(mosa::dynamic_shared) - bytes);
+}
+
+inline void check_end_of_shared_memory(size_t bytes) {
+  ASAN_UNPOISON_MEMORY_REGION(mosa::dynamic_shared, sizeof(mosa::dynamic_shared));
+  for (size_t i = bytes; i < sizeof(mosa::dynamic_shared); ++i) {
+    if (mosa::dynamic_shared[i] == 0xff) continue;
+    std::fprintf(stderr, "block (%u, %u) wrote byte %zu of %zu bytes of shared memory\n", blockIdx.x, blockIdx.y, i,
+                 bytes);
+    std::abort();
+  }
+}
+
 template <typename Kernel, typename... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Arguments&... arguments) {
   const size_t threads = static_cast<size_t>(config.blockDim.x) * config.blockDim.y * config.blockDim.z;
@@ -192,11 +245,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
   if (threads == 0 || threads > 1024 || blocks == 0 || config.gridDim.y > 65535 || config.gridDim.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
+  const auto asked = asked_for.find(reinterpret_cast<const void*>(kernel));
+  const size_t allowed = asked == asked_for.end() ? kSharedByItself : std::max(kSharedByItself, asked->second);
+  if (config.dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
   Block running;
   running.fibers = std::vector<Fiber>(threads);
   for (size_t i = 0; i < threads; ++i) {
     const unsigned n = static_cast<unsigned>(i);
     const dim3& size = config.blockDim;
+    running.fibers[i].stack = stack_of(i);
     running.fibers[i].index = uint3(n % size.x, n / size.x % size.y, n / (size.x * size.y));
   }
   running.body = [&] { kernel(arguments...); };
@@ -207,7 +264,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = uint3(x, y, z);
+        fill_shared_memory(config.dynamicSmemBytes);
         run_block(running);
+        check_end_of_shared_memory(config.dynamicSmemBytes);
       }
     }
   }
@@ -223,6 +282,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cuda_on_host::launch(*config, kernel, arguments...);
 }
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+  if (value < 0 || static_cast<size_t>(value) > kSharedAtMost) return cudaErrorInvalidValue;
+  cuda_on_host::asked_for[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
 inline void __syncthreads() {
   cuda_on_host::wait(0, cuda_on_host::block->fibers.size(), &cuda_on_host::Fiber::block_barriers, "__syncthreads");
 }
@@ -232,3 +300,11 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   const int lane = static_cast<int>(cuda_on_host::block->current % cuda_on_host::kWarpSize);
   return cuda_on_host::exchange(value, lane + static_cast<int>(delta));
 }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const int lane = static_cast<int>(cuda_on_host::block->current % cuda_on_host::kWarpSize);
+  return cuda_on_host::exchange(value, lane ^ mask);
+}
+
+inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_host::wait_for_warp("__syncwarp"); }

@@ -1,0 +1,8 @@
+#include "adapter_backward_launch.h"
+
+namespace mosa {
+
+template int adapter_backward_in<__half>(const AdapterParams&, const AdapterBackward&, const TokenBuffers&,
+                                         const AdapterParts&, float*, void*);
+
+}  // namespace mosa

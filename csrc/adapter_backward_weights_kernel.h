@@ -1,0 +1,364 @@
+// The backward kernel over weights; adapter.h says what it computes.
+#pragma once
+
+#include <cstdint>
+
+#include "adapter_backward_tokens_kernel.h"
+
+namespace mosa {
+
+constexpr int kWholeRank = 128;  // units of one row of tiles for each warp
+
+constexpr int weight_columns(int padded_rank) { return padded_rank <= 64 ? 128 : padded_rank == 128 ? 64 : 32; }
+template <typename E>
+constexpr int weight_tokens(int padded_rank) {
+  return sizeof(E) == sizeof(float) && padded_rank == 256 ? 16 : 32;
+}
+
+template <typename E, int kRank>
+struct WeightsShared {
+  static constexpr int kColumns = weight_columns(kRank);
+  static constexpr int kTokens = weight_tokens<E>(kRank);
+  static constexpr int kBatches = kRank > kWholeRank ? kRank / kWholeRank : 1;
+  static constexpr int kBatchRows = kRank / kBatches;
+  static constexpr int kUnitTiles = kRank / kUnit;
+  using Left = RowTile<E, kTokens, kRank>;      // h or da
+  using Right = RowTile<E, kTokens, kColumns>;  // dout or xhat
+  using Warp = WarpTiles<kBatchRows, kColumns>;
+  static constexpr int kPatchTiles = Warp::kTiles > 1 ? 2 : 1;
+  using P = Patch<kPatchTiles>;
+
+  struct Operands {
+    alignas(128) E left[2][Left::kSize];
+    alignas(128) E right[2][Right::kSize];
+  };
+  struct Results {
+    alignas(128) float patch[kWarps][P::kSize];
+    float gamma[kUnitTiles][kColumns];  // each row of tiles has its units' share
+    float beta[kUnitTiles][kColumns];
+  };
+  union {
+    Operands operands;
+    Results results;
+  };
+  float shares[kThreads];
+  float sums[larger(kRank, kColumns)];  // over the tokens: of da for the down-, of dout for the up-projection
+};
+
+// A block's part of the work.
+struct WeightWork {
+  bool up;
+  bool varied;  // whether the masks of several experts matter
+  int begin;    // tokens
+  int end;
+  int column;
+  float* part;
+  AdapterTensor left;
+};
+
+__device__ inline bool belongs(const AdapterParams& p, const WeightWork& work, int e, int token) {
+  return token < work.end && (!work.varied || expert_of(p, token) == e);
+}
+
+// The first run of kTokens tokens from `token` on that has one of expert e; work.end or more where there is none.
+template <int kTokens>
+__device__ inline int next_run(const AdapterParams& p, const WeightWork& work, int e, int token) {
+  for (; work.varied && token < work.end; token += kTokens) {
+    const int last = min(token + kTokens, work.end) - 1;
+    for (int group = token / p.expert.tokens; group <= last / p.expert.tokens; ++group) {
+      if (expert_of(p, group * p.expert.tokens) == e) return token;
+    }
+  }
+  return token;
+}
+
+// The smallest id above `after` among the block's tokens; all threads take part. Ends with a barrier.
+__device__ inline int next_expert_of(const AdapterParams& p, const WeightWork& work, int after, float* shares) {
+  if (!work.varied) return after < kMergedExpert ? expert_of(p, work.begin) : kNoExpert;
+  const int thread = thread_of_block();
+  int next = kNoExpert;
+  const int last = (work.end - 1) / p.expert.tokens;
+  for (int group = work.begin / p.expert.tokens + thread; group <= last; group += kThreads) {
+    const int e = expert_of(p, group * p.expert.tokens);
+    if (e > after) next = min(next, e);
+  }
+  int* ids = reinterpret_cast<int*>(shares);
+  ids[thread] = next;
+  __syncthreads();
+  for (int i = 0; i < kThreads; ++i) next = min(next, ids[i]);
+  __syncthreads();
+  return next;
+}
+
+// products[batch] = left^T right, and `shared.sums`, over the tokens of expert e. Ends with a barrier.
+template <typename E, int kRank, typename Accumulators>
+__device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward& b, const WeightWork& work, int e,
+                                  WeightsShared<E, kRank>& shared, Accumulators* products) {
+  using W = WeightsShared<E, kRank>;
+  constexpr int kTokens = W::kTokens;
+  const bool norm = !work.up && p.gamma.data != nullptr;
+  const AdapterTensor& from = work.up ? b.grad_out : p.x;
+  const bool direct = !norm && from.dtype == Element<E>::kDType && from.wide;
+  const int summed = work.up ? W::kColumns : kRank;
+  auto& operands = shared.operands;
+
+  typename W::Left left;
+  typename W::Right right;
+  const typename W::Warp warp;
+  const int thread = thread_of_block();
+  const int summed_column = thread % summed;
+  float sum = 0.0f;
+#pragma unroll
+  for (int batch = 0; batch < W::kBatches; ++batch) products[batch].clear();
+
+  const auto begin = [&](int token, int buffer) {
+    const auto take = [&](int row) { return belongs(p, work, e, token + row); };
+    left.begin(work.left, true, token, take, 0, kRank, operands.left[buffer]);
+    right.begin(from, direct, token, take, work.column, p.width, operands.right[buffer]);
+  };
+  const auto settle = [&](int token, int buffer) {
+    left.finish(work.left, true, false, operands.left[buffer], [](int, int, float (&)[kVector]) {});
+    right.finish(from, direct, false, operands.right[buffer], [&](int, int row, float (&value)[kVector]) {
+      if (!norm || !belongs(p, work, e, token + row)) return;
+      const float mean = b.mean[token + row];
+      const float rstd = b.rstd[token + row];
+      for (int i = 0; i < kVector; ++i) value[i] = (value[i] - mean) * rstd;
+    });
+    __syncthreads();
+  };
+
+  int token = next_run<kTokens>(p, work, e, work.begin);
+  begin(token, 0);
+  settle(token, 0);
+  for (int buffer = 0;; buffer ^= 1) {
+    const int next = next_run<kTokens>(p, work, e, token + kTokens);
+    if (next < work.end) begin(next, buffer ^ 1);
+    const E* tile = work.up ? operands.right[buffer] : operands.left[buffer];
+    const int row_size = work.up ? W::Right::kRow : W::Left::kRow;
+    for (int row = thread / summed; row < kTokens; row += kThreads / summed) {
+      sum += to_float(tile[row * row_size + summed_column]);
+    }
+#pragma unroll
+    for (int batch = 0; batch < W::kBatches; ++batch) {
+      products[batch].template multiply<true, false>(operands.left[buffer] + batch * W::kBatchRows + warp.row(),
+                                                     W::Left::kRow, operands.right[buffer] + warp.column(),
+                                                     W::Right::kRow, kUnit, kTokens, p.tf32);
+    }
+    if (next >= work.end) break;
+    token = next;
+    settle(token, buffer ^ 1);
+  }
+  shared.shares[thread] = sum;
+  __syncthreads();
+  if (thread < summed) {
+    float total = 0.0f;
+    for (int share = thread; share < kThreads; share += summed) total += shared.shares[share];
+    shared.sums[thread] = total;
+  }
+  __syncthreads();
+}
+
+// Puts a vector of a gradient into the block's part, or adds it to what an expert before has put there.
+__device__ inline void put_part(float* part, int width, int64_t index, int count, bool add,
+                                const float (&value)[kVector]) {
+  const bool wide = width % 4 == 0;
+  float result[kVector];
+  for (int i = 0; i < kVector; ++i) result[i] = value[i];
+  if (add) {
+    float before[kVector];
+    unpack(load_raw(part, kFloat32, wide, index, count), kFloat32, before);
+    for (int i = 0; i < kVector; ++i) result[i] += before[i];
+  }
+  store_vector(part, kFloat32, wide, index, count, result);
+}
+
+__device__ inline void put_part(float* part, int64_t index, bool add, float value) {
+  part[index] = add ? part[index] + value : value;
+}
+
+// The sum over the rows of a patch's tile, in the first lanes of each column.
+template <typename P>
+__device__ inline void sum_rows(float (&value)[kVector]) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset >= P::kPerRow; offset /= 2) {
+    for (int n = 0; n < kVector; ++n) value[n] += __shfl_xor_sync(0xffffffffu, value[n], offset);
+  }
+}
+
+// The gradients of w_down, b_down, gamma and beta from the tokens of expert e.
+template <typename E, int kRank, typename Accumulators>
+__device__ inline void put_down(const AdapterParams& p, const AdapterParts& parts, const WeightWork& work, int e,
+                                bool add, WeightsShared<E, kRank>& shared, const Accumulators* products) {
+  using W = WeightsShared<E, kRank>;
+  using P = typename W::P;
+  using Down = DownTile<E, kRank, W::kColumns>;
+  const bool norm = p.gamma.data != nullptr;
+  const float factor = factor_of(p, e);
+  const typename W::Warp warp;
+  const P patch(shared.results.patch[warp.warp]);
+#pragma unroll
+  for (int batch = 0; batch < W::kBatches; ++batch) {
+#pragma unroll
+    for (int tile = 0; tile < W::Warp::kTiles; tile += W::kPatchTiles) {
+      float product[P::kCount][kVector];
+      patch.spread(products[batch], tile, product);
+      const int first_unit = batch * W::kBatchRows + warp.row();
+      const int first_column = warp.column() + tile * kUnit + patch.column(0);
+      const int at = work.column + first_column;
+      float gamma[kVector];
+      float beta[kVector];
+      float dgamma[kVector] = {};
+      float dbeta[kVector] = {};
+      load_vector(p.gamma, at, norm ? p.width - at : 0, gamma);
+      load_vector(p.beta, at, p.beta.data != nullptr ? p.width - at : 0, beta);
+#pragma unroll
+      for (int i = 0; i < P::kCount; ++i) {
+        const int unit = first_unit + patch.row(i);
+        const int count = unit < p.rank ? p.width - at : 0;
+        const int64_t index = static_cast<int64_t>(unit) * p.width + at;
+        const float db = shared.sums[unit];
+        if (norm) {
+          float w[kVector];
+          load_vector(p.w_down, index, count, w);
+          if (p.assignment_down != nullptr) Down::see(p, e, unit, at, w);
+          for (int n = 0; n < kVector; ++n) {
+            dgamma[n] += w[n] * product[i][n];
+            dbeta[n] += w[n] * db;
+            product[i][n] = product[i][n] * gamma[n] + db * beta[n];
+          }
+        }
+        if (p.assignment_down != nullptr) {
+          const Owners owners = load_owners(p.assignment_down, p.wide_assignment_down, index, count);
+          for (int n = 0; n < kVector; ++n) {
+            product[i][n] = e < 0 || owners.of(n) == e ? factor * product[i][n] : 0.0f;
+          }
+        }
+        put_part(work.part, p.width, index, count, add, product[i]);
+      }
+      if (norm) {
+        sum_rows<P>(dgamma);
+        sum_rows<P>(dbeta);
+        if (patch.lane < P::kPerRow) {
+          for (int n = 0; n < kVector; ++n) {
+            shared.results.gamma[first_unit / kUnit][first_column + n] = dgamma[n];
+            shared.results.beta[first_unit / kUnit][first_column + n] = dbeta[n];
+          }
+        }
+      }
+    }
+  }
+  __syncthreads();
+  const int thread = thread_of_block();
+  const int at = work.column + thread;
+  if (norm && thread < W::kColumns && at < p.width) {
+    float dgamma = 0.0f;
+    float dbeta = 0.0f;
+    for (int tile = 0; tile < W::kUnitTiles; ++tile) {
+      dgamma += shared.results.gamma[tile][thread];
+      dbeta += shared.results.beta[tile][thread];
+    }
+    put_part(work.part, parts.begin_gamma + at, add, dgamma);
+    put_part(work.part, parts.begin_beta + at, add, dbeta);
+  }
+  if (work.column == 0 && thread < p.rank) put_part(work.part, parts.begin_b_down + thread, add, shared.sums[thread]);
+}
+
+// The gradients of b_up from the tokens of expert e; returns the thread's share of <b_up, sum dout>.
+template <typename E, int kRank>
+__device__ inline float put_up_bias(const AdapterParams& p, const AdapterParts& parts, const WeightWork& work, int e,
+                                    bool add, float scale, const WeightsShared<E, kRank>& shared) {
+  const int thread = thread_of_block();
+  const int at = work.column + thread;
+  if (p.b_up.data == nullptr || thread >= WeightsShared<E, kRank>::kColumns || at >= p.width) return 0.0f;
+  const float sum = shared.sums[thread];
+  float* gradient = work.part + parts.begin_b_up + at;
+  if (p.bias_rows == 0) put_part(gradient, 0, add, scale * sum);
+  for (int row = 0; row < p.bias_rows; ++row) {
+    const float share = e < 0 ? scale * sum / static_cast<float>(p.bias_rows) : row == e ? scale * sum : 0.0f;
+    put_part(gradient, static_cast<int64_t>(row) * p.width, add, share);
+  }
+  return sum * up_bias(p, e, at);
+}
+
+// The gradients of w_up and b_up, and the bias's part of that of the scale, from the tokens of expert e.
+template <typename E, int kRank, typename Accumulators>
+__device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts, const AdapterBackward& b,
+                              const WeightWork& work, int e, bool add, float scale, WeightsShared<E, kRank>& shared,
+                              const Accumulators* products) {
+  using W = WeightsShared<E, kRank>;
+  using P = typename W::P;
+  const float gain = p.assignment != nullptr ? scale * factor_of(p, e) : scale;
+  const bool masked = p.assignment != nullptr && e >= 0;
+  float* gradient = work.part + parts.begin_up;
+  const typename W::Warp warp;
+  const P patch(shared.results.patch[warp.warp]);
+  const float dscale = put_up_bias(p, parts, work, e, add, scale, shared);
+#pragma unroll
+  for (int batch = 0; batch < W::kBatches; ++batch) {
+#pragma unroll
+    for (int tile = 0; tile < W::Warp::kTiles; tile += W::kPatchTiles) {
+      float product[P::kCount][kVector];
+      patch.spread(products[batch], tile, product);
+#pragma unroll
+      for (int i = 0; i < P::kCount; ++i) {
+        const int unit = batch * W::kBatchRows + warp.row() + patch.row(i);
+        const int at = work.column + warp.column() + tile * kUnit + patch.column(i);
+        const int count = unit < p.rank ? p.width - at : 0;
+#pragma unroll
+        for (int n = 0; n < kVector; ++n) {
+          const int64_t entry = static_cast<int64_t>(at + n) * p.rank + unit;
+          const bool seen = n < count && (!masked || p.assignment[entry] == e);
+          product[i][n] = seen ? gain * product[i][n] : 0.0f;
+        }
+        put_part(gradient, p.width, static_cast<int64_t>(unit) * p.width + at, count, add, product[i]);
+      }
+    }
+  }
+  if (b.scale.data == nullptr) return;
+  const int thread = thread_of_block();
+  __syncthreads();
+  shared.shares[thread] = dscale;
+  __syncthreads();
+  if (thread == 0) {
+    float total = 0.0f;
+    for (int i = 0; i < kThreads; ++i) total += shared.shares[i];
+    put_part(work.part, parts.begin_scale + work.column / W::kColumns, add, total);
+  }
+}
+
+// blockIdx: the columns, the part, and the projection where both are wanted.
+template <typename E, int kRank>
+__global__ void __launch_bounds__(kThreads, 2)
+    adapter_backward_weights_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterBackward b,
+                                    const __grid_constant__ TokenBuffers buffers,
+                                    const __grid_constant__ AdapterParts parts, float* all_parts) {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  using W = WeightsShared<E, kRank>;
+  auto& shared = *reinterpret_cast<W*>(dynamic_shared);
+  const float scale = p.scale.data != nullptr ? load_number(p.scale, 0) : p.scale_value;
+  WeightWork work = {};
+  work.up = parts.up && blockIdx.z == gridDim.z - 1;
+  work.varied =
+      p.expert.groups > 1 && (work.up ? p.assignment != nullptr || p.bias_rows > 0 : p.assignment_down != nullptr);
+  work.begin = static_cast<int>(blockIdx.y) * parts.tokens;
+  work.end = min(work.begin + parts.tokens, p.tokens);
+  work.column = static_cast<int>(blockIdx.x) * W::kColumns;
+  work.part = all_parts + blockIdx.y * parts.length;
+  work.left = {work.up ? buffers.h : buffers.da, kRank, Element<E>::kDType, true};
+
+  bool add = false;
+  for (int e = next_expert_of(p, work, kMergedExpert - 1, shared.shares); e != kNoExpert;
+       e = next_expert_of(p, work, e, shared.shares)) {
+    Accumulator<E, W::Warp::kTiles> products[W::kBatches];
+    sum_tokens(p, b, work, e, shared, products);
+    if (work.up) {
+      put_up(p, parts, b, work, e, add, scale, shared, products);
+    } else {
+      put_down(p, parts, work, e, add, shared, products);
+    }
+    add = true;
+    __syncthreads();
+  }
+}
+
+}  // namespace mosa

@@ -1,0 +1,7 @@
+#include "adapter_forward_launch.h"
+
+namespace mosa {
+
+template int adapter_forward_in<float>(const AdapterParams&, const AdapterForward&, void*);
+
+}  // namespace mosa

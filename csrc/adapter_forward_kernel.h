@@ -1,0 +1,167 @@
+// The kernel of the forward pass; adapter.h says what it computes.
+#pragma once
+
+#include <cstdint>
+
+#include "adapter_project.h"
+
+namespace mosa {
+
+template <typename E, int kRank>
+struct ForwardShared {
+  using S = Step<E, kRank>;
+  using Up = UpTile<E, kRank, S::kColumns>;
+  using First = WarpTiles<S::kTokens, kRank>;
+  using Second = WarpTiles<S::kTokens, S::kColumns>;
+  static constexpr int kPatchTiles = First::kTiles > 1 ? 2 : 1;
+  using FirstPatch = Patch<kPatchTiles>;
+  using SecondPatch = Patch<Second::kTiles>;
+  static constexpr int kPatch = larger(FirstPatch::kSize, SecondPatch::kSize);
+  static constexpr int kRow = padded_row<E>(kRank);
+
+  struct Output {
+    alignas(128) E up[S::kBuffers][Up::kSize];
+    alignas(128) float patch[kWarps][kPatch];
+  };
+  union {
+    ProjectTiles<E, kRank> project;
+    Output output;
+  };
+  alignas(128) E h[S::kTokens * kRow];
+  float bias[2][S::kColumns];  // of the output, for the columns of a step
+  TokenTable<S::kTokens> tokens;
+  UnitTable<kRank> units;
+};
+
+// h = dropout(act(z)) as the second product takes it; stores mean and rstd. Ends with a barrier.
+template <typename E, int kRank>
+__device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& out, int first, int e,
+                                  ForwardShared<E, kRank>& shared) {
+  using F = ForwardShared<E, kRank>;
+  using Warp = typename F::First;
+  using P = typename F::FirstPatch;
+  auto& tokens = shared.tokens;
+  Accumulator<E, Warp::kTiles> z;
+  project<true>(p, first, e, tokens, shared.project, shared.units, z);
+  if (p.gamma.data != nullptr) {
+    for (int row = thread_of_block(); row < F::S::kTokens; row += kThreads) {
+      if (!tokens.valid(row)) continue;
+      out.mean[first + row] = tokens.mean[row];
+      out.rstd[first + row] = tokens.rstd[row];
+    }
+  }
+  const Warp warp;
+  const P patch(shared.output.patch[warp.warp]);
+#pragma unroll
+  for (int tile = 0; tile < Warp::kTiles; tile += F::kPatchTiles) {
+    float value[P::kCount][kVector];
+    patch.spread(z, tile, value);
+#pragma unroll
+    for (int i = 0; i < P::kCount; ++i) {
+      const int row = warp.row() + patch.row(i);
+      const int unit = warp.column() + tile * kUnit + patch.column(i);
+      const Dropout dropout(p, tokens.valid(row) ? first + row : 0);
+      for (int n = 0; n < kVector; ++n) {
+        const float normed = tokens.rstd[row] * (value[i][n] - tokens.seen[row] * shared.units.s[unit + n]);
+        const float kept = dropout.factor(unit + n);
+        const float active = activate(normed + shared.units.bias[unit + n], p.activation);
+        value[i][n] = kept == 0.0f ? 0.0f : kept * active;
+      }
+      put_vector(shared.h + row * F::kRow + unit, value[i]);
+    }
+  }
+  __syncthreads();
+}
+
+// [x] + [residual] + scale * (h w_up_e^T + b_up_e) for the tokens of expert e.
+template <typename E, int kRank>
+__device__ inline void write_output(const AdapterParams& p, const AdapterForward& out, int first, int e, float scale,
+                                    ForwardShared<E, kRank>& shared) {
+  using F = ForwardShared<E, kRank>;
+  using Warp = typename F::Second;
+  using P = typename F::SecondPatch;
+  using Up = typename F::Up;
+  constexpr int kColumns = F::S::kColumns;
+  constexpr int kBuffers = F::S::kBuffers;
+  const float gain = p.assignment != nullptr ? scale * factor_of(p, e) : scale;
+  const auto& tokens = shared.tokens;
+
+  Up up;
+  const Warp warp;
+  const P patch(shared.output.patch[warp.warp]);
+  const int thread = thread_of_block();
+  const auto settle = [&](int column, int buffer) {
+    up.finish(p, column, e, shared.output.up[kBuffers == 1 ? 0 : buffer]);
+    if (thread < kColumns) shared.bias[buffer][thread] = scale * up_bias(p, e, column + thread);
+    __syncthreads();
+  };
+  up.begin(p, 0);
+  settle(0, 0);
+  for (int column = 0, buffer = 0;; column += kColumns, buffer ^= 1) {
+    const int next = column + kColumns;
+    if (next < p.width) up.begin(p, next);
+    if (warp.busy()) {
+      Raw x[P::kCount];
+      Raw residual[P::kCount];
+      int count[P::kCount];
+#pragma unroll
+      for (int i = 0; i < P::kCount; ++i) {
+        const int row = warp.row() + patch.row(i);
+        const int at = column + warp.column() + patch.column(i);
+        const int64_t token = first + row;
+        count[i] = tokens.expert[row] == e ? p.width - at : 0;
+        if (p.add_input) x[i] = load_raw(p.x.data, p.x.dtype, p.x.wide, token * p.x.stride + at, count[i]);
+        if (p.residual.data != nullptr) {
+          residual[i] = load_raw(p.residual.data, p.x.dtype, p.residual.wide, token * p.residual.stride + at, count[i]);
+        }
+      }
+      Accumulator<E, Warp::kTiles> y;
+      y.clear();
+      y.template multiply<false, true>(shared.h + warp.row() * F::kRow, F::kRow,
+                                       shared.output.up[kBuffers == 1 ? 0 : buffer] + warp.column() * Up::kRow,
+                                       Up::kRow, kUnit * Up::kRow, kRank, p.tf32);
+      float value[P::kCount][kVector];
+      patch.spread(y, 0, value);
+#pragma unroll
+      for (int i = 0; i < P::kCount; ++i) {
+        if (count[i] <= 0) continue;
+        const float* bias = shared.bias[buffer] + warp.column() + patch.column(i);
+        float summand[kVector];
+        for (int n = 0; n < kVector; ++n) value[i][n] = value[i][n] * gain + bias[n];
+        if (p.add_input) {
+          unpack(x[i], p.x.dtype, summand);
+          for (int n = 0; n < kVector; ++n) value[i][n] += summand[n];
+        }
+        if (p.residual.data != nullptr) {
+          unpack(residual[i], p.x.dtype, summand);
+          for (int n = 0; n < kVector; ++n) value[i][n] += summand[n];
+        }
+        const int64_t token = first + warp.row() + patch.row(i);
+        const int at = column + warp.column() + patch.column(i);
+        store_vector(out.out, p.x.dtype, out.wide_out, token * p.width + at, count[i], value[i]);
+      }
+    }
+    if (next >= p.width) break;
+    if (kBuffers == 1) __syncthreads();
+    settle(next, buffer ^ 1);
+  }
+}
+
+template <typename E, int kRank>
+__global__ void __launch_bounds__(kThreads, 2)
+    adapter_forward_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterForward out) {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  auto& shared = *reinterpret_cast<ForwardShared<E, kRank>*>(dynamic_shared);
+  const int first = static_cast<int>(blockIdx.x) * Step<E, kRank>::kTokens;
+  shared.tokens.load(p, first);
+  const float scale = p.scale.data != nullptr ? load_number(p.scale, 0) : p.scale_value;
+  bool fresh = true;
+  for (int e = shared.tokens.next_expert(kMergedExpert - 1); e != kNoExpert; e = shared.tokens.next_expert(e)) {
+    if (fresh || p.assignment_down != nullptr) bottleneck(p, out, first, e, shared);
+    fresh = false;
+    write_output(p, out, first, e, scale, shared);
+    __syncthreads();
+  }
+}
+
+}  // namespace mosa

@@ -1,0 +1,29 @@
+// The forward launch for one element type.
+#pragma once
+
+#include "adapter_forward_kernel.h"
+#include "adapter_launch.h"
+
+namespace mosa {
+
+template <typename E>
+struct LaunchForward {
+  const AdapterParams& params;
+  const AdapterForward& forward;
+  void* stream;
+
+  template <int kRank>
+  int at() const {
+    constexpr int kTokens = Step<E, kRank>::kTokens;
+    const dim3 blocks(static_cast<unsigned>((params.tokens + kTokens - 1) / kTokens));
+    return launch_blocks(adapter_forward_kernel<E, kRank>, blocks, sizeof(ForwardShared<E, kRank>), stream, params,
+                         forward);
+  }
+};
+
+template <typename E>
+int adapter_forward_in(const AdapterParams& params, const AdapterForward& forward, void* stream) {
+  return for_rank(params.rank, LaunchForward<E>{params, forward, stream});
+}
+
+}  // namespace mosa

@@ -1,0 +1,90 @@
+// What happens to single numbers between the two products: activation, its slope, dropout, the choice of an expert.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "adapter.h"
+#include "counter_hash.h"
+
+namespace mosa {
+
+constexpr int kNoExpert = 1 << 30;  // larger than any id
+
+__device__ inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
+
+// The logistic form of (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2.
+__device__ inline float tanh_gate(float z) { return sigmoid(z * (1.5957691216f + 0.0713548128f * z * z)); }
+
+__device__ inline float activate(float z, uint8_t activation) {
+  switch (activation) {
+    case kAdapterGelu:
+      return 0.5f * z * (1.0f + erff(z * 0.7071067812f));
+    case kAdapterGeluTanh:
+      return z * tanh_gate(z);
+    case kAdapterRelu:
+      return z <= 0.0f ? 0.0f : z;  // a NaN stays one
+    case kAdapterSilu:
+      return z * sigmoid(z);
+    default:
+      return z;
+  }
+}
+
+__device__ inline float activation_slope(float z, uint8_t activation) {
+  switch (activation) {
+    case kAdapterGelu:
+      return 0.5f * (1.0f + erff(z * 0.7071067812f)) + z * 0.3989422804f * expf(-0.5f * z * z);
+    case kAdapterGeluTanh: {
+      const float gate = tanh_gate(z);
+      return gate + z * gate * (1.0f - gate) * (1.5957691216f + 0.2140644385f * z * z);
+    }
+    case kAdapterRelu:
+      return z > 0.0f ? 1.0f : 0.0f;
+    case kAdapterSilu: {
+      const float gate = sigmoid(z);
+      return gate * (1.0f + z * (1.0f - gate));
+    }
+    default:
+      return 1.0f;
+  }
+}
+
+__device__ inline int64_t group_value(const AdapterGroups& from, int token) {
+  if (from.data == nullptr) return from.value;
+  const int group = from.groups == 1 ? 0 : token / from.tokens;
+  return from.is_int64 ? static_cast<const int64_t*>(from.data)[group] : static_cast<const int32_t*>(from.data)[group];
+}
+
+// The id of a token's expert; every negative one is the merged adapter.
+__device__ inline int expert_of(const AdapterParams& p, int token) {
+  const int64_t id = group_value(p.expert, token);
+  return id < 0 ? kMergedExpert : static_cast<int>(id < kNoExpert ? id : kNoExpert - 1);
+}
+
+// The draws of a token's bottleneck entries.
+struct Dropout {
+  DrawKey key;
+  uint32_t first;  // counter of unit 0
+  uint32_t threshold;
+  float scale;
+
+  __device__ Dropout(const AdapterParams& p, int token) : key(), first(0), threshold(p.drop_threshold), scale(1.0f) {
+    if (threshold == 0) return;
+    key = draw_key(group_value(p.seed, token));
+    const int local = p.seed.groups == 1 ? token : token % p.seed.tokens;
+    first = static_cast<uint32_t>(local) * static_cast<uint32_t>(p.rank);
+    scale = p.keep_scale;
+  }
+
+  // What the entry is multiplied with: 0 where it is dropped.
+  __device__ float factor(int unit) const {
+    return threshold == 0 || draw(key, first + static_cast<uint32_t>(unit)) >= threshold ? scale : 0.0f;
+  }
+};
+
+// What the entries are multiplied with that an expert sees.
+__device__ inline float factor_of(const AdapterParams& p, int e) { return e < 0 ? p.merged_scale : p.expert_scale; }
+
+}  // namespace mosa

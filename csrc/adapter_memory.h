@@ -1,0 +1,205 @@
+// Vectors of eight neighbours between global memory, registers and shared memory; 16 bytes at a time where they lie so.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include <cstdint>
+
+#include "adapter.h"
+#include "adapter_units.h"
+#include "dtype.h"
+
+namespace mosa {
+
+constexpr int kVector = 8;
+constexpr int kWideBytes = 16;
+
+struct alignas(kWideBytes) Wide {
+  uint32_t word[4];
+};
+
+// Eight neighbours as they lie in memory: float32 in eight words, 16-bit types in the first four.
+template <int kWords>
+struct RawOf {
+  static_assert(kWords == 4 || kWords == 8, "with four words for 16-bit types alone");
+  uint32_t word[kWords];
+};
+using Raw = RawOf<8>;
+
+// Elements index to index + count (at most eight; zeros beyond). `wide`: that address is a multiple of 16 bytes.
+template <int kWords = 8>
+__device__ inline RawOf<kWords> load_raw(const void* data, uint8_t dtype, bool wide, int64_t index, int count) {
+  RawOf<kWords> raw = {};
+  if (count <= 0) return raw;
+  if (wide && count >= kVector) {
+    if (kWords == 8 && dtype == kFloat32) {
+      const Wide* from = reinterpret_cast<const Wide*>(static_cast<const float*>(data) + index);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) raw.word[i] = from[i / 4].word[i % 4];
+    } else {
+      const Wide from = *reinterpret_cast<const Wide*>(static_cast<const uint16_t*>(data) + index);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) raw.word[i] = from.word[i];
+    }
+  } else if (kWords == 8 && dtype == kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if (i < count) raw.word[i] = static_cast<const uint32_t*>(data)[index + i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < count) {
+        raw.word[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index + i]) << (16 * (i % 2));
+      }
+    }
+  }
+  return raw;
+}
+
+__device__ inline float from_bits(uint32_t bits, uint8_t dtype) {
+  if (dtype == kFloat16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return bfloat16_to_float(static_cast<uint16_t>(bits));
+}
+
+template <int kWords>
+__device__ inline void unpack(const RawOf<kWords>& raw, uint8_t dtype, float (&value)[kVector]) {
+  if (kWords == 8 && dtype == kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) value[i] = bits_to_float(raw.word[i % kWords]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) value[i] = from_bits((raw.word[i / 2] >> (16 * (i % 2))) & 0xffffu, dtype);
+  }
+}
+
+__device__ inline void load_vector(const AdapterTensor& from, int64_t index, int count, float (&value)[kVector]) {
+  unpack(load_raw(from.data, from.dtype, from.wide, index, count), from.dtype, value);
+}
+
+// A vector of weights that is loaded before a product and used after it, as far as registers allow: float32 weights of
+// a half precision product are loaded when they are used.
+template <typename E>
+struct EarlyVector {
+  static constexpr int kWords = sizeof(E) == sizeof(float) ? 8 : 4;
+  RawOf<kWords> raw;
+
+  __device__ static bool early(const AdapterTensor& from) { return kWords == 8 || from.dtype != kFloat32; }
+  __device__ void begin(const AdapterTensor& from, int64_t index, int count) {
+    if (early(from)) raw = load_raw<kWords>(from.data, from.dtype, from.wide, index, count);
+  }
+  __device__ void finish(const AdapterTensor& from, int64_t index, int count, float (&value)[kVector]) const {
+    if (early(from)) {
+      unpack(raw, from.dtype, value);
+    } else {
+      load_vector(from, index, count, value);
+    }
+  }
+};
+
+__device__ inline float load_number(const AdapterTensor& from, int64_t index) {
+  if (from.dtype == kFloat32) return static_cast<const float*>(from.data)[index];
+  return from_bits(static_cast<const uint16_t*>(from.data)[index], from.dtype);
+}
+
+__device__ inline uint16_t to_bits(float value, uint8_t dtype) {
+  if (dtype == kFloat16) return __half_as_ushort(__float2half_rn(value));
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+
+__device__ inline void store_number(void* data, uint8_t dtype, int64_t index, float value) {
+  if (dtype == kFloat32) {
+    static_cast<float*>(data)[index] = value;
+  } else {
+    static_cast<uint16_t*>(data)[index] = to_bits(value, dtype);
+  }
+}
+
+__device__ inline void store_vector(void* data, uint8_t dtype, bool wide, int64_t index, int count,
+                                    const float (&value)[kVector]) {
+  if (dtype == kFloat32) {
+    float* to = static_cast<float*>(data) + index;
+    if (wide && count >= kVector) {
+      Wide* wide_to = reinterpret_cast<Wide*>(to);
+      for (int half = 0; half < 2; ++half) {
+        Wide bits;
+        for (int i = 0; i < 4; ++i) bits.word[i] = float_to_bits(value[half * 4 + i]);
+        wide_to[half] = bits;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (i < count) to[i] = value[i];
+      }
+    }
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(data) + index;
+  if (wide && count >= kVector) {
+    Wide bits;
+    for (int i = 0; i < 4; ++i) {
+      bits.word[i] = to_bits(value[2 * i], dtype) | static_cast<uint32_t>(to_bits(value[2 * i + 1], dtype)) << 16;
+    }
+    *reinterpret_cast<Wide*>(to) = bits;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < count) to[i] = to_bits(value[i], dtype);
+    }
+  }
+}
+
+// A vector of a tile in shared memory, whose address is a multiple of 16 bytes.
+template <typename E>
+__device__ inline void put_vector(E* to, const float (&value)[kVector]) {
+  store_vector(to, Element<E>::kDType, true, 0, kVector, value);
+}
+
+template <typename E>
+__device__ inline void get_vector(const E* from, float (&value)[kVector]) {
+  unpack(load_raw(from, Element<E>::kDType, true, 0, kVector), Element<E>::kDType, value);
+}
+
+// Starts the copy of a vector into shared memory, both ends at multiples of 16 bytes; zeros in place of what is not
+// `inside`. commit_copies and wait_for_copies finish it for the thread that started it, a barrier for the others.
+template <typename E>
+__device__ inline void start_copy(E* to, const E* from, bool inside) {
+  constexpr int kPieces = kVector * sizeof(E) / kWideBytes;
+  constexpr int kStep = kWideBytes / sizeof(E);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    __pipeline_memcpy_async(to + i * kStep, from + i * kStep, kWideBytes, inside ? 0 : kWideBytes);
+  }
+}
+
+__device__ inline void commit_copies() { __pipeline_commit(); }
+__device__ inline void wait_for_copies() { __pipeline_wait_prior(0); }
+
+// Eight owners of neighbouring entries; 255 beyond count.
+struct Owners {
+  uint32_t word[2];
+  __device__ int of(int i) const { return static_cast<int>((word[i / 4] >> (8 * (i % 4))) & 0xffu); }
+};
+
+__device__ inline Owners load_owners(const uint8_t* data, bool wide, int64_t index, int count) {
+  Owners owners = {{~0u, ~0u}};
+  if (wide && count >= kVector) {
+    struct alignas(8) Pair {
+      uint32_t word[2];
+    };
+    const Pair pair = *reinterpret_cast<const Pair*>(data + index);
+    owners.word[0] = pair.word[0];
+    owners.word[1] = pair.word[1];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const uint32_t shift = 8 * (i % 4);
+      if (i < count) {
+        owners.word[i / 4] = (owners.word[i / 4] & ~(0xffu << shift)) | static_cast<uint32_t>(data[index + i]) << shift;
+      }
+    }
+  }
+  return owners;
+}
+
+}  // namespace mosa

@@ -1,0 +1,187 @@
+// The first product, x Wg^T, with LayerNorm's statistics: what the forward pass and the backward pass over tokens
+// share.
+#pragma once
+
+#include <cstdint>
+
+#include "adapter_tiles.h"
+
+namespace mosa {
+
+// Tokens and columns of a step, chosen so that no kernel takes more than 64 KiB of shared memory (a T4's limit).
+// kBuffers: tiles of the projections in shared memory, 2 to fill one while the other is multiplied.
+template <int kTokens_, int kColumns_, int kBuffers_>
+struct StepOf {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kBuffers = kBuffers_;
+};
+template <typename E, int kRank>
+struct Step;
+template <typename E>
+struct Step<E, 32> : StepOf<64, 64, 2> {};
+template <typename E>
+struct Step<E, 64> : StepOf<64, 64, 2> {};
+template <typename E>
+struct Step<E, 128> : StepOf<64, 32, 2> {};
+template <typename E>
+struct Step<E, 256> : StepOf<32, 32, 1> {};
+template <>
+struct Step<float, 32> : StepOf<64, 32, 2> {};
+template <>
+struct Step<float, 64> : StepOf<64, 32, 2> {};
+template <>
+struct Step<float, 128> : StepOf<32, 32, 1> {};
+template <>
+struct Step<float, 256> : StepOf<16, 16, 1> {};
+
+// What a block knows of its tokens, in shared memory.
+template <int kTokens>
+struct TokenTable {
+  int expert[kTokens];  // kNoExpert beyond the last token
+  float mean[kTokens];
+  float rstd[kTokens];
+  float seen[kTokens];  // the mean of what the matrix units saw of the row
+
+  __device__ bool valid(int row) const { return expert[row] != kNoExpert; }
+
+  // Ends with a barrier.
+  __device__ void load(const AdapterParams& p, int first) {
+    for (int row = thread_of_block(); row < kTokens; row += kThreads) {
+      expert[row] = first + row < p.tokens ? expert_of(p, first + row) : kNoExpert;
+      mean[row] = seen[row] = 0.0f;
+      rstd[row] = 1.0f;
+    }
+    __syncthreads();
+  }
+
+  // The smallest id above `after`; kNoExpert where there is none.
+  __device__ int next_expert(int after) const {
+    int next = kNoExpert;
+    for (int row = 0; row < kTokens; ++row) {
+      if (expert[row] > after && expert[row] < next) next = expert[row];
+    }
+    return next;
+  }
+};
+
+// Shared memory of the first product.
+template <typename E, int kRank>
+struct ProjectTiles {
+  static constexpr int kColumns = Step<E, kRank>::kColumns;
+  using X = RowTile<E, Step<E, kRank>::kTokens, kColumns>;
+  using Down = DownTile<E, kRank, kColumns>;
+  alignas(128) E x[2][X::kSize];
+  alignas(128) E down[Step<E, kRank>::kBuffers][Down::kSize];
+};
+
+// Row sums of Wg and the bias of the bottleneck.
+template <int kRank>
+struct UnitTable {
+  float s[kRank];
+  float bias[kRank];
+};
+
+// accumulators = x Wg^T for expert e, or (x - shift) Wg^T where x is converted on its way; fills `units`. With
+// kStatistics it finds mean and rstd, else they are in the table. Ends with a barrier.
+template <bool kStatistics, typename E, int kRank, typename Accumulators>
+__device__ inline void project(const AdapterParams& p, int first, int e, TokenTable<Step<E, kRank>::kTokens>& tokens,
+                               ProjectTiles<E, kRank>& shared, UnitTable<kRank>& units, Accumulators& accumulators) {
+  using Tiles = ProjectTiles<E, kRank>;
+  using X = typename Tiles::X;
+  using Down = typename Tiles::Down;
+  using Warp = WarpTiles<Step<E, kRank>::kTokens, kRank>;
+  constexpr int kColumns = Tiles::kColumns;
+  constexpr int kBuffers = Step<E, kRank>::kBuffers;
+  const bool norm = p.gamma.data != nullptr;
+  const bool direct = p.x.dtype == Element<E>::kDType && p.x.wide && !(norm && p.x.dtype == kFloat32);
+  const bool centre = norm && !direct;
+  const auto take = [&](int row) { return tokens.valid(row); };
+
+  X x;
+  const Warp warp;
+  Down down;
+  down.clear();
+  accumulators.clear();
+  x.begin(p.x, direct, first, take, 0, p.width, shared.x[0]);
+  down.begin(p, 0);
+
+  float shift[X::S::kCount] = {};
+  float total[X::S::kCount] = {};
+  float squares[X::S::kCount] = {};
+  if (norm && kStatistics) {
+    if (direct) wait_for_copies();
+#pragma unroll
+    for (int j = 0; j < X::S::kCount; ++j) {
+      if (!x.has(j)) continue;
+      float value[kVector];
+      x.peek(p.x, direct, shared.x[0], j, value);
+      float sum = 0.0f;
+      for (int i = 0; i < kVector; ++i) sum += value[i];  // zeros beyond d
+      shift[j] = sum_lanes<X::S::kPerRow>(sum) / static_cast<float>(min(kColumns, p.width));
+    }
+  } else if (norm) {
+#pragma unroll
+    for (int j = 0; j < X::S::kCount; ++j) {
+      if (x.has(j)) shift[j] = tokens.mean[x.row(j)];
+    }
+  }
+
+  int column = 0;
+  const auto settle = [&](int buffer) {
+    x.finish(p.x, direct, norm && kStatistics, shared.x[buffer], [&](int j, int, float (&value)[kVector]) {
+      if (!norm) return;
+      const int count = p.width - column - x.column();
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float centred = i < count ? value[i] - shift[j] : 0.0f;
+        if (kStatistics) {
+          total[j] += centred;
+          squares[j] += centred * centred;
+        }
+        if (centre) value[i] = centred;
+      }
+    });
+    down.finish(p, column, e, shared.down[kBuffers == 1 ? 0 : buffer]);
+    __syncthreads();
+  };
+
+  settle(0);
+  for (int buffer = 0;; buffer ^= 1) {
+    const int next = column + kColumns;
+    if (next < p.width) {
+      x.begin(p.x, direct, first, take, next, p.width, shared.x[buffer ^ 1]);
+      down.begin(p, next);
+    }
+    accumulators.template multiply<false, true>(shared.x[buffer] + warp.row() * X::kRow, X::kRow,
+                                                shared.down[kBuffers == 1 ? 0 : buffer] + warp.column() * Down::kRow,
+                                                Down::kRow, kUnit * Down::kRow, kColumns, p.tf32);
+    if (next >= p.width) break;
+    if (kBuffers == 1) __syncthreads();
+    column = next;
+    settle(buffer ^ 1);
+  }
+
+  down.store_sums(p, units.s, units.bias);
+  if (norm && kStatistics) {
+    const float inverse = 1.0f / static_cast<float>(p.width);
+#pragma unroll
+    for (int j = 0; j < X::S::kCount; ++j) {
+      if (!x.has(j)) continue;
+      const float offset = sum_lanes<X::S::kPerRow>(total[j]) * inverse;
+      const float square = sum_lanes<X::S::kPerRow>(squares[j]) * inverse;
+      if (x.column() != 0) continue;
+      const int row = x.row(j);
+      tokens.mean[row] = shift[j] + offset;
+      tokens.rstd[row] = 1.0f / sqrtf(fmaxf(square - offset * offset, 0.0f) + p.norm_eps);
+      tokens.seen[row] = centre ? offset : shift[j] + offset;
+    }
+  } else if (norm) {
+    for (int row = thread_of_block(); row < Step<E, kRank>::kTokens; row += kThreads) {
+      tokens.seen[row] = centre ? 0.0f : tokens.mean[row];
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace mosa

@@ -1,0 +1,199 @@
+// Products of 16 x 16 tiles in the registers of a warp: on the matrix units where the architecture has them for the
+// element type (fp16 from sm_70, bf16 and TF32 from sm_80), with plain fused multiply-adds elsewhere.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <mma.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace mosa {
+
+constexpr int kWarp = 32;
+constexpr int kUnit = 16;  // rows, columns and depth of a tile
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasBFloat16Units = false;
+constexpr bool kHasFloat32Units = false;
+#else
+constexpr bool kHasBFloat16Units = true;
+constexpr bool kHasFloat32Units = true;
+#endif
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename E>
+__device__ E to_element(float value);
+template <>
+__device__ inline float to_element<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline __half to_element<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 to_element<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+template <typename E>
+struct Element;
+template <>
+struct Element<float> {
+  static constexpr uint8_t kDType = kFloat32;
+  static constexpr bool kOnUnits = kHasFloat32Units;
+};
+template <>
+struct Element<__half> {
+  static constexpr uint8_t kDType = kFloat16;
+  static constexpr bool kOnUnits = true;
+};
+template <>
+struct Element<__nv_bfloat16> {
+  static constexpr uint8_t kDType = kBFloat16;
+  static constexpr bool kOnUnits = kHasBFloat16Units;
+};
+
+// How an operand lies in memory: as the product reads it, or with rows and columns exchanged.
+template <bool kTransposed>
+struct Layout {
+  using Type = nvcuda::wmma::row_major;
+};
+template <>
+struct Layout<true> {
+  using Type = nvcuda::wmma::col_major;
+};
+
+// Accumulators of kTiles neighbouring tiles in a row.
+template <typename E, int kTiles, bool kOnUnits = Element<E>::kOnUnits>
+struct Accumulator;
+
+// fp16 and bf16.
+template <typename E, int kTiles>
+struct Accumulator<E, kTiles, true> {
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, kUnit, kUnit, kUnit, float> tile[kTiles];
+
+  __device__ void clear() {
+    for (int j = 0; j < kTiles; ++j) nvcuda::wmma::fill_fragment(tile[j], 0.0f);
+  }
+
+  // tile[j] += A B_j with A [16, depth] and B_j [depth, 16]; B_j begins `step` elements after B_(j-1). The whole warp
+  // takes part.
+  template <bool kTransposedA, bool kTransposedB>
+  __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool) {
+#pragma unroll 1
+    for (int k = 0; k < depth; k += kUnit) {
+      nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, kUnit, kUnit, kUnit, E, typename Layout<kTransposedA>::Type> left;
+      nvcuda::wmma::load_matrix_sync(left, a + k * (kTransposedA ? lda : 1), static_cast<unsigned>(lda));
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, kUnit, kUnit, kUnit, E, typename Layout<kTransposedB>::Type>
+            right;
+        nvcuda::wmma::load_matrix_sync(right, b + j * step + k * (kTransposedB ? 1 : ldb), static_cast<unsigned>(ldb));
+        nvcuda::wmma::mma_sync(tile[j], left, right, tile[j]);
+      }
+    }
+  }
+
+  __device__ void store(int j, float* to, int ld) const {
+    nvcuda::wmma::store_matrix_sync(to, tile[j], static_cast<unsigned>(ld), nvcuda::wmma::mem_row_major);
+  }
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+// fp32: both operands as the sum of two TF32 numbers, of whose products the smallest is left out; or one TF32 product.
+template <int kTiles>
+struct Accumulator<float, kTiles, true> {
+  static constexpr int kDepth = 8;
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, kUnit, kUnit, kDepth, float> tile[kTiles];
+
+  __device__ void clear() {
+    for (int j = 0; j < kTiles; ++j) nvcuda::wmma::fill_fragment(tile[j], 0.0f);
+  }
+
+  template <typename Fragment>
+  __device__ static void split(Fragment& value, Fragment& rest) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(value.num_elements); ++i) {
+      const float whole = value.x[i];
+      value.x[i] = nvcuda::wmma::__float_to_tf32(whole);
+      rest.x[i] = nvcuda::wmma::__float_to_tf32(whole - value.x[i]);
+    }
+  }
+
+  template <bool kTransposedA, bool kTransposedB>
+  __device__ void multiply(const float* a, int lda, const float* b, int ldb, int step, int depth, bool tf32) {
+    using TF32 = nvcuda::wmma::precision::tf32;
+#pragma unroll 1
+    for (int k = 0; k < depth; k += kDepth) {
+      nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, kUnit, kUnit, kDepth, TF32, typename Layout<kTransposedA>::Type>
+          left, left_rest;
+      nvcuda::wmma::load_matrix_sync(left, a + k * (kTransposedA ? lda : 1), static_cast<unsigned>(lda));
+      split(left, left_rest);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, kUnit, kUnit, kDepth, TF32, typename Layout<kTransposedB>::Type>
+            right, right_rest;
+        nvcuda::wmma::load_matrix_sync(right, b + j * step + k * (kTransposedB ? 1 : ldb), static_cast<unsigned>(ldb));
+        split(right, right_rest);
+        if (!tf32) {
+          nvcuda::wmma::mma_sync(tile[j], left_rest, right, tile[j]);
+          nvcuda::wmma::mma_sync(tile[j], left, right_rest, tile[j]);
+        }
+        nvcuda::wmma::mma_sync(tile[j], left, right, tile[j]);
+      }
+    }
+  }
+
+  __device__ void store(int j, float* to, int ld) const {
+    nvcuda::wmma::store_matrix_sync(to, tile[j], static_cast<unsigned>(ld), nvcuda::wmma::mem_row_major);
+  }
+};
+#endif
+
+// Without matrix units: two lanes share a row.
+template <typename E, int kTiles>
+struct Accumulator<E, kTiles, false> {
+  static constexpr int kColumns = kUnit / 2;
+  float value[kTiles][kColumns];
+
+  __device__ static int row() { return static_cast<int>(threadIdx.x) % kWarp / 2; }
+  __device__ static int column() { return static_cast<int>(threadIdx.x) % 2 * kColumns; }
+
+  __device__ void clear() {
+    for (int j = 0; j < kTiles; ++j) {
+      for (int i = 0; i < kColumns; ++i) value[j][i] = 0.0f;
+    }
+  }
+
+  template <bool kTransposedA, bool kTransposedB>
+  __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool) {
+    const E* own_row = a + row() * (kTransposedA ? 1 : lda);
+    const E* own_columns = b + column() * (kTransposedB ? ldb : 1);
+#pragma unroll 2
+    for (int k = 0; k < depth; ++k) {
+      const float left = to_float(own_row[k * (kTransposedA ? lda : 1)]);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const float right =
+              to_float(own_columns[j * step + i * (kTransposedB ? ldb : 1) + k * (kTransposedB ? 1 : ldb)]);
+          value[j][i] = fmaf(left, right, value[j][i]);
+        }
+      }
+    }
+  }
+
+  __device__ void store(int j, float* to, int ld) const {
+    for (int i = 0; i < kColumns; ++i) to[row() * ld + column() + i] = value[j][i];
+  }
+};
+
+}  // namespace mosa

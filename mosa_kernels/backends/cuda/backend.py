@@ -1,0 +1,95 @@
+"""The CUDA C++ backend of the adapter: fused kernels for NVIDIA GPUs from compute capability 7.0 (V100) on.
+
+Half precision products run on the matrix units of every such GPU, bf16 and float32 ones (three TF32 products) from 8.0
+on. Below that they are plain fused multiply-adds.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
+from mosa_kernels.backends.cuda import adapter
+
+_MAX_WIDTH = 4096
+_MAX_BOTTLENECK = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_found: tuple[bool, str] | None = None
+
+
+def available() -> tuple[bool, str]:
+    global _found
+    if _found is None:  # a plain variable, since torch.compile looks through functools.cache with a warning
+        _found = _look()
+    return _found
+
+
+def _look() -> tuple[bool, str]:
+    reason = extension().cuda_reason
+    if reason is not None:
+        return False, reason
+    if not torch.cuda.is_available():
+        return False, "there is no CUDA device"
+    if torch.version.hip is not None:
+        return False, "the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability()
+    if not has_code_for(capability):
+        return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
+    return True, ""
+
+
+def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
+    """Whether this backend takes the call, and if not, why. Looks at no tensor's values."""
+    if not args.x.is_cuda:
+        return False, f"x is on {args.x.device}, not on a CUDA device"
+    return takes(args)
+
+
+def takes(args: AdapterArguments) -> tuple[bool, str]:
+    """`supports_adapter` on any device."""
+    x = args.x
+    if x.numel() == 0:
+        return False, "x is empty"
+    if x.shape[-1] > _MAX_WIDTH:
+        return False, f"x is {x.shape[-1]} wide, at most {_MAX_WIDTH} are taken"
+    if args.w_down.shape[0] > _MAX_BOTTLENECK:
+        return False, f"the bottleneck is {args.w_down.shape[0]} wide, at most {_MAX_BOTTLENECK} are taken"
+    if x.numel() // x.shape[-1] >= 2**31 - 2**10:
+        return False, "x has 2**31 tokens or more"
+    dtype = args.compute_dtype or args.x.dtype
+    if dtype not in _DTYPES:
+        return False, f"products in {dtype} are not taken"
+    for name, tensor in zip(args._fields[:13], args[:13], strict=True):
+        if tensor is None or name == "expert":
+            continue
+        if tensor.dtype not in _DTYPES and name not in ("assignment", "assignment_down"):
+            return False, f"{name} has dtype {tensor.dtype}"
+        if name not in ("x", "residual") and not tensor.is_contiguous():
+            return False, f"{name} is not contiguous"
+    return True, ""
+
+
+def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
+    return adapter.adapter_forward(args, _launch_on(args.x.device))
+
+
+def adapter_backward(
+    args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
+) -> AdapterGradients:
+    return adapter.adapter_backward(args, grad_out, mean, rstd, needs, _launch_on(args.x.device))
+
+
+def _launch_on(device: torch.device) -> adapter.Launch:
+    module = extension().module
+    assert module is not None
+    stream = torch.cuda.current_stream(device)
+    return adapter.Launch(module, stream.device_index, stream.cuda_stream, _multiprocessors(stream.device_index))
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,454 @@
+"""The adapter's CUDA kernels against the float64 oracle: compiled for the host, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import cuda_on_host
+import pytest
+import torch
+from accuracy import Expected, all_needs, argument, on, well_conditioned
+from calls import full_call, sparse_down
+from cases import adapter_calls
+from hypothesis import Phase, given, settings
+from poison import poisoned_memory
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
+from mosa_kernels.backends.cuda import adapter, backend
+
+UNITS = ("adapter_forward*.cu", "adapter_backward*.cu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MULTIPROCESSORS = 8  # on the host, so that the weight gradients come in several parts
+needs_compiler = pytest.mark.skipif(cuda_on_host.find_compiler() is None, reason="no C++ compiler")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.filterwarnings("ignore:mosa_kernels, CUDA backend")
+
+Changes = Mapping[str, tuple[str, str]]
+FMA_UNITS: Changes = {
+    f"adapter_{direction}_{dtype}.cu": (
+        f'#include "adapter_{direction}_launch.h"',
+        f'#define __CUDA_ARCH__ 750\n#include "adapter_{direction}_launch.h"',
+    )
+    for direction in ("forward", "backward")
+    for dtype in ("fp32", "bf16")
+}
+"""The products of a GPU whose matrix units take neither TF32 nor bf16."""
+
+
+class Machine:
+    """Where the kernels run."""
+
+    def __init__(self, device: str, changes: Changes | None = None) -> None:
+        self.device, self.changes = device, changes
+
+    def launch(self) -> adapter.Launch:
+        if self.device == "cuda":
+            return backend._launch_on(torch.device("cuda", torch.cuda.current_device()))
+        return adapter.Launch(cuda_on_host.build("adapter_cuda", self.changes, units=UNITS), 0, 0, MULTIPROCESSORS)
+
+    def run(
+        self, args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None
+    ) -> tuple[Tensor, AdapterGradients]:
+        ok, reason = backend.takes(args)
+        assert ok, reason
+        launch = self.launch()
+        tokens = args.x.numel() // args.width if args.norm_weight is not None else 0
+        with poisoned_memory():
+            out, mean, rstd = adapter.adapter_forward(args, launch)
+            assert out.is_contiguous()
+            assert mean.shape == rstd.shape == (tokens,)
+            gradients = adapter.adapter_backward(args, grad_out, mean, rstd, needs or all_needs(args), launch)
+        return out, gradients
+
+    def check(self, args: AdapterArguments, grad_out: Tensor | None = None) -> AdapterGradients:
+        args = on(args, self.device)
+        if grad_out is None:
+            generator = torch.Generator().manual_seed(1)
+            grad_out = torch.randn(args.x.shape, generator=generator).to(args.x)
+        expected = Expected(args, grad_out)
+        out, gradients = self.run(args, grad_out)
+        expected.check_out(out)
+        expected.check_gradients(gradients)
+        if args.activity is not None:
+            assert gradients.activity is not None
+            assert torch.equal(gradients.activity, expert_activity(args))
+        return gradients
+
+
+HOST = pytest.param(Machine("cpu"), id="cuda_on_host", marks=needs_compiler)
+GPU = pytest.param(Machine("cuda"), id="gpu", marks=[pytest.mark.gpu, needs_gpu])
+on_machines = pytest.mark.parametrize("machine", [HOST, GPU])
+
+
+@on_machines
+@settings(max_examples=60, phases=[Phase.explicit, Phase.generate])
+@given(args=adapter_calls(dtypes=DTYPES))
+def test_any_call(machine: Machine, args: AdapterArguments) -> None:
+    if args.activation == "relu" and args.x.dtype != torch.float32:
+        # Rounding decides the slope of an entry near zero, here as in eager PyTorch: see test_relu_in_half_precision.
+        args = args._replace(activation="silu")
+    machine.check(well_conditioned(args))
+
+
+@on_machines
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_relu_in_half_precision(machine: Machine, dtype: torch.dtype) -> None:
+    args = full_call(2, 20, 48, 12, dtype, activation="relu", expert=torch.tensor(1))
+    with torch.no_grad():
+        args.w_down.mul_(0.1)
+        assert args.b_down is not None
+        args.b_down.copy_(torch.arange(12) % 2 * 6.0 - 3)
+    machine.check(args)
+
+
+@on_machines
+@pytest.mark.parametrize(
+    ("batch", "length", "d", "r"),
+    [(1, 1, 16, 1), (3, 50, 80, 20), (1, 150, 264, 64), (1, 70, 100, 65), (1, 40, 136, 128), (1, 34, 40, 200)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_of_several_tiles(machine: Machine, batch: int, length: int, d: int, r: int, dtype: torch.dtype) -> None:
+    machine.check(full_call(batch, length, d, r, dtype, expert=torch.tensor(2)))
+
+
+@on_machines
+@pytest.mark.parametrize(
+    ("ids", "length"), [((0, 1, -1, 3, 1), 1), ((0, 1, -1, 3, 1), 14), ((-1, 0, 0), 30), ((2, 2), 3)]
+)
+@pytest.mark.parametrize("sparse", ["up", "both"])
+def test_experts_mixed_with_the_merged_adapter(
+    machine: Machine, ids: tuple[int, ...], length: int, sparse: str
+) -> None:
+    options = {} if sparse == "up" else sparse_down(48, 8)
+    args = full_call(len(ids), length, 48, 8, expert=torch.tensor(ids), expert_scale=4.0, merged_scale=0.25, **options)
+    gradients = machine.check(args)
+    assert gradients.w_up is not None
+    assert gradients.b_up is not None
+    assert args.assignment is not None
+    w_up, b_up = gradients.w_up.cpu(), gradients.b_up.cpu()
+    for n in range(4):
+        ran = n in ids or -1 in ids
+        for found in (b_up[n], w_up[args.assignment == n]):
+            assert (found.abs().mean() > 1e-3) if ran else not found.any()
+
+
+@on_machines
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_ids_of_any_integer_type(machine: Machine, dtype: torch.dtype) -> None:
+    machine.check(full_call(3, 7, 24, 6, expert=torch.tensor([2, 0, 3], dtype=dtype)))
+    machine.check(full_call(1, 7, 24, 6, expert=torch.tensor(2, dtype=dtype)))
+
+
+@on_machines
+def test_dropout_with_a_seed_for_each_sample(machine: Machine) -> None:
+    seeds = torch.tensor([5, 2**40 + 1, 2**62])
+    for seed in (None, seeds, seeds[1]):
+        machine.check(full_call(3, 20, 32, 12, dropout_p=0.4, seed=seed, seed_id=2**35 + 17))
+
+
+@on_machines
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_multiplies_in_half_and_keeps_float32(machine: Machine, dtype: torch.dtype) -> None:
+    machine.check(full_call(2, 30, 64, 16, compute_dtype=dtype, expert=torch.tensor([1, -1])))
+    machine.check(full_call(2, 30, 64, 16, dtype, torch.float32, compute_dtype=dtype, **sparse_down(64, 16)))
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    machine.check(full_call(2, 30, 64, 16, other, torch.float32, compute_dtype=dtype))
+
+
+@on_machines
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outlier_columns_and_a_mean_far_from_zero(machine: Machine, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(3))
+    x[..., [0, 17, 60]] *= 100
+    machine.check(full_call(2, 20, 96, 16, dtype, x=x.to(dtype).requires_grad_()))
+    shifted = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(4)) + 30
+    machine.check(full_call(2, 20, 96, 16, dtype, x=shifted.to(dtype).requires_grad_()))
+    if dtype != torch.float32:
+        machine.check(full_call(2, 20, 96, 16, x=shifted.requires_grad_(), compute_dtype=dtype))
+
+
+@on_machines
+def test_statistics_survive_a_large_mean(machine: Machine) -> None:
+    x = torch.randn(1, 9, 200, generator=torch.Generator().manual_seed(6)) + 1000
+    args = on(full_call(1, 9, 200, 4, x=x), machine.device)
+    _, mean, rstd = adapter.adapter_forward(args, machine.launch())
+    exact = x.double().view(9, 200)
+    torch.testing.assert_close(mean.cpu().double(), exact.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd.cpu().double(), (exact.var(1, correction=0) + 1e-6).rsqrt(), rtol=1e-4, atol=0)
+
+
+@on_machines
+def test_only_the_gradients_asked_for(machine: Machine) -> None:
+    scale = torch.tensor(0.7, requires_grad=True)
+    args = on(full_call(2, 9, 24, 6, expert=torch.tensor([1, 3]), scale_tensor=scale), machine.device)
+    grad_out = torch.randn(args.x.shape, device=machine.device)
+    _, full = machine.run(args, grad_out)
+    wishes = [{name} for name in AdapterNeeds._fields] + [{"x", "w_up"}, {"w_down", "activity"}, {"b_down", "scale"}]
+    for wish in wishes:
+        _, found = machine.run(args, grad_out, AdapterNeeds(*(name in wish for name in AdapterNeeds._fields)))
+        for name in AdapterNeeds._fields:
+            gradient = getattr(found, name)
+            assert (gradient is not None) == (name in wish), name
+            if gradient is not None:
+                torch.testing.assert_close(gradient, getattr(full, name), rtol=1e-5, atol=1e-5)
+
+
+@on_machines
+def test_rows_that_are_not_contiguous(machine: Machine) -> None:
+    wide = torch.randn(2, 21, 72, generator=torch.Generator().manual_seed(7)).to(machine.device)
+    for x in (wide[..., 8:56], wide[:, 1:, :48], wide.transpose(0, 1)[..., ::2][..., :32].transpose(0, 1)):
+        args = on(full_call(2, x.shape[1], x.shape[2], 8), machine.device)
+        args = args._replace(x=x.detach().requires_grad_(), residual=x * 2)
+        for grad_out in (None, torch.tensor(0.25, device=machine.device).expand(x.shape)):
+            generator = torch.Generator().manual_seed(1)
+            drawn = torch.randn(x.shape, generator=generator).to(x) if grad_out is None else grad_out
+            expected = Expected(args, drawn)
+            out, gradients = machine.run(args, drawn)
+            expected.check_out(out)
+            expected.check_gradients(gradients)
+
+
+@on_machines
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_addresses_that_are_not_aligned(machine: Machine, dtype: torch.dtype) -> None:
+    base = torch.randn(1 + 2 * 10 * 40, generator=torch.Generator().manual_seed(8)).to(machine.device, dtype)
+    owners = torch.randint(4, (1 + 40 * 16,), dtype=torch.uint8).to(machine.device)
+    args = on(full_call(2, 10, 40, 16, dtype, expert=torch.tensor([1, 2])), machine.device)
+    args = args._replace(x=base[1:].view(2, 10, 40).requires_grad_(), assignment=owners[1:].view(40, 16))
+    grad_out = base[1:].view(2, 10, 40) * 0.5
+    expected = Expected(args, grad_out)
+    out, gradients = machine.run(args, grad_out)
+    expected.check_out(out)
+    expected.check_gradients(gradients)
+
+
+@on_machines
+def test_ids_and_seeds_that_are_columns_of_a_table(machine: Machine) -> None:
+    table = torch.tensor([[0, 3], [2, -1], [1, 0]], device=machine.device)
+    args = on(full_call(3, 10, 32, 6, dropout_p=0.3), machine.device)
+    args = args._replace(seed=(table * 2**33 + 7)[:, 1])
+    for expert in (table[:, 0], table[1, 0].expand(3)):
+        call = args._replace(expert=expert)
+        grad_out = torch.ones_like(call.x)
+        expected = Expected(call, grad_out)
+        out, gradients = machine.run(call, grad_out)
+        expected.check_out(out)
+        expected.check_gradients(gradients)
+
+
+@on_machines
+def test_the_bits_do_not_depend_on_what_memory_held(machine: Machine) -> None:
+    args = on(full_call(5, 14, 48, 40, torch.float16, expert=torch.tensor((0, 1, -1, 3, 1))), machine.device)
+    grad_out = torch.randn_like(args.x)
+    first, second = (tensors_of(*machine.run(args, grad_out)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_compiler
+def test_products_without_matrix_units() -> None:
+    machine = Machine("cpu", FMA_UNITS)
+    for dtype in (torch.float32, torch.bfloat16):
+        machine.check(full_call(2, 37, 72, 40, dtype, expert=torch.tensor([1, -1])))
+        machine.check(full_call(1, 20, 40, 200, dtype, **sparse_down(40, 200)))
+
+
+BREAKS: list[tuple[str, Changes, torch.dtype]] = [
+    (
+        "a barrier less",
+        {
+            "adapter_forward_fp16.cu": (
+                '#include "adapter_forward_launch.h"',
+                '#include <cuda_runtime.h>\n#define __syncwarp() \n#include "adapter_forward_launch.h"',
+            )
+        },
+        torch.float16,
+    ),
+    (
+        "a copy that nobody waits for",
+        {
+            "adapter_forward_bf16.cu": (
+                '#include "adapter_forward_launch.h"',
+                '#include <cuda_pipeline.h>\n#define __pipeline_wait_prior(left)\n#include "adapter_forward_launch.h"',
+            )
+        },
+        torch.bfloat16,
+    ),
+    (
+        "one TF32 product in place of three",
+        {
+            "adapter_forward_fp32.cu": (
+                '#include "adapter_forward_launch.h"',
+                '#include "adapter.h"\n#define tf32 add_input\n#include "adapter_forward_launch.h"',
+            )
+        },
+        torch.float32,
+    ),
+    (
+        "parts added up in part",
+        {"adapter_backward.cu": ("part < parts.number", "part + 1 < parts.number")},
+        torch.float16,
+    ),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("changes", "dtype"), [b[1:] for b in BREAKS], ids=[b[0] for b in BREAKS])
+def test_a_broken_kernel_is_found(changes: Changes, dtype: torch.dtype) -> None:
+    """A test of these tests."""
+    with pytest.raises(AssertionError, match="error"):
+        Machine("cpu", changes).check(full_call(2, 150, 72, 20, dtype, expert=torch.tensor(2)))
+
+
+def test_what_is_declined_says_why() -> None:
+    args = full_call()
+    for changed, reason in (
+        (args._replace(x=torch.randn(1, 1, 5000)), "5000"),
+        (args._replace(x=args.x[:0]), "empty"),
+        (args._replace(w_down=torch.randn(300, 48)), "300"),
+        (args._replace(x=args.x.double()), "float64"),
+        (args._replace(w_up=args.w_up.double()), "w_up"),
+        (args._replace(w_up=args.w_up.T.contiguous().T), "not contiguous"),
+    ):
+        ok, said = backend.takes(changed)
+        assert not ok
+        assert reason in said
+    ok, said = backend.supports_adapter(args)
+    assert not ok
+    assert "cpu" in said
+
+
+@settings(max_examples=200)
+@given(adapter_calls(dtypes=DTYPES))
+def test_hardly_a_call_is_declined(args: AdapterArguments) -> None:
+    ok, reason = backend.takes(args)
+    assert ok, reason
+
+
+@needs_compiler
+def test_launch_errors_name_launch_shape_and_cause() -> None:
+    launch = Machine("cpu").launch()
+    args = full_call(2, 5, 24, 6)
+    call = adapter._Call(args)
+    with pytest.raises(
+        RuntimeError, match=r"adapter_forward on device 0 of x \[10, 24\], w_down \[6, 24\], failed: a r"
+    ):
+        launch.module.adapter_cuda_forward(call.tensors, call.sizes, call.factors, (0, 0, 0), 0, 0)
+    sizes = (call.sizes[0], call.sizes[1], 257, *call.sizes[3:])
+    with pytest.raises(RuntimeError, match="failed: a size beyond what the kernels take"):
+        launch.module.adapter_cuda_forward(call.tensors, sizes, call.factors, (0, 0, 0), 0, 0)
+    with pytest.raises(ValueError, match="sizes: expected 8 integers, got 2"):
+        launch.module.adapter_cuda_forward(call.tensors, (1, 2), call.factors, (0, 0, 0), 0, 0)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("default")
+def test_a_slow_path_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_said", set())
+    machine = Machine("cpu")
+    args = full_call(2, 5, 24, 6, x=torch.randn(2, 5, 48)[..., ::2], residual=None)
+    with pytest.warns(UserWarning, match=r"x of shape \[2, 5, 24\], strides .* is copied first \(said once\)"):
+        adapter.adapter_forward(args, machine.launch())
+    odd = full_call(2, 5, 23, 6)
+    with pytest.warns(UserWarning, match="rows of x do not begin at multiples of 16 bytes"):
+        adapter.adapter_forward(odd, machine.launch())
+    said = set(adapter._said)
+    adapter.adapter_forward(odd, machine.launch())
+    assert adapter._said == said
+
+
+@needs_compiler
+@pytest.mark.skipif(cuda_on_host.sanitized_environment() is None, reason="no address sanitizer")
+def test_under_the_address_sanitizer() -> None:
+    """A few calls of every padded rank again, in a process where an access out of bounds ends it."""
+    chosen = "test_shapes_of_several_tiles and cuda_on_host or test_addresses and cuda_on_host"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    environment = cuda_on_host.sanitized_environment()
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
+    assert "passed" in answer.stdout
+
+
+def tensors_of(out: Tensor, gradients: AdapterGradients) -> list[Tensor]:
+    return [out, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_two_hundred_runs_give_the_same_bits() -> None:
+    ids = torch.randint(-1, 4, (16,))
+    args = full_call(16, 197, 768, 64, torch.bfloat16, expert=ids, dropout_p=0.1, seed=torch.tensor(3))
+    args = on(args, "cuda")
+    grad_out = torch.randn_like(args.x)
+    machine = Machine("cuda")
+    first = tensors_of(*machine.run(args, grad_out))
+    for _ in range(200):
+        for wanted, found in zip(first, tensors_of(*machine.run(args, grad_out)), strict=True):
+            assert torch.equal(wanted, found)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_another_stream() -> None:
+    args = on(full_call(8, 197, 768, 64, torch.bfloat16, expert=torch.tensor(1)), "cuda")
+    grad_out = torch.randn_like(args.x)
+    machine = Machine("cuda")
+    wanted = tensors_of(*machine.run(args, grad_out))
+    stream = torch.cuda.Stream()
+    source = args.x.detach().clone()
+    late = torch.zeros_like(source)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(source)
+        found = tensors_of(*machine.run(args._replace(x=late), grad_out))
+    stream.synchronize()
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_replayed_graph_sees_new_experts_and_values() -> None:
+    expert = torch.tensor([0, 1, 2, 3])
+    args = on(full_call(4, 197, 192, 16, torch.float16, expert=expert), "cuda")
+    grad_out = torch.randn_like(args.x)
+    machine = Machine("cuda")
+    machine.run(args, grad_out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, mean, rstd = backend.adapter_forward(args)
+        gradients = backend.adapter_backward(args, grad_out, mean, rstd, all_needs(args))
+    for ids in ((3, 3, -1, 0), (1, 2, 1, 2)):
+        with torch.no_grad():
+            assert args.expert is not None
+            args.expert.copy_(torch.tensor(ids))
+            args.x.normal_()
+        graph.replay()
+        for a, b in zip(tensors_of(out, gradients), tensors_of(*machine.run(args, grad_out)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_as_the_reference_through_autograd() -> None:
+    from mosa_kernels.functional.adapter import mosa_adapter
+
+    args = on(full_call(2, 11, 40, 7, scale_tensor=torch.tensor(0.7, requires_grad=True)), "cuda")
+    grad_out = torch.randn(args.x.shape, device="cuda")
+    names = ("x", "w_down", "b_down", "w_up", "b_up", "norm_weight", "norm_bias", "scale", "activity")
+
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        assert args.scale_tensor is not None
+        out = mosa_adapter(
+            args.x, args.w_down, args.b_down, args.w_up, args.b_up, args.assignment, torch.tensor([1, -1]).cuda(),
+            norm_weight=args.norm_weight, norm_bias=args.norm_bias, scale=args.scale_tensor, activity=args.activity,
+            residual=args.residual, backend=name,
+        )  # fmt: skip
+        return out, *torch.autograd.grad(out, [argument(args, name) for name in names], grad_out)
+
+    for found, wanted in zip(gradients("cuda"), gradients("reference"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,111 @@
+// Products of 16 x 16 tiles by a warp. Every lane holds both operands whole and eight numbers of the result, spread
+// over the tile so that no program can know which.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "cuda_runtime.h"
+
+namespace nvcuda {
+namespace wmma {
+
+struct row_major {};
+struct col_major {};
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+enum layout_t { mem_row_major, mem_col_major };
+namespace precision {
+struct tf32 {};
+}  // namespace precision
+
+// Rounds to ten bits of mantissa, ties away from zero.
+inline float __float_to_tf32(float value) {
+  const uint32_t bits = mosa::float_to_bits(value);
+  return (bits & 0x7f800000u) == 0x7f800000u ? value : mosa::bits_to_float((bits + 0x1000u) & ~0x1fffu);
+}
+
+namespace on_host {
+
+inline float value_of(float value) { return value; }
+inline float value_of(__half value) { return __half2float(value); }
+inline float value_of(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// The units look at no more bits of a TF32 operand than it has.
+template <typename T>
+float seen(float value) {
+  return std::is_same_v<T, precision::tf32> ? mosa::bits_to_float(mosa::float_to_bits(value) & ~0x1fffu) : value;
+}
+
+inline int lane() { return static_cast<int>(cuda_on_host::block->current % cuda_on_host::kWarpSize); }
+
+template <typename T>
+void check_address(const T* address, unsigned stride) {
+  if (reinterpret_cast<uintptr_t>(address) % 32 == 0 && stride * sizeof(T) % 16 == 0) return;
+  std::fprintf(stderr, "a tile has to begin at 32 bytes and its rows at 16: address %p, %u elements a row\n",
+               static_cast<const void*>(address), stride);
+  std::abort();
+}
+
+}  // namespace on_host
+
+template <typename Use, int m, int n, int k, typename T, typename Layout = void>
+struct fragment {
+  static constexpr int rows = std::is_same_v<Use, matrix_a> ? m : k;
+  static constexpr int columns = std::is_same_v<Use, matrix_a> ? k : n;
+  static constexpr int num_elements = rows * columns;
+  float x[num_elements];
+};
+
+template <int m, int n, int k>
+struct fragment<accumulator, m, n, k, float, void> {
+  static constexpr int num_elements = m * n / cuda_on_host::kWarpSize;
+  float x[num_elements];
+  static int row(int i) { return (i * cuda_on_host::kWarpSize + on_host::lane()) / n; }
+  static int column(int i) { return (i * cuda_on_host::kWarpSize + on_host::lane()) % n; }
+};
+
+template <int m, int n, int k>
+void fill_fragment(fragment<accumulator, m, n, k, float>& to, float value) {
+  for (float& x : to.x) x = value;
+}
+
+template <typename Use, int m, int n, int k, typename T, typename Layout, typename Stored>
+void load_matrix_sync(fragment<Use, m, n, k, T, Layout>& to, const Stored* from, unsigned stride) {
+  using Fragment = fragment<Use, m, n, k, T, Layout>;
+  on_host::check_address(from, stride);
+  for (int row = 0; row < Fragment::rows; ++row) {
+    for (int column = 0; column < Fragment::columns; ++column) {
+      const size_t at =
+          std::is_same_v<Layout, row_major> ? row * size_t{stride} + column : column * size_t{stride} + row;
+      to.x[row * Fragment::columns + column] = on_host::value_of(from[at]);
+    }
+  }
+}
+
+template <int m, int n, int k, typename T, typename LayoutA, typename LayoutB>
+void mma_sync(fragment<accumulator, m, n, k, float>& to, const fragment<matrix_a, m, n, k, T, LayoutA>& a,
+              const fragment<matrix_b, m, n, k, T, LayoutB>& b, const fragment<accumulator, m, n, k, float>& c) {
+  for (int i = 0; i < to.num_elements; ++i) {
+    float sum = c.x[i];
+    for (int depth = 0; depth < k; ++depth) {
+      sum += on_host::seen<T>(a.x[to.row(i) * k + depth]) * on_host::seen<T>(b.x[depth * n + to.column(i)]);
+    }
+    to.x[i] = sum;
+  }
+}
+
+template <int m, int n, int k>
+void store_matrix_sync(float* to, const fragment<accumulator, m, n, k, float>& from, unsigned stride, layout_t layout) {
+  on_host::check_address(to, stride);
+  for (int i = 0; i < from.num_elements; ++i) {
+    const size_t row = static_cast<size_t>(from.row(i));
+    const size_t column = static_cast<size_t>(from.column(i));
+    to[layout == mem_row_major ? row * stride + column : column * stride + row] = from.x[i];
+  }
+}
+
+}  // namespace wmma
+}  // namespace nvcuda

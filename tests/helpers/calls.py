@@ -1,0 +1,56 @@
+"""One full-featured adapter call, of which tests change what they are about."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments
+
+
+def full_call(
+    batch: int = 2,
+    length: int = 37,
+    d: int = 48,
+    r: int = 8,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+    n: int = 4,
+    expert: Tensor | None = None,
+    values: int = 0,
+    **options: object,
+) -> AdapterArguments:
+    """A call on the CPU with a norm, all biases, a residual and n experts; `options` replace its fields."""
+    generator = torch.Generator().manual_seed(values)
+
+    def normal(*shape: int, of: torch.dtype = parameter_dtype or dtype, gain: float = 1.0) -> Tensor:
+        return (gain * torch.randn(shape, generator=generator)).to(of).requires_grad_()
+
+    defaults: dict[str, object] = {
+        "x": normal(batch, length, d, of=dtype),
+        "residual": normal(batch, length, d, of=dtype),
+        "w_down": normal(r, d, gain=d**-0.5),
+        "b_down": normal(r),
+        "w_up": normal(d, r, gain=r**-0.5),
+        "b_up": normal(n, d),
+        "assignment": torch.randint(n, (d, r), generator=generator, dtype=torch.uint8),
+        "assignment_down": None,
+        "w_down_init": None,
+        "expert": expert,
+        "norm_weight": normal(d),
+        "norm_bias": normal(d),
+        "scale_tensor": None,
+        "seed": None,
+        "activity": torch.zeros(n, requires_grad=True),
+        "scale": 0.5,
+    }
+    return AdapterArguments(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def sparse_down(d: int, r: int, n: int = 4) -> dict[str, Tensor]:
+    """The options that make the down-projection of `full_call` sparse too."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "assignment_down": torch.randint(n, (r, d), generator=generator, dtype=torch.uint8),
+        "w_down_init": torch.randn(r, d, generator=generator) * d**-0.5,
+    }
