@@ -62,6 +62,7 @@ fi
 
 phase doctor 40 "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' doctor
 selected=(tests)
+"$PYTHON" -c 'import xdist' 2>/dev/null && selected+=(-n 6)
 [ "$DRY" = 1 ] && selected=(--collect-only tests/bench)
 phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 "${selected[@]}"
 
@@ -74,9 +75,9 @@ phase bench 300 bash -c "bench $measured --output '$OUT'"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 small=("$PYTHON" benchmarks/small_calls.py --device "$DEVICE")
+phase small_calls 60 "${small[@]}" # compiles what the sanitizers then find in Triton's cache
 if [ -z "$sanitizer" ] || [ "$DRY" = 1 ]; then
-  echo "compute-sanitizer is not run: ${sanitizer:+dry}${sanitizer:-it is not installed}"
-  phase small_calls 60 "${small[@]}"
+  echo "compute-sanitizer is not run: $([ "$DRY" = 1 ] && echo a dry run || echo it is not installed)"
 else
   for tool in memcheck racecheck initcheck; do # side by side: each is slow by itself
     phase "$tool" 120 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${small[@]}" &

@@ -76,8 +76,9 @@ def cpu_section(reports: Path = REPORTS) -> str:
             f"Machine: {machine['cpu']}, {machine['threads']} threads, PyTorch {machine['versions']['torch']} "
             f"({machine['cpu_capability']}); compiled kernels: {machine['compiled_cpu_kernels']}.",
             table(head, rows),
-            "Where ours is slower (a wide bottleneck on few tokens, whose intermediates stay in the cache), the automatic "
-            "choice is eager PyTorch; the threshold and its figures are in `mosa_kernels/backends/choice.py`. "
+            "Where ours is slower (a wide bottleneck on few tokens, whose intermediates stay in the cache), the "
+            "automatic choice is eager PyTorch; the threshold and its figures are in "
+            "`mosa_kernels/backends/choice.py`. "
             f"[The whole report](benchmarks/reports/{CPU}/report.md): backward alone, merge, optimizer, alignment, "
             "whole models, memory, how cost grows.",
         ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from reports import record, report, row
 from typer.testing import CliRunner
 
 from mosa_kernels.cli.main import app
+from mosa_kernels.train.folder import write_json
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,3 +56,46 @@ def test_figures_are_those_of_the_reports() -> None:
         [sys.executable, str(ROOT / "scripts" / "update_readme.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def load_updater() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gpu_columns_come_from_reports_and_missing_ones_say_how_to_fill_them(tmp_path: Path) -> None:
+    reports = tmp_path / "benchmarks" / "reports"
+    rows = [
+        row("eager", 0.4), row("compile max-autotune", 0.2), row("triton", 0.1, True, copy_share=0.87),
+        row("cuda", 0.15, True, copy_share=0.5),
+    ]  # fmt: skip
+    write_json(reports / "h200" / "report.json", report(record("adapter_forward", rows)))
+    write_json(reports / "a_cpu" / "report.json", report(device="some CPU"))
+    section = load_updater().gpu_section(reports)
+    assert "|  | H200 | A100 | V100 |" in section
+    line = "| ViT-B, forward | triton 0.1 ms, 4.0x eager, 2.0x compiled, 87% | not measured | not measured |"
+    assert line in section
+    assert "| ViT-L, forward | not measured | not measured | not measured |" in section
+    assert "open a pull request" in section
+    write_json(reports / "a100" / "report.json", report(device="NVIDIA A100-SXM4-80GB"))
+    assert "|  | A100-SXM4-80GB | H200 | V100 |" in load_updater().gpu_section(reports)
+
+
+def test_the_cpu_table_comes_from_its_report(tmp_path: Path) -> None:
+    rows = [row("eager", 10.0), row("cpu", 4.0, True)]
+    red = {"provider": "cpu", "ours": True, "status": "red", "reason": "error gate red"}
+    made = report(
+        record("adapter_forward", rows, shape="vit_b, 64 x 197", dtype="fp32"),
+        record("adapter", [rows[0], red]),
+        record("merge", rows),
+        device="a CPU",
+    )
+    write_json(tmp_path / "cpu" / "report.json", made)
+    section = load_updater().cpu_section(tmp_path)
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    expected = "| 64 x 197, d 768, r 64 | fp32 | call | forward | 4.00 (3.60) | 10.00 (9.00) | 2.50 (2.50) |"
+    assert lines[2:] == [expected]  # what is red has no line

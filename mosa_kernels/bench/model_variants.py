@@ -116,7 +116,7 @@ class Shop:
 
     @cache  # noqa: B019 (a shop lives as long as its models are measured)
     def expected(self, merged: bool) -> tuple[Tensor, Tensor]:
-        """Logits of the definition in float64 and in float32: expert 0 everywhere, or the merged adapters."""
+        """Logits of the definition in float64 and at the precision of the setting: expert 0 everywhere, or merged."""
         model = _with_backend(self._adapted(), "reference")
         eager = self._logits(model, merged)
         return self._logits(model.double(), merged), eager
@@ -177,7 +177,7 @@ class Shop:
     def _lora(self) -> Ready:
         from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
 
-        model = get_peft_model(self._copy(), LoraConfig(r=16, lora_alpha=16, target_modules=["qkv"]))
+        model: Any = get_peft_model(self._copy(), LoraConfig(r=16, lora_alpha=16, target_modules=["qkv"]))
         for parameter in model.get_base_model().get_classifier().parameters():
             parameter.requires_grad_(True)
         return self._doubled(model)
@@ -234,12 +234,14 @@ class Shop:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.half)
 
     def _logits(self, model: nn.Module, merged: bool) -> Tensor:
-        """Of two images in the model's own dtype, merged or with expert 0 in every adapter."""
+        """Of two images, merged or with expert 0 in every adapter; a float64 model computes in float64."""
         training = model.training
         model.eval()
         images = self.images[:2].to(next(model.parameters()).dtype)
         expert = 0 if not merged and samplers(model) and self.setting.experts > 1 else None
-        with torch.no_grad(), inference_experts(model, expert):
+        half = self.setting.half and images.dtype == torch.float32
+        precision = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        with torch.no_grad(), inference_experts(model, expert), precision:
             logits = model(images)
         model.train(training)
         return logits
