@@ -8,5 +8,9 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """As csrc/dtype.h and the tables of the Triton kernels number them."""
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Whose memory is where `data_ptr` says; a subclass may hold anything."""
+
+
 def dtype_names() -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mosa_kernels.backends.element_types import DTYPE_CODES, dtype_names
+from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 
 Matrix = tuple[int, int, int]  # address or 0, elements between rows, dtype code
@@ -47,7 +47,7 @@ def takes(adapters: Sequence[MergeInput], dtype: torch.dtype | None, device_type
         for name, tensor in adapter._asdict().items():
             if not isinstance(tensor, Tensor):
                 continue
-            if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            if type(tensor) not in PLAIN:
                 return False, f"adapters[{n}].{name} is a {type(tensor).__name__}; the kernels take plain tensors"
             if tensor.dtype not in DTYPE_CODES:
                 return False, f"adapters[{n}].{name} is {tensor.dtype}; the kernels take {dtype_names()}"

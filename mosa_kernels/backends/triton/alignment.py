@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mosa_kernels.backends.element_types import DTYPE_CODES, dtype_names
+from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
 from mosa_kernels.backends.triton.backend import available
 from mosa_kernels.backends.triton.launch import Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
@@ -158,6 +158,8 @@ def supports_feature_alignment(features1: Sequence[Tensor], features2: Sequence[
     if device.type != "cuda" and not interpreted(alignment_forward_kernel):
         return False, f"features1[0] is on {device}, not on a CUDA device"
     for layer, (one, two) in enumerate(zip(features1, features2, strict=True)):
+        if type(one) not in PLAIN or type(two) not in PLAIN:
+            return False, f"features1[{layer}] or features2[{layer}] is a subclass of Tensor; plain ones are taken"
         if one.dtype not in DTYPE_CODES:
             return False, f"features1[{layer}] is {one.dtype}; the kernels take {dtype_names()}"
         if two.dtype != one.dtype:

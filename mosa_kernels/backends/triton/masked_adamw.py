@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mosa_kernels.backends.element_types import DTYPE_CODES, dtype_names
+from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, log_of
 from mosa_kernels.backends.triton.backend import available
 from mosa_kernels.backends.triton.launch import Launch, interpreted
@@ -163,6 +163,8 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
         return False, f"params[0] is on {device}, not on a CUDA device"
     for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
         dtype = p.dtype
+        if type(p) not in PLAIN:
+            return False, f"params[{index}] is a {type(p).__name__}; the kernel takes plain tensors"
         if dtype not in DTYPE_CODES:
             return False, f"params[{index}] is {dtype}; the kernel takes {dtype_names()}"
         if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:

@@ -145,9 +145,15 @@ def test_compiles_to_one_graph() -> None:
     assert torch.equal(compiled(*both), halves(*both))
 
 
+class Subclass(Tensor):
+    pass
+
+
 def test_what_is_declined_says_why() -> None:
     a = torch.zeros(2, 3, device=DEVICE)
+    other = a.as_subclass(Subclass)
     for one, two, reason in (
+        (a, other, r"features1\[0\] or features2\[0\] is a subclass of Tensor"),
         (a.double(), a.double(), r"features1\[0\] is torch.float64; the kernels take float32, float16, bfloat16"),
         (a, a.half(), r"features2\[0\] is torch.float16, features1\[0\] torch.float32"),
         (a[:0], a[:0], r"features1\[0\] is empty"),

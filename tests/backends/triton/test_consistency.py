@@ -18,6 +18,7 @@ from mosa_kernels.functional.consistency import consistency
 from mosa_kernels.losses import MoSALoss
 
 pytest.importorskip("triton", reason="PyTorch came without Triton")
+from mosa_kernels.backends.triton import consistency as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -79,7 +80,7 @@ def targets(kind: str, batch: int, classes: int, generator: torch.Generator) -> 
     return labels.to(DEVICE, {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}[kind])
 
 
-@settings(max_examples=60, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
 @given(
     batch=st.integers(1, 9),
     classes=st.integers(1, 40),
@@ -99,8 +100,9 @@ def test_is_the_formula(batch, classes, kind, spread, smoothing, detach, dtype, 
 
 
 @pytest.mark.parametrize("kind", ["int64", "soft"])
-@pytest.mark.parametrize(("batch", "classes"), [(3, 5000), (257, 3), (2, 2048)])
-def test_several_blocks(kind: str, batch: int, classes: int) -> None:
+@pytest.mark.parametrize(("batch", "classes"), [(3, 5000), (40, 3), (2, 2048)])
+def test_several_blocks(kind: str, batch: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BATCH_BLOCK", 16)
     generator = torch.Generator().manual_seed(1)
     both = torch.randn(2 * batch, classes, generator=generator).to(DEVICE)
     check(both[:batch], both[batch:], targets(kind, batch, classes, generator), 0.1)
@@ -222,12 +224,17 @@ def test_the_operator_is_registered_rightly() -> None:
         opcheck(torch.ops.mosa_kernels.consistency_backward.default, arguments)
 
 
+class Subclass(Tensor):
+    pass
+
+
 def test_what_is_declined_says_why() -> None:
     a, target = torch.zeros(2, 3, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     soft = torch.ones(2, 3, device=DEVICE)
     for logits1, logits2, to, reason in (
         (a.double(), a.double(), target, "logits1 is torch.float64; the kernels take float32, float16, bfloat16"),
         (a, a.double(), target, "logits2 is torch.float64"),
+        (a, a.as_subclass(Subclass), target, "logits2 is a Subclass; the kernels take plain tensors"),
         (a[:0], a[:0], target[:0], "logits1 is empty"),
         (a, a, soft.requires_grad_(), "target requires a gradient"),
         (a, a, soft.detach().double(), "target is torch.float64"),
@@ -238,7 +245,7 @@ def test_what_is_declined_says_why() -> None:
 
 @pytest.mark.parametrize("repeats", [pytest.param(3 if INTERPRETED else 200, id="repeats")])
 def test_repeats_bitwise(repeats: int) -> None:
-    both = torch.randn(20 if INTERPRETED else 256, 100, device=DEVICE, requires_grad=True)
+    both = torch.randn(8 if INTERPRETED else 256, 100, device=DEVICE, requires_grad=True)
     size = len(both) // 2
     target = torch.randint(100, (size,), device=DEVICE)
 

@@ -47,7 +47,7 @@ def merge(adapters: list[MergeInput], fold_norm: bool = True, dtype: torch.dtype
     return [MergedWeights(*(None if t is None else t.cpu() for t in one)) for one in merged]
 
 
-@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=30, phases=[Phase.explicit, Phase.generate])
 @given(
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 20), st.integers(1, 5)),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(WRITTEN)),
@@ -70,7 +70,7 @@ def test_equals_the_definition(sizes, dtypes, flags, without, seed) -> None:
 @pytest.mark.parametrize("out_dtype", WRITTEN)
 def test_all_adapters_of_a_model_in_one_launch(out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide beside narrow ones, rows longer than a block, some stored transposed or row-strided, and every dtype."""
-    shapes = [(33 + 7 * n % 50, 1 + n % 9, 1 + n % 4) for n in range(20)] + [(1100, 66, 3), (1024, 3, 1), (1, 1, 1)]
+    shapes = [(33 + 7 * n % 50, 1 + n % 9, 1 + n % 4) for n in range(12)] + [(1100, 3, 3), (20, 66, 2), (1, 1, 1)]
     adapters = [random_adapter(*shape, DTYPES[n % 3], seed=n) for n, shape in enumerate(shapes)]
     adapters[3] = adapters[3]._replace(w_up=adapters[3].w_up.t().contiguous().t())
     wide = torch.randn(shapes[4][1], 2 * shapes[4][0])
@@ -96,8 +96,8 @@ def counted(run, launches: list[int]):
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_conversions_are_those_of_pytorch(half: torch.dtype) -> None:
     """Every 16-bit pattern to fp32, bit for bit; the interpreter misreads subnormal bf16."""
-    narrow = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(half).reshape(256, 256)
-    zeros = torch.zeros(256, 256, dtype=half)
+    narrow = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(half).reshape(64, 1024)
+    zeros = torch.zeros(1024, 64, dtype=half)
     (merged,) = merge([MergeInput(narrow, None, zeros, None)], True, torch.float32)
     same = merged.w_down.view(torch.int32) == narrow.float().view(torch.int32)
     misread = INTERPRETED and half == torch.bfloat16
