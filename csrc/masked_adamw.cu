@@ -27,10 +27,12 @@ struct Run {
 
   __device__ void load(const void* data, uint32_t first) {
     const Vector* from = static_cast<const Vector*>(data) + first / kRun * kVectors;
+#pragma unroll
     for (int n = 0; n < kVectors; ++n) vectors[n] = from[n];
   }
   __device__ void store(void* data, uint32_t first) const {
     Vector* to = static_cast<Vector*>(data) + first / kRun * kVectors;
+#pragma unroll
     for (int n = 0; n < kVectors; ++n) to[n] = vectors[n];
   }
   __device__ float get(int n) const {
@@ -93,16 +95,19 @@ __device__ inline void moves_of_run(const AdamWTensor& t, uint32_t first, int co
     uint8_t owners[kRun] = {0};
     if (t.vectors && count == kRun) {
       uint64_t eight = *reinterpret_cast<const uint64_t*>(t.owner + first);
+#pragma unroll
       for (int n = 0; n < kRun; ++n) owners[n] = static_cast<uint8_t>(eight >> (8 * n));
     } else {
       for (int n = 0; n < count; ++n) owners[n] = t.owner[first + static_cast<uint32_t>(n)];
     }
+#pragma unroll
     for (int n = 0; n < kRun; ++n) run[n] = n < count && owners[n] < t.experts ? table[owners[n]] : Move{0.0f, 0.0f};
     return;
   }
   const uint32_t part = t.size / t.experts;
   uint32_t expert = first / part;
   uint32_t next = (expert + 1) * part;
+#pragma unroll
   for (int n = 0; n < kRun; ++n) {
     if (first + static_cast<uint32_t>(n) == next) {
       ++expert;
@@ -120,6 +125,7 @@ __device__ void advance_run(const AdamWTensor& t, uint32_t first, const Move* ta
   Move run[kRun];
   moves_of_run(t, first, count, table, run);
   bool any = false;
+#pragma unroll
   for (int n = 0; n < kRun; ++n) any = any || run[n].root_scale != 0.0f;
   if (!any) return;
   if (t.vectors && count == kRun) {
@@ -128,6 +134,7 @@ __device__ void advance_run(const AdamWTensor& t, uint32_t first, const Move* ta
     grad.load(t.grad, first);
     exp_avg.load(t.exp_avg, first);
     exp_avg_sq.load(t.exp_avg_sq, first);
+#pragma unroll
     for (int n = 0; n < kRun; ++n) {
       if (run[n].root_scale == 0.0f) continue;
       const Entry old = {param.get(n), exp_avg.get(n), exp_avg_sq.get(n)};
@@ -141,6 +148,7 @@ __device__ void advance_run(const AdamWTensor& t, uint32_t first, const Move* ta
     exp_avg_sq.store(t.exp_avg_sq, first);
     return;
   }
+#pragma unroll
   for (int n = 0; n < kRun; ++n) {
     if (run[n].root_scale == 0.0f) continue;
     const int64_t at = static_cast<int64_t>(first) + n;

@@ -1,0 +1,97 @@
+"""The kernels on the host again, under the address and undefined behaviour sanitizers, where every access is watched.
+
+Their tests run in a process of their own, since the sanitizer's runtime has to be there before Python is. All memory of
+tensors is then fenced in, and so are shared memory and the variables of threads.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import cubins
+import cuda_on_host
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = cuda_on_host.sanitized_environment()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ENVIRONMENT is None, reason="no C++ compiler with the address sanitizer"),
+]
+
+
+class Selection(NamedTuple):
+    """Tests that run the kernels of a file on the host, chosen for sizes and addresses that do not fit."""
+
+    file: str
+    names: str  # as pytest's -k takes them
+
+
+TESTS = {
+    "merge.cu": Selection("tests/functional/test_merge.py", "cuda_on_host and (many_adapters or leaves_inputs_alone)"),
+    "split.cu": Selection("tests/functional/test_split.py", "cuda_on_host and large_splits"),
+    "masked_adamw.cu": Selection(
+        "tests/csrc/test_masked_adamw.py", "cuda_on_host and (off_the_vectors or many_blocks)"
+    ),
+}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    assert ENVIRONMENT is not None
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_every_file_with_kernels_has_tests() -> None:
+    files = {path.name for path in cubins.CSRC.glob("*.cu")} - {"cuda_device.cu"}
+    missing = [name for name in sorted(files) if not any(fnmatch.fnmatch(name, pattern) for pattern in TESTS)]
+    assert not missing, f"files without a row in TESTS of {Path(__file__).name}: {missing}"
+
+
+@pytest.mark.parametrize("pattern", TESTS)
+def test_no_access_out_of_bounds(pattern: str) -> None:
+    tests = TESTS[pattern]
+    answer = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests.file, "-k", tests.names)
+    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-8000:]
+    assert " passed" in answer.stdout
+    assert "skipped" not in answer.stdout
+
+
+SPLIT = """
+import cuda_on_host, torch
+module = cuda_on_host.build("split", {changes!r})
+owners = torch.empty({size}, dtype=torch.uint8)
+module.split_cuda(owners.data_ptr(), 0, 5, (6, 10, 4, 60, 1, 0, 0, 10, 1), 0, 0)
+print("the kernel came to its end")
+"""
+SHARED = "__shared__ int all[9]; (&all[0])[threadIdx.x % 12] = 1; uint32_t place ="
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "complaint"),
+    [
+        ({}, 60, None),
+        ({"split.cu": ("if (entry >= ", "if (entry > ")}, 60, "heap-buffer-overflow"),
+        ({}, 59, "heap-buffer-overflow"),
+        ({"split.cu": ("uint32_t place =", SHARED)}, 60, "insufficient space"),
+    ],
+    ids=["right", "one entry too many", "a tensor too small", "shared memory"],
+)  # fmt: skip
+def test_an_access_out_of_bounds_is_found(
+    changes: dict[str, tuple[str, str]], size: int, complaint: str | None
+) -> None:
+    """A test of these tests."""
+    answer = run("-c", SPLIT.format(changes=changes, size=size))
+    if complaint is None:
+        assert answer.returncode == 0, answer.stderr[-4000:]
+        assert "came to its end" in answer.stdout
+    else:
+        assert answer.returncode != 0
+        assert complaint in answer.stderr
+        assert "came to its end" not in answer.stdout
