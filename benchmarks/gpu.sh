@@ -7,18 +7,20 @@
 # over small calls of every kernel. Each phase has its own limit, and what one breaks leaves the others: OUT gets
 # summary.md, phases.json, report.json, report.md, pictures, and all output in logs.tar.gz.
 #
-# MOSA_GPU_SECONDS (570) is what all phases together may take. MOSA_GPU_SH_DRY=1 goes through the same phases on a CPU
-# with the smallest shapes, to try the script itself. PYTHON (python3) needs torch, triton, timm, typer, rich,
-# matplotlib, pytest, hypothesis, and cmake, ninja, pybind11 and nvcc for the build.
+# MOSA_GPU_SECONDS    what all phases together may take (570)
+# MOSA_GPU_PHASES     some of "build tests bench sanitizers" (all)
+# MOSA_GPU_BENCH      options of mosa-kernels bench in place of "--preset quick"
+# MOSA_GPU_SH_DRY=1   the same phases on a CPU with the smallest shapes, to try the script itself
+# PYTHON              (python3) with torch, triton, timm, typer, rich, matplotlib, pytest, hypothesis, and for the build
+#                     cmake, ninja, pybind11 and nvcc
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
 if [ $# -ne 1 ]; then
   echo "usage: benchmarks/gpu.sh OUT" >&2
   exit 2
 fi
 mkdir -p "$1/logs" || exit 2
 OUT=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 DRY=${MOSA_GPU_SH_DRY:-0}
 END=$(($(date +%s) + ${MOSA_GPU_SECONDS:-570}))
@@ -43,6 +45,8 @@ phase() { # NAME SECONDS COMMAND...: runs it within its limit, and records how i
   return "$rc"
 }
 
+wanted() { [[ " ${MOSA_GPU_PHASES:-build tests bench sanitizers} " == *" $1 "* ]]; }
+
 bench() { "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' bench "$@"; }
 export -f bench
 export PYTHON
@@ -50,39 +54,44 @@ export PYTHON
 if [ "$DRY" = 1 ]; then
   DEVICE=cpu
   export OMP_NUM_THREADS=1
-  measured="--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw --deadline 60"
+  selected=(--collect-only tests/bench)
 else
   DEVICE=cuda
+  selected=(tests)
+  "$PYTHON" -c 'import xdist' 2>/dev/null && selected+=(-n 6)
   if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
     TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
   fi
   export TORCH_CUDA_ARCH_LIST
-  phase build 180 "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
+  wanted build && phase build 180 "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
 fi
 
 phase doctor 40 "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' doctor
-selected=(tests)
-"$PYTHON" -c 'import xdist' 2>/dev/null && selected+=(-n 6)
-[ "$DRY" = 1 ] && selected=(--collect-only tests/bench)
-phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 "${selected[@]}"
+wanted tests && phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 "${selected[@]}"
 
-if [ "$DRY" != 1 ]; then
-  measured="--preset quick --device cuda --deadline $(($(left 300) - 70 > 60 ? $(left 300) - 70 : 60))"
-fi
-phase bench 300 bash -c "bench $measured --output '$OUT'"
-
-# The caching allocator would hide an access beyond the end of a tensor.
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
-small=("$PYTHON" benchmarks/small_calls.py --device "$DEVICE")
-phase small_calls 60 "${small[@]}" # compiles what the sanitizers then find in Triton's cache
-if [ -z "$sanitizer" ] || [ "$DRY" = 1 ]; then
-  echo "compute-sanitizer is not run: $([ "$DRY" = 1 ] && echo a dry run || echo it is not installed)"
+if [ "$DRY" = 1 ]; then
+  seconds=60
+  measured="--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw"
 else
-  for tool in memcheck racecheck initcheck; do # side by side: each is slow by itself
-    phase "$tool" 120 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${small[@]}" &
-  done
-  wait
+  reserve=$(wanted sanitizers && echo 90 || echo 10) # for the phases after it
+  seconds=$(($(left 3600) - reserve > 60 ? $(left 3600) - reserve : 60))
+  measured="${MOSA_GPU_BENCH:---preset quick} --device cuda"
+fi
+wanted bench && phase bench "$seconds" bash -c "bench $measured --deadline $((seconds * 8 / 10)) --output '$OUT'"
+
+if wanted sanitizers; then
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # the allocator's cache would hide an access beyond the end of a tensor
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+  small=("$PYTHON" benchmarks/small_calls.py --device "$DEVICE")
+  phase small_calls 60 "${small[@]}" # compiles what the sanitizers then find in Triton's cache
+  if [ -z "$sanitizer" ] || [ "$DRY" = 1 ]; then
+    echo "compute-sanitizer is not run: $([ "$DRY" = 1 ] && echo a dry run || echo it is not installed)"
+  else
+    for tool in memcheck racecheck initcheck; do # side by side: each is slow by itself
+      phase "$tool" 120 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${small[@]}" &
+    done
+    wait
+  fi
 fi
 
 "$PYTHON" benchmarks/gpu_summary.py "$OUT"

@@ -47,7 +47,7 @@ class Request:
         rounds: how many times each provider is timed; None: the preset's.
         providers: some of `PROVIDERS`; None: all but what the preset leaves out.
         processor_time: on a CPU, one thread and its time on the processor.
-        deadline: seconds after which nothing new is begun; compiling ends at six tenths of it.
+        deadline: seconds after which nothing new is begun; compiling ends at three quarters of it.
 
     Raises:
         ValueError: an option is out of range.
@@ -112,7 +112,7 @@ class Request:
         else:
             compiled = modes if device_type == "cuda" else (COMPILE,)
         rounds = self.rounds or _ROUNDS[self.preset]
-        until = math.inf if self.deadline is None else time.perf_counter() + 0.6 * self.deadline
+        until = math.inf if self.deadline is None else time.perf_counter() + 0.75 * self.deadline
         return Effort(rounds, _SECONDS[self.preset], compiled, self.processor_time, self.providers, until)
 
 

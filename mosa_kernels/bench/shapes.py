@@ -119,10 +119,8 @@ def _smoke(base: Point, device_type: str) -> list[Point]:
 
 def _quick(base: Point, device_type: str) -> list[Point]:
     if device_type == "cuda":
-        first, *others = (
-            base._replace(model=model, expert_per=per) for per in EXPERT_PER for model in ("vit_b", "vit_l")
-        )
-        return [first, base._replace(images=1, expert_per="call"), *others]
+        call, sample = ([base._replace(model=m, expert_per=per) for m in ("vit_b", "vit_l")] for per in EXPERT_PER)
+        return [*call, base._replace(images=1, expert_per="call"), *sample]
     large = [base._replace(dtype=dtype, expert_per=per) for dtype in ("fp32", "bf16") for per in EXPERT_PER]
     sizes = (("vit_b", 64), ("vit_s", 16), ("vit_ti", 8))
     small = [Point(model, 1, r, dtype=dtype, expert_per="call") for model, r in sizes for dtype in ("fp32", "bf16")]

@@ -15,6 +15,7 @@ Call = Callable[[], object]
 _WARM_UPS = 3
 _FEWEST_ROUNDS = 3
 _SHORT_SECONDS, _MOST_INNER = 0.005, 20  # on the CPU a repeat of a shorter call is the mean of several
+_HEAD_START = 1_000_000  # cycles, half a millisecond: more than the host takes for any call here
 _DEFAULT_CACHE = 64 << 20  # bytes, where nothing says how large the last cache is
 
 
@@ -75,7 +76,8 @@ def in_turn(
 
     Args:
         calls: by name; each has run once already, so that nothing is compiled here.
-        device: where they run. On a GPU events are recorded around each call, on a CPU a clock is read.
+        device: where they run. On a GPU events are recorded around each call, whose launches are then queued already,
+            so the time is the device's alone; on a CPU a clock is read.
         rounds: how many times each call is timed.
         seconds: no round begins after so long, three apart.
         cold: whether the last cache is flushed before each call.
@@ -111,11 +113,12 @@ def in_turn(
 
 
 def _on_gpu(device: torch.device, flush: CacheFlush | None) -> Callable[[Call, int], Any]:
-    """Records events; what they say is read when all is done. The flush before hides the host's time."""
+    """Records events, to be read when all is done. The device idles first, so that it never waits for the host."""
     torch.cuda.synchronize(device)
 
     def time_once(call: Call, inner: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START)
         if flush is not None:
             flush()
         start.record()
