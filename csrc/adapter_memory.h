@@ -160,15 +160,16 @@ __device__ inline void get_vector(const E* from, float (&value)[kVector]) {
   unpack(load_raw(from, Element<E>::kDType, true, 0, kVector), Element<E>::kDType, value);
 }
 
-// Starts the copy of a vector into shared memory, both ends at multiples of 16 bytes; zeros in place of what is not
-// `inside`. commit_copies and wait_for_copies finish it for the thread that started it, a barrier for the others.
+// Starts the copy of the first `count` elements of a vector into shared memory, zeros after them; both ends lie at
+// multiples of 16 bytes. commit_copies and wait_for_copies finish it for the thread that started it, a barrier for the
+// others.
 template <typename E>
-__device__ inline void start_copy(E* to, const E* from, bool inside) {
-  constexpr int kPieces = kVector * sizeof(E) / kWideBytes;
+__device__ inline void start_copy(E* to, const E* from, int count) {
   constexpr int kStep = kWideBytes / sizeof(E);
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    __pipeline_memcpy_async(to + i * kStep, from + i * kStep, kWideBytes, inside ? 0 : kWideBytes);
+  for (int i = 0; i < kVector; i += kStep) {
+    const int taken = min(max(count - i, 0), kStep);
+    __pipeline_memcpy_async(to + i, taken > 0 ? from + i : from, kWideBytes, (kStep - taken) * sizeof(E));
   }
 }
 

@@ -81,7 +81,7 @@ struct RowTile : Spread<kRows, kColumns> {
       if (direct) {
         const E* source = static_cast<const E*>(from.data);
         start_copy(tile + row * kRow + this->column(), count > 0 ? source + (first + row) * from.stride + at : source,
-                   count > 0);
+                   count);
       } else {
         raw[j] = load_raw(from.data, from.dtype, from.wide, (first + row) * from.stride + at, count);
       }
