@@ -52,6 +52,9 @@ class FusedMoSALoRA(FusedMoSAAdapter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         super().__init__(
             in_features,
             bottleneck,

@@ -20,7 +20,7 @@ class Family(NamedTuple):
 
     name: str
     kwargs: dict[str, Any]
-    styles: tuple[str, ...] = ("adaptformer", "pfeiffer", "houlsby")
+    styles: tuple[str, ...] = ("adaptformer", "pfeiffer", "houlsby", "lora")
 
     @property
     def image_size(self) -> int:
@@ -51,7 +51,9 @@ FAMILIES = (
     _vit("vit_base_patch16_rpn_224"),
     _vit("vit_relpos_base_patch16_224"),
     _vit("vit_relpos_base_patch16_rpn_224"),
-    _vit("samvit_base_patch16_224", global_attn_indexes=(1,), window_size=1, styles=("adaptformer", "pfeiffer")),
+    _vit(
+        "samvit_base_patch16_224", global_attn_indexes=(1,), window_size=1, styles=("adaptformer", "pfeiffer", "lora")
+    ),
     _vit("deit_tiny_patch16_224"),
     _vit("deit_tiny_distilled_patch16_224"),
     _vit("deit3_small_patch16_224"),
@@ -84,9 +86,16 @@ def images(family: Family = VIT, batch: int = 2) -> Tensor:
 
 
 def train_a_little(model: nn.Module, name: str = "default", seed: int = 3) -> None:
-    """Gives every parameter of an adapter a value that can be seen, as training would."""
+    """Gives every parameter of an adapter, or of a baseline, a value that can be seen, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, _, adapter in book_of(model).adapters(name):
+        book = book_of(model)
+        for _, _, adapter in book.adapters(name):
             for parameter in adapter.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        for _, _, prompts in book.prompts(name):
+            prompts.weight.add_(0.2 * torch.randn(prompts.weight.shape, generator=generator).to(prompts.weight))
+        tuned = book.tuned_by(name)
+        for path in [] if tuned is None else tuned.paths:
+            value = model.get_parameter(path) if name == book.active else tuned.tensors()[path]
+            value.add_(0.1 * torch.randn(value.shape, generator=generator).to(value))

@@ -22,12 +22,19 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("family", "small", "checkpointing"),
-    [(VIT, {}, False), (VIT, {}, True), (SWIN, {"depths": (1, 1)}, True)],
-    ids=["vit", "vit-checkpointed", "swin-checkpointed"],
+    ("family", "small", "options", "checkpointing"),
+    [
+        (VIT, {}, {}, False),
+        (VIT, {}, {}, True),
+        (SWIN, {"depths": (1, 1)}, {}, True),
+        (VIT, {}, {"style": "lora", "lora_targets": ("q", "v", "proj")}, True),
+        (SWIN, {"depths": (1, 1)}, {"style": "lora"}, True),
+    ],
+    ids=["vit", "vit-checkpointed", "swin-checkpointed", "vit-lora-checkpointed", "swin-lora-checkpointed"],
 )
-def test_one_graph_serves_every_expert(family: Family, small: dict, checkpointing: bool) -> None:
-    model, x = inject_adapter(make(family, **small), MoSAConfig(bottleneck=4, dropout=0.2)).train(), images(family)
+def test_one_graph_serves_every_expert(family: Family, small: dict, options: dict, checkpointing: bool) -> None:
+    config = MoSAConfig(bottleneck=4, dropout=0.2, **options)
+    model, x = inject_adapter(make(family, **small), config).train(), images(family)
     train_a_little(model)
     model.set_grad_checkpointing(checkpointing)
     counter = CompileCounterWithBackend("aot_eager")

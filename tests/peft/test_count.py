@@ -7,7 +7,8 @@ import timm
 import torch
 from timm_models import make, train_a_little
 
-from mosa_kernels.peft import MoSAConfig, disable_adapter, inject_adapter, trainable_parameters
+from mosa_kernels.peft import MoSAConfig, disable_adapter, inject_adapter, set_adapter, trainable_parameters
+from mosa_kernels.peft.config import METHODS
 from mosa_kernels.peft.count import TrainableParameters
 
 
@@ -27,6 +28,12 @@ def counted(name: str, num_classes: int = 100, **options: object) -> TrainablePa
         ("vit_base_patch16_224", {"style": "pfeiffer"}, "1.21", "85.80"),
         ("vit_base_patch16_224", {"style": "houlsby"}, "2.38", "85.80"),
         ("vit_base_patch16_224", {"norm": False, "mode": "pruned"}, "0.30", "85.80"),
+        ("vit_base_patch16_224", {"style": "lora", "bottleneck": 16, "mode": "dense"}, "0.59", "85.80"),
+        ("vit_base_patch16_224", {"style": "lora", "bottleneck": 16, "mode": "pruned"}, "0.15", "85.80"),
+        ("vit_base_patch16_224", {"style": "lora", "bottleneck": 16}, "0.59", "85.80"),
+        ("vit_base_patch16_224", {"method": "full"}, "85.80", "85.80"),
+        ("vit_base_patch16_224", {"method": "bitfit"}, "0.10", "85.80"),
+        ("vit_base_patch16_224", {"method": "linear"}, "0.00", "85.80"),
     ],
 )
 def test_the_papers_counts(name: str, options: dict, millions: str, backbone: str) -> None:
@@ -34,6 +41,26 @@ def test_the_papers_counts(name: str, options: dict, millions: str, backbone: st
     assert f"{count.millions:.2f}" == millions
     assert f"{count.backbone / 1e6:.2f}" == backbone
     assert counted(name, num_classes=0, **options).backbone == count.backbone
+
+
+@pytest.mark.parametrize(
+    ("options", "exactly"),
+    [
+        ({"style": "lora", "bottleneck": 16}, 12 * 2 * 2 * 16 * 768),
+        ({"style": "lora", "bottleneck": 16, "mode": "pruned"}, 12 * 2 * 2 * 16 * 768 // 4),
+        ({"style": "lora", "bottleneck": 4, "lora_targets": ("q", "k", "v", "proj")}, 12 * 4 * 2 * 4 * 768),
+        ({"method": "bitfit"}, 12 * (768 + 3 * 768 + 768 + 768 + 3072 + 768) + 2 * 768),
+        ({"method": "vpt-shallow", "prompt_length": 100}, 100 * 768),
+        ({"method": "vpt-deep", "prompt_length": 50}, 12 * 50 * 768),
+        ({"method": "vpt-deep", "prompt_length": 50, "layers": (0, 1, 2)}, 3 * 50 * 768),
+        ({"method": "linear"}, 0),
+    ],
+    ids=str,
+)
+def test_counts_to_the_last_parameter(options: dict, exactly: int) -> None:
+    count = counted("vit_base_patch16_224", **options)
+    assert count.adapter.active == exactly
+    assert (count.head, count.backbone) == (76900, 85798656)
 
 
 def test_a_pruned_adapter_keeps_a_quarter_of_the_weights() -> None:
@@ -44,13 +71,16 @@ def test_a_pruned_adapter_keeps_a_quarter_of_the_weights() -> None:
 
 
 def test_totals_agree_with_what_takes_gradients() -> None:
-    for options in ({}, {"mode": "dense"}, {"mode": "pruned"}, {"learnable_scale": True, "expert_bias": False}):
+    baselines = [{"method": method} for method in METHODS]
+    styles = [{"mode": "dense"}, {"mode": "pruned"}, {"learnable_scale": True, "expert_bias": False}, {"style": "lora"}]
+    for options in (*styles, *baselines):
         model = inject_adapter(make(), MoSAConfig(bottleneck=8, **options))  # type: ignore[arg-type]
         inject_adapter(model, MoSAConfig(bottleneck=3), "another", num_classes=7)
-        for count in (trainable_parameters(model),):
+        for name in ("another", "default"):
+            count = trainable_parameters(set_adapter(model, name))
             assert count.total == sum(p.numel() for p in model.parameters() if p.requires_grad)
             assert count.backbone == sum(p.numel() for p in make(num_classes=0).parameters())
-            assert count.head == 7 * 49
+            assert count.head == (7 if name == "another" else 10) * 49
 
 
 def test_further_biases_are_apart() -> None:

@@ -20,6 +20,7 @@ OPTIONS = [
     {"mode": "pruned"},
     {"mode": "dense"},
     {"style": "houlsby"},
+    {"style": "lora", "lora_targets": ("q", "v", "proj"), "sparse": "both"},
 ]
 
 

@@ -1,0 +1,103 @@
+"""Every method by its name on the command line: what it puts in, and a short run from training to reopened weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm_models import images, make
+
+from mosa_kernels.peft.book import book_of, find_book
+from mosa_kernels.train.job import Job
+from mosa_kernels.train.methods import METHODS, AdapterOptions, adapt, find_method
+from mosa_kernels.train.progress import Reporter
+from mosa_kernels.train.recipe import make_recipe
+from mosa_kernels.train.saved import open_saved
+from mosa_kernels.train.settings import Settings
+from mosa_kernels.train.state import trained_state
+
+SHORT = {"epochs": 1, "warmup_epochs": 0.0, "augment": "none", "align": "none", "beta": 0.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_short_run_is_reopened_as_it_was(method: str, tiny: Any, tmp_path: Path) -> None:
+    settings = tiny(method=method, adapter=AdapterOptions(bottleneck=4, num_experts=2, prompt_length=2), **SHORT)
+    run = tmp_path / "run"
+    job = Job(settings, run, False, Reporter())
+    result = job.run()
+    assert result["method"] == method
+    assert result["reported"] == ("mean" if method in ("mosa", "mosl") else "plain")
+    record = json.loads((run / "config.json").read_text())
+    assert Settings.from_dict(record["settings"]) == settings
+    trained = sum(p.numel() for p in job.prepared.model.parameters() if p.requires_grad)
+    assert result["parameters"]["trained"] <= trained
+    assert (result["parameters"]["trained"] == trained) == (find_method(method).mode != "pruned")
+    saved = open_saved(run)
+    ours, theirs = trained_state(job.prepared.model), trained_state(saved.model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(job.prepared.model.eval().cpu()(x), saved.model(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "style", "mode", "bottleneck"),
+    [
+        ("adaptformer", "adaptformer", "dense", 64),
+        ("sparseadapter", "adaptformer", "pruned", 64),
+        ("mosa", "adaptformer", "mosa", 64),
+        ("pfeiffer", "pfeiffer", "dense", 64),
+        ("houlsby", "houlsby", "dense", 64),
+        ("lora", "lora", "dense", 16),
+        ("sparselora", "lora", "pruned", 16),
+        ("mosl", "lora", "mosa", 16),
+    ],
+)
+def test_what_a_method_puts_in(method: str, style: str, mode: str, bottleneck: int) -> None:
+    model = make()
+    recipe = make_recipe("paper", dropout=0.1)
+    config = adapt(model, find_method(method), AdapterOptions(lora_targets=("q", "k")), recipe, 7)
+    assert config is not None
+    assert (config.style, config.mode, config.bottleneck) == (style, mode, bottleneck)
+    assert (config.seed, config.dropout, config.expert_per, config.lora_targets) == (7, 0.1, "batch", ("q", "k"))
+    assert find_method(method).passes == (2 if mode == "mosa" else 1)
+    assert config.to_dict() == book_of(model).configs["default"].to_dict()
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "vpt-shallow", "vpt-deep"])
+def test_baselines_take_their_own_options(method: str) -> None:
+    model = make()
+    options = AdapterOptions(bottleneck=3, layers=(1,) if method.startswith("vpt") else None, prompt_length=5)
+    config = adapt(model, find_method(method), options, make_recipe("paper", dropout=0.1), 7)
+    assert config is not None
+    assert (config.method, config.prompt_length, config.seed) == (method, 5, 7)
+    assert model(images()).shape == (2, 10)
+    assert find_method(method).complete(options) == options
+
+
+def test_linear_probing_leaves_no_trace() -> None:
+    model = make()
+    assert adapt(model, find_method("linear"), AdapterOptions(), make_recipe("paper"), 0) is None
+    assert find_book(model) is None
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+def test_styles_and_methods() -> None:
+    sparse = find_method("sparseadapter").complete(AdapterOptions(style="houlsby", bottleneck=8))
+    assert (sparse.style, sparse.bottleneck) == ("houlsby", 8)
+    assert find_method("mosa").complete(AdapterOptions(style="lora")).bottleneck == 16
+    with pytest.raises(ValueError, match="style: method 'mosl' has style 'lora', got 'pfeiffer'"):
+        find_method("mosl").complete(AdapterOptions(style="pfeiffer"))
+    with pytest.raises(ValueError, match="expected at least 1"):
+        adapt(make(), find_method("lora"), AdapterOptions(bottleneck=0), make_recipe("paper"), 0)
+    with pytest.raises(ValueError, match=r"method: expected one of .*, got 'vpt'"):
+        find_method("vpt")
+
+
+def test_options_survive_json() -> None:
+    options = AdapterOptions(num_experts=(2, 3), layers=(0, 1), lora_targets=("k",), prompt_length=4)
+    assert AdapterOptions(**json.loads(json.dumps(dataclasses.asdict(options)))) == options
