@@ -12,6 +12,7 @@ from mosa_kernels.version import __version__
 
 if TYPE_CHECKING:
     from mosa_kernels.backends.choice import available_backends
+    from mosa_kernels.backends.lookup import prefer_backends
     from mosa_kernels.functional.adapter import mosa_adapter
     from mosa_kernels.functional.merge import merge_adapters
     from mosa_kernels.functional.split import split
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "available_backends": "backends.choice",
+    "prefer_backends": "backends.lookup",
     "mosa_adapter": "functional.adapter",
     "merge_adapters": "functional.merge",
     "split": "functional.split",
@@ -68,6 +70,7 @@ __all__ = [
     "merge_adapters",
     "merge_and_unload",
     "mosa_adapter",
+    "prefer_backends",
     "save_adapter",
     "set_adapter",
     "split",

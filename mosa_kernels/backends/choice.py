@@ -1,4 +1,4 @@
-"""Which backend runs a call: the first in order that can, or the one asked for by name."""
+"""Which backend runs the adapter: the first in order that can, or the one asked for by name."""
 
 from __future__ import annotations
 
@@ -8,65 +8,9 @@ import torch
 
 from mosa_kernels.backends import cpu, reference
 from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.cuda import backend as cuda
+from mosa_kernels.backends.lookup import Backend, Operator, preferred_backends
 from mosa_kernels.backends.triton import backend as triton
-
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ()}
-"""For each device type, the fused backends in the order in which they are tried; the reference comes last.
-
-CPU: see `_pays_off` and benchmarks/reports. CUDA: the Triton kernels pass the tests in
-Triton's interpreter and compile for sm_80 and sm_90, but have not been timed or tested on a device, so they run when
-asked for by name and not by themselves.
-"""
-NOT_BUILT = {
-    "cuda": "this version has no CUDA kernels for the adapter (merging has one)",
-}
-
-
-def backend_module(name: str) -> ModuleType:
-    """The module of a backend.
-
-    Raises:
-        ValueError: there is no backend of this name, or it is not part of this version.
-    """
-    if name in NOT_BUILT:
-        raise ValueError(f"backend: {name!r} is not available: {NOT_BUILT[name]}")
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
-    return BACKENDS[name]
-
-
-def available_backends() -> dict[str, bool | str]:
-    """For each backend True, or the reason why it is not available on this machine."""
-    found: dict[str, bool | str] = {}
-    for name, module in BACKENDS.items():
-        ok, reason = module.available()
-        found[name] = ok or reason
-    return {**found, **NOT_BUILT}
-
-
-def choose_adapter_backend(args: AdapterArguments, backend: str | None = None) -> str:
-    """The name of the backend for this call.
-
-    Raises:
-        ValueError: the backend asked for does not exist or does not take this call; the message says why.
-    """
-    if backend is not None:
-        module = backend_module(backend)
-        ok, reason = module.available()
-        if ok:
-            ok, reason = module.supports_adapter(args)
-        if not ok:
-            raise ValueError(f"backend: {backend!r} does not take this call: {reason}")
-        return backend
-    for name in ORDER.get(args.x.device.type, ()):
-        module = backend_module(name)
-        if not _pays_off(name, args):
-            continue
-        if module.available()[0] and module.supports_adapter(args)[0]:
-            return name
-    return "reference"
-
 
 _WIDE_BOTTLENECK, _LARGE_CALL = 192, 2_400_000  # r, and entries of x
 
@@ -88,3 +32,52 @@ def _pays_off(name: str, args: AdapterArguments) -> bool:
     if name != "cpu" or torch.compiler.is_compiling():
         return True
     return args.bottleneck < _WIDE_BOTTLENECK or args.x.numel() >= _LARGE_CALL
+
+
+ADAPTER = Operator(
+    "adapter",
+    {
+        "cpu": Backend(cpu.available, lambda: cpu),
+        "triton": Backend(triton.available, lambda: triton),
+        "cuda": Backend(cuda.available, lambda: cuda),
+        "reference": Backend(reference.available, lambda: reference),
+    },
+    {"cpu": ("cpu",)},
+    _pays_off,
+)
+"""CPU: see `_pays_off` and benchmarks/reports.
+
+CUDA: the kernels of both languages pass their tests on the host, in Triton's interpreter and behind a stand-in for the
+CUDA runtime, and compile for what they serve. No GPU has run or timed them yet, so on CUDA devices every operator runs
+them when asked, by `backend=` or `prefer_backends`, and not by itself.
+"""
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend that `choose_adapter_backend` chose."""
+    return ADAPTER.backends[name].load()
+
+
+def available_backends() -> dict[str, bool | str]:
+    """For each backend True, or the reason why it is not available on this machine."""
+    found: dict[str, bool | str] = {}
+    for name, backend in ADAPTER.backends.items():
+        ok, reason = backend.available()
+        found[name] = ok or reason
+    return found
+
+
+def automatic_backends(device_type: str) -> tuple[str, ...]:
+    """What is tried, in order, for a call of the adapter on such a device that names no backend."""
+    order = preferred_backends(device_type) or ADAPTER.order.get(device_type, ())
+    usable = tuple(name for name in order if ADAPTER.backends[name].available()[0] and name != "reference")
+    return (*usable, "reference")
+
+
+def choose_adapter_backend(args: AdapterArguments, backend: str | None = None) -> str:
+    """The name of the backend for this call.
+
+    Raises:
+        ValueError: the backend asked for does not exist or does not take this call; the message says why.
+    """
+    return ADAPTER.choose(args.x.device.type, backend, args)

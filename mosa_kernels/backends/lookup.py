@@ -1,11 +1,15 @@
-"""The backends of an operator by name, and the one that runs a call: what `choice` is for the adapter itself."""
+"""The backends of an operator by name, and the one that runs a call."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
+
+NAMES = ("cpu", "triton", "cuda", "reference")
+_VARIABLE = "MOSA_CUDA_BACKENDS"
 
 
 class Backend(NamedTuple):
@@ -25,6 +29,7 @@ class Operator:
     name: str
     backends: Mapping[str, Backend]
     order: Mapping[str, tuple[str, ...]]  # by device type: what is tried before the reference
+    pays_off: Callable[..., bool] = lambda backend, *call: True  # whether a backend of the order is the faster one
 
     def check_name(self, backend: str | None) -> None:
         """Raises ValueError where there is no backend of this name."""
@@ -43,8 +48,14 @@ class Operator:
             if not ok:
                 raise ValueError(f"backend: {backend!r} does not take this call: {reason}")
             return backend
+        preferred = _preferred.get(device_type)
+        if preferred is not None:
+            for name in preferred:
+                if name in self.backends and self._takes(name, call)[0]:
+                    return name
+            return "reference"
         for name in self.order.get(device_type, ()):
-            if self._takes(name, call)[0]:
+            if self.pays_off(name, *call) and self._takes(name, call)[0]:
                 return name
         return "reference"
 
@@ -57,3 +68,39 @@ class Operator:
         if not ok:
             return False, reason
         return getattr(self.backends[backend].load(), f"supports_{self.name}")(*call)
+
+
+def prefer_backends(device_type: str, *names: str) -> None:
+    """Has every operator try these backends first on devices of a type, in place of its own table.
+
+    What takes no call, or does not exist for an operator, is passed over; the reference comes last. Without names the
+    tables hold again. The environment variable `MOSA_CUDA_BACKENDS` (such as "triton,cuda") sets it for CUDA devices.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        names: any of "cpu", "triton", "cuda" and "reference".
+
+    Raises:
+        ValueError: a name or the device type is not one of these.
+    """
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"device_type: expected 'cpu' or 'cuda', got {device_type!r}")
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"names: expected any of {', '.join(NAMES)}, got {name!r}")
+    _preferred.pop(device_type, None)
+    if names:
+        _preferred[device_type] = names
+
+
+def preferred_backends(device_type: str) -> tuple[str, ...] | None:
+    """What `prefer_backends` or the environment asked for, or None."""
+    return _preferred.get(device_type)
+
+
+_preferred: dict[str, tuple[str, ...]] = {}
+if os.environ.get(_VARIABLE):
+    try:
+        prefer_backends("cuda", *(name.strip() for name in os.environ[_VARIABLE].split(",")))
+    except ValueError as error:
+        raise ValueError(f"{_VARIABLE}: {error}") from None

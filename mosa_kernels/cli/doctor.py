@@ -28,7 +28,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 
 def examine() -> dict[str, Any]:
-    """The report: versions, GPUs, what `_C` was built for, and True or a reason for each kind of kernel.
+    """The report: versions, GPUs, what `_C` was built for, True or a reason for each kind of kernel, and what is tried
+    in which order where a call names none.
 
     "problems" lists what makes the package unusable; it is empty on a healthy machine.
     """
@@ -38,6 +39,7 @@ def examine() -> dict[str, Any]:
         "gpus": [],
         "compiled": _examine_extension(),
         "backends": {},
+        "automatic": {},
         "problems": [],
     }
     for package in PACKAGES:
@@ -50,8 +52,10 @@ def examine() -> dict[str, Any]:
     except ImportError as error:
         report["problems"].append(f"PyTorch does not import: {error}")
         return report
-    for name, answer in importlib.import_module("mosa_kernels.backends.choice").available_backends().items():
+    choice = importlib.import_module("mosa_kernels.backends.choice")
+    for name, answer in choice.available_backends().items():
         report["backends"][name] = answer
+    report["automatic"] = {device: list(choice.automatic_backends(device)) for device in ("cpu", "cuda")}
     if report["backends"].get("reference") is not True:
         report["problems"].append(f"the reference backend does not work: {report['backends'].get('reference')}")
     return report
@@ -143,6 +147,8 @@ def _print(report: dict[str, Any]) -> None:
     console.print("[bold]Backends[/bold]")
     for name, answer in report["backends"].items():
         available(name, answer)
+    for device, names in report["automatic"].items():
+        line(f"{device} tensors go to", ", then ".join(names))
 
     if report["problems"]:
         console.print("[bold red]Not usable[/bold red]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -11,20 +10,10 @@ from torch import Tensor
 
 from mosa_kernels.backends import masked_adamw as reference
 from mosa_kernels.backends.cpu import masked_adamw as cpu
+from mosa_kernels.backends.cuda import masked_adamw as cuda
 from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 from mosa_kernels.backends.triton import backend as triton
-
-
-def _cuda() -> ModuleType:
-    return importlib.import_module("mosa_kernels.backends.cuda.masked_adamw")
-
-
-def _cuda_available() -> tuple[bool, str]:
-    try:
-        return _cuda().available()
-    except ModuleNotFoundError:
-        return False, "this version has no CUDA C++ kernel for the optimizer"
 
 
 def _triton() -> ModuleType:
@@ -39,11 +28,12 @@ OPERATOR = Operator(
         "reference": Backend(reference.available, lambda: reference),
         "cpu": Backend(cpu.available, lambda: cpu),
         "triton": Backend(triton.available, _triton),
-        "cuda": Backend(_cuda_available, _cuda),
+        "cuda": Backend(cuda.available, lambda: cuda),
     },
-    {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    {"cpu": ("cpu",)},
 )
-"""On CUDA each kernel is one launch where the reference makes some fifteen a parameter; neither is timed yet."""
+"""On CUDA each kernel is one launch where the reference makes some fifteen a parameter; they run when asked for, since
+no GPU has run them yet (see `backends.choice.ADAPTER`)."""
 
 
 @torch.no_grad()

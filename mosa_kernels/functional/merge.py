@@ -30,9 +30,9 @@ OPERATOR = Operator(
         "triton": Backend(triton.available, _triton),
         "cuda": Backend(cuda.available, lambda: cuda),
     },
-    {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    {"cpu": ("cpu",)},
 )
-"""On CUDA what is compiled beforehand comes first, since a model is merged once; neither kernel is timed yet."""
+"""The kernels on CUDA run when asked for, since no GPU has run them yet (see `backends.choice.ADAPTER`)."""
 
 
 @torch.no_grad()

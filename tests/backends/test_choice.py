@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 import mosa_kernels as mk
 from mosa_kernels.backends.arguments import AdapterArguments
-from mosa_kernels.backends.choice import BACKENDS, NOT_BUILT, choose_adapter_backend
+from mosa_kernels.backends.choice import ADAPTER, automatic_backends, choose_adapter_backend
+from mosa_kernels.backends.lookup import NAMES
+from mosa_kernels.backends.masked_adamw import AdamWTensors
+from mosa_kernels.functional.masked_adamw import OPERATOR as MASKED_ADAMW
 
 
 def _call(tokens: int, width: int, bottleneck: int, dtype: torch.dtype = torch.float32) -> AdapterArguments:
@@ -39,7 +48,7 @@ def test_a_name_is_kept_or_refused_with_the_reason() -> None:
     assert choose_adapter_backend(_call(197, 768, 64), "cpu") == "cpu"
     with pytest.raises(ValueError, match="backend: 'cpu' does not take this call: x: expected float32 or bfloat16"):
         choose_adapter_backend(_call(5, 8, 4, torch.float64), "cpu")
-    with pytest.raises(ValueError, match="backend: 'cuda' is not available"):
+    with pytest.raises(ValueError, match="backend: 'cuda' does not take this call: "):
         choose_adapter_backend(_call(5, 8, 4), "cuda")
     with pytest.raises(ValueError, match=r"backend: expected one of .* got 'tpu'"):
         choose_adapter_backend(_call(5, 8, 4), "tpu")
@@ -47,8 +56,57 @@ def test_a_name_is_kept_or_refused_with_the_reason() -> None:
 
 def test_every_backend_is_available_or_says_why_not() -> None:
     found = mk.available_backends()
-    assert found.keys() == {*BACKENDS, *NOT_BUILT}
+    assert found.keys() == {*ADAPTER.backends} == {*NAMES}
     assert found["reference"] is True
     assert found["cpu"] is True
     for answer in found.values():
         assert answer is True or (isinstance(answer, str) and len(answer) > 10)
+
+
+@pytest.fixture
+def _own_order() -> Iterator[None]:
+    yield
+    for device_type in ("cpu", "cuda"):
+        mk.prefer_backends(device_type)
+
+
+@pytest.mark.usefixtures("_own_order")
+def test_a_preference_comes_before_the_table() -> None:
+    small = _call(197, 768, 256)
+    assert choose_adapter_backend(small) == "reference"
+    mk.prefer_backends("cpu", "triton", "cpu")
+    assert choose_adapter_backend(small) == "cpu"  # Triton takes no CPU tensors
+    assert automatic_backends("cpu")[-2:] == ("cpu", "reference")
+    mk.prefer_backends("cpu", "reference")
+    assert choose_adapter_backend(_call(12608, 768, 64)) == "reference"
+    mk.prefer_backends("cpu")
+    assert choose_adapter_backend(_call(12608, 768, 64)) == "cpu"
+
+
+@pytest.mark.usefixtures("_own_order")
+def test_a_preference_holds_for_every_operator() -> None:
+    parameter, grad = torch.ones(4), torch.ones(4)
+    calls: list[str] = []
+    for name in ("cpu", "reference"):
+        mk.prefer_backends("cpu", name)
+        calls.append(MASKED_ADAMW.choose("cpu", None, AdamWTensors([parameter], [grad], *([] for _ in range(5))), None))
+    assert calls == ["cpu", "reference"]
+
+
+def test_a_wrong_preference_is_refused() -> None:
+    with pytest.raises(ValueError, match="names: expected any of cpu, triton, cuda, reference, got 'tpu'"):
+        mk.prefer_backends("cuda", "tpu")
+    with pytest.raises(ValueError, match="device_type: expected 'cpu' or 'cuda', got 'gpu'"):
+        mk.prefer_backends("gpu", "triton")
+
+
+def test_the_environment_sets_the_order_on_cuda_devices() -> None:
+    code = "from mosa_kernels.backends.lookup import preferred_backends; print(preferred_backends('cuda'))"
+
+    def answer(value: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "MOSA_CUDA_BACKENDS": value, "PYTHONPATH": str(Path(mk.__file__).parents[1])}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert answer("cuda, triton").stdout.strip() == "('cuda', 'triton')"
+    assert answer("").stdout.strip() == "None"
+    assert "MOSA_CUDA_BACKENDS: names: expected any of" in answer("tpu").stderr

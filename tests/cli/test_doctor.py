@@ -31,6 +31,7 @@ def test_json_holds_every_backend_with_true_or_a_reason() -> None:
     report = json.loads(result.output)
     assert report["problems"] == []
     assert report["versions"]["mosa_kernels"] == __version__
+    assert report["automatic"]["cpu"][-1] == report["automatic"]["cuda"][-1] == "reference"
     assert report["backends"]["reference"] is True
     for answer in (*report["backends"].values(), report["compiled"]["cpp"], report["compiled"]["cuda"]):
         assert answer is True or (isinstance(answer, str) and len(answer) > 10)
@@ -113,7 +114,7 @@ def test_help_and_version_import_no_pytorch(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_every_listed_command_exists_and_has_help(name: str) -> None:
-    assert importlib.util.find_spec(f"mosa_kernels.cli.{name}") is not None
+    assert importlib.util.find_spec(f"mosa_kernels.cli.{name.replace('-', '_')}") is not None
     result = runner.invoke(main.app, [name, "--help"])
     assert result.exit_code == 0, result.output
     assert name in result.output
