@@ -39,6 +39,8 @@ TESTS = {
         "tests/csrc/test_masked_adamw.py", "cuda_on_host and (off_the_vectors or many_blocks)"
     ),
 }
+ELSEWHERE = {"adapter_*.cu": "tests/backends/cuda/test_adapter.py::test_under_the_address_sanitizer"}
+"""What runs like that from a test of its own."""
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -50,8 +52,12 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_file_with_kernels_has_tests() -> None:
     files = {path.name for path in cubins.CSRC.glob("*.cu")} - {"cuda_device.cu"}
-    missing = [name for name in sorted(files) if not any(fnmatch.fnmatch(name, pattern) for pattern in TESTS)]
+    patterns = (*TESTS, *ELSEWHERE)
+    missing = [name for name in sorted(files) if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     assert not missing, f"files without a row in TESTS of {Path(__file__).name}: {missing}"
+    for test in ELSEWHERE.values():
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("pattern", TESTS)

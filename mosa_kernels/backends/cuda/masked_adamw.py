@@ -40,7 +40,7 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
 
 def supports_tensors(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
     """As `supports_masked_adamw`, on any one device."""
-    device = tensors.params[0].device
+    device, here = tensors.params[0].device, tensors.params[0].get_device()
     if torch.compiler.is_compiling() or type(tensors.params[0]) not in (Tensor, torch.nn.Parameter):
         return False, f"params[0] is a {type(tensors.params[0]).__name__} without an address, or is being traced"
     for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
@@ -55,13 +55,16 @@ def supports_tensors(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool
             return False, f"params[{index}] has {p.numel()} entries; the kernel takes {_MOST_ENTRIES}"
         if steps.dtype != torch.float32 or not steps.is_contiguous() or steps.numel() > _MOST_EXPERTS:
             return False, f"steps[{index}] is not contiguous float32 of at most {_MOST_EXPERTS} counts"
-        if owner is not None and not owner.is_contiguous():
-            return False, f"owners[{index}] is not contiguous"
-        if active is not None and (active.dtype != torch.float32 or not active.is_contiguous()):
-            return False, f"active[{index}] is not contiguous float32"
-        everything = (p, grad, exp_avg, exp_avg_sq, steps, owner, active)
-        if any(tensor is not None and tensor.device != device for tensor in everything):
-            return False, f"params[{index}], or what belongs to it, is not on {device}"
+        if p.get_device() != here or grad.get_device() != here or steps.get_device() != here:
+            return False, f"params[{index}], its gradient or its counts are not on {device}"
+        if exp_avg.get_device() != here or exp_avg_sq.get_device() != here:
+            return False, f"exp_avgs[{index}] or exp_avg_sqs[{index}] is not on {device}"
+        if owner is not None and (not owner.is_contiguous() or owner.get_device() != here):
+            return False, f"owners[{index}] is not contiguous on {device}"
+        if active is not None and (
+            active.dtype != torch.float32 or not active.is_contiguous() or active.get_device() != here
+        ):
+            return False, f"active[{index}] is not contiguous float32 on {device}"
     lr = options.lr
     if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64)):
         return False, f"lr is {lr.dtype} {list(lr.shape)}; the kernel takes one float32 or float64"
