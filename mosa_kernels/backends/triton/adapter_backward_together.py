@@ -38,7 +38,7 @@ def add_to(out, value, mask):
 def adapter_backward_together_kernel(
     x, grad, dx, mean, rstd, w_down, b_down, w_up, b_up, owner_up, owner_down, w_down_init, expert, gamma, beta,
     scale_tensor, seed, parts,
-    num_tokens, expert_group, expert_id, tokens_a_part, seed_group, seed_id, threshold,
+    expert_id, seed_id, num_tokens, expert_group, tokens_a_part, seed_group, threshold,
     keep_scale, scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, DROPOUT: tl.constexpr, CENTRE: tl.constexpr,
@@ -141,7 +141,7 @@ def adapter_backward_together_kernel(
         tl.store(out + AT_SCALE, dscale)
 
 
-SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32", "fp32")
+SCALAR_TYPES = ("i32", "i64", "i32", "i32", "i32", "i32", "i64", "fp32", "fp32", "fp32", "fp32")
 
 
 def together_launch(
@@ -164,7 +164,7 @@ def together_launch(
         args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None, buffer,
     )  # fmt: skip
     scalars = (
-        plan.tokens, plan.expert_group, args.expert_id, parts.tokens, plan.seed_group, args.seed_id, plan.threshold,
+        args.expert_id, args.seed_id, plan.tokens, plan.expert_group, parts.tokens, plan.seed_group, plan.threshold,
         plan.keep_scale, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
     constants = (
@@ -174,5 +174,5 @@ def together_launch(
     )  # fmt: skip
     return Launch(
         adapter_backward_together_kernel, (parts.number, 1, 1), tensors, scalars, SCALAR_TYPES, constants,
-        config.num_warps, config.num_stages,
+        config.num_warps, config.num_stages, dynamic=("expert_id", "seed_id"),
     )  # fmt: skip

@@ -174,7 +174,7 @@ def whole_adapter(
 def adapter_backward_tokens_kernel(
     x, grad, dx, h_out, mean, rstd, w_down, b_down, w_up, owner_up, owner_down, w_down_init, lists, expert,
     gamma, beta, scale_tensor, seed,
-    num_tokens, expert_group, expert_id, seed_group, seed_id, threshold,
+    expert_id, seed_id, num_tokens, expert_group, seed_group, threshold,
     keep_scale, scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, GROUPED: tl.constexpr, SERVED: tl.constexpr,
@@ -234,7 +234,7 @@ def adapter_backward_tokens_kernel(
             e = next_expert(ids, e)
 
 
-SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32", "fp32")
+SCALAR_TYPES = ("i32", "i64", "i32", "i32", "i32", "i64", "fp32", "fp32", "fp32", "fp32")
 
 
 def tokens_launch(
@@ -257,7 +257,7 @@ def tokens_launch(
         args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
     )  # fmt: skip
     scalars = (
-        plan.tokens, plan.expert_group, args.expert_id, plan.seed_group, args.seed_id, plan.threshold,
+        args.expert_id, args.seed_id, plan.tokens, plan.expert_group, plan.seed_group, plan.threshold,
         plan.keep_scale, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
     constants = (
@@ -268,5 +268,5 @@ def tokens_launch(
     )  # fmt: skip
     return Launch(
         adapter_backward_tokens_kernel, (-(-plan.tokens // config.block_t), 1, 1), tensors, scalars, SCALAR_TYPES,
-        constants, config.num_warps, config.num_stages,
+        constants, config.num_warps, config.num_stages, dynamic=("expert_id", "seed_id"),
     )  # fmt: skip

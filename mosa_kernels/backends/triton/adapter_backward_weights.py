@@ -226,7 +226,7 @@ def up_part_listed(
 def adapter_backward_weights_kernel(
     x, grad, h, mean, rstd, w_down, w_up, b_up, owner_up, owner_down, w_down_init, lists, expert, gamma,
     beta, scale_tensor, parts,
-    num_tokens, expert_group, expert_id, tokens_a_part,
+    expert_id, num_tokens, expert_group, tokens_a_part,
     scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr,
     GRAD_STRIDE: tl.constexpr, GROUPED: tl.constexpr, RAW: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
@@ -307,7 +307,7 @@ def weights_launch(
         args.norm_weight, args.norm_bias, args.scale_tensor, buffer,
     )  # fmt: skip
     scalars = (
-        plan.tokens, plan.expert_group, args.expert_id, parts.tokens, args.scale, args.expert_scale,
+        args.expert_id, plan.tokens, plan.expert_group, parts.tokens, args.scale, args.expert_scale,
         args.merged_scale,
     )  # fmt: skip
     constants = (
@@ -319,5 +319,5 @@ def weights_launch(
     grid = (parts.column_blocks, parts.number, int(parts.down) + int(parts.up))
     return Launch(
         adapter_backward_weights_kernel, grid, tensors, scalars, SCALAR_TYPES, constants,
-        config.num_warps, config.num_stages,
+        config.num_warps, config.num_stages, dynamic=("expert_id",),
     )  # fmt: skip

@@ -14,12 +14,15 @@ passes take the listed units alone, and both are repeated.
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.triton.adapter_calls import Call, call_like
 from mosa_kernels.backends.triton.adapter_units import lists_for
 from mosa_kernels.backends.triton.device import (
     NO_EXPERT,
@@ -126,7 +129,7 @@ def whole_adapter(
 def adapter_forward_kernel(
     x, residual, out, mean, rstd, w_down, b_down, w_up, b_up, owner_up, owner_down, w_down_init, lists, expert, gamma,
     beta, scale_tensor, seed,
-    num_tokens, expert_group, expert_id, seed_group, seed_id, threshold,
+    expert_id, seed_id, num_tokens, expert_group, seed_group, threshold,
     keep_scale, eps, scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
@@ -174,7 +177,7 @@ def adapter_forward_kernel(
             e = next_expert(ids, e)
 
 
-SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i64", "i64", "fp32", "fp32", "fp32", "fp32", "fp32")
+SCALAR_TYPES = ("i32", "i64", "i32", "i32", "i32", "i64", "fp32", "fp32", "fp32", "fp32", "fp32")
 
 
 def forward_launch(
@@ -198,7 +201,7 @@ def forward_launch(
         args.seed if args.dropout_p > 0 else None,
     )  # fmt: skip
     scalars = (
-        plan.tokens, plan.expert_group, args.expert_id, plan.seed_group, args.seed_id, plan.threshold,
+        args.expert_id, args.seed_id, plan.tokens, plan.expert_group, plan.seed_group, plan.threshold,
         plan.keep_scale, args.norm_eps, args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
     constants = (
@@ -209,8 +212,24 @@ def forward_launch(
     )  # fmt: skip
     grid = (-(-plan.tokens // config.block_t), 1, 1)
     return Launch(
-        adapter_forward_kernel, grid, tensors, scalars, SCALAR_TYPES, constants, config.num_warps, config.num_stages
-    )
+        adapter_forward_kernel, grid, tensors, scalars, SCALAR_TYPES, constants, config.num_warps, config.num_stages,
+        dynamic=("expert_id", "seed_id"),
+    )  # fmt: skip
+
+
+def _call(args: AdapterArguments, lists: Tensor | None, *_: int | None) -> Call:
+    return Call(plans_of(args, architecture(args.x.device), lists))
+
+
+def _launches(
+    call: Call, args: AdapterArguments, tensors: Sequence[Tensor], x_stride: int, residual_stride: int | None
+) -> list[Launch]:
+    x, summand, lists, out, mean, rstd = tensors
+    residual = None if residual_stride is None else Rows(summand, residual_stride)
+    return [
+        forward_launch(args, plan, Rows(x, x_stride), residual, lists if plan.lists else None, out, mean, rstd)
+        for plan in call.plans
+    ]
 
 
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,12 +237,14 @@ def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
 
     One launch; with lists of units and ids in device memory a second one for merged tokens.
     """
-    x, residual = rows_of(args.x), None if args.residual is None else rows_of(args.residual)
-    plans = plans_of(args, architecture(args.x.device), lists_for(args))
-    out = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
-    kept = plans[0][0].tokens if args.norm_weight is not None else 0
-    mean = torch.empty(kept, dtype=torch.float32, device=args.x.device)
-    rstd = torch.empty(kept, dtype=torch.float32, device=args.x.device)
-    for plan, lists in plans:
-        forward_launch(args, plan, x, residual, lists, out, mean, rstd).run()
+    x, x_stride = rows_of(args.x)
+    summand, stride = (None, None) if args.residual is None else rows_of(args.residual)
+    lists = lists_for(args)
+    call = call_like("forward", args, lists, (x_stride, stride), _call)
+    out = torch.empty_like(args.x, memory_format=torch.contiguous_format)
+    mean = torch.empty(
+        call.plans[0].tokens if args.norm_weight is not None else 0, dtype=torch.float32, device=x.device
+    )
+    rstd = torch.empty_like(mean)
+    call.run(args, (x, summand, lists, out, mean, rstd), _launches, x_stride, stride)
     return out, mean, rstd

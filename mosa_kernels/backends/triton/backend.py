@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,23 +74,40 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
 
 
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
-    from mosa_kernels.backends.triton.adapter_forward import adapter_forward
-
+    kernels = _adapter_kernels()
     if _on_current_device(args.x):
-        return adapter_forward(_with_dense_ids(args))
+        return kernels.forward(_with_dense_ids(args))
     with torch.cuda.device(args.x.device):
-        return adapter_forward(_with_dense_ids(args))
+        return kernels.forward(_with_dense_ids(args))
 
 
 def adapter_backward(
     args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
 ) -> AdapterGradients:
-    from mosa_kernels.backends.triton.adapter_backward import adapter_backward
-
+    kernels = _adapter_kernels()
     if _on_current_device(args.x):
-        return adapter_backward(_with_dense_ids(args), grad_out, mean, rstd, needs)
+        return kernels.backward(_with_dense_ids(args), grad_out, mean, rstd, needs)
     with torch.cuda.device(args.x.device):
-        return adapter_backward(_with_dense_ids(args), grad_out, mean, rstd, needs)
+        return kernels.backward(_with_dense_ids(args), grad_out, mean, rstd, needs)
+
+
+class _AdapterKernels(NamedTuple):
+    forward: Callable[[AdapterArguments], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[AdapterArguments, Tensor, Tensor, Tensor, AdapterNeeds], AdapterGradients]
+
+
+_kernels: _AdapterKernels | None = None
+
+
+def _adapter_kernels() -> _AdapterKernels:
+    """The kernels' modules, which import triton, once they have to run."""
+    global _kernels
+    if _kernels is None:
+        from mosa_kernels.backends.triton.adapter_backward import adapter_backward
+        from mosa_kernels.backends.triton.adapter_forward import adapter_forward
+
+        _kernels = _AdapterKernels(adapter_forward, adapter_backward)
+    return _kernels
 
 
 def _on_current_device(x: Tensor) -> bool:

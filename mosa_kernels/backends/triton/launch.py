@@ -7,6 +7,7 @@ and the device. The same description of a launch can be compiled for a GPU that 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,9 +32,11 @@ _POINTERS = {
     torch.uint32: "*u32",
     torch.uint64: "*u64",
 }
-_ALIGNMENT = 16  # bytes of the widest load, and what Triton calls divisible
+ALIGNMENT = 16  # bytes of the widest load, and what Triton calls divisible
 
-_compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # kernels; and what `adapter_calls` makes of them
 
 
 def interpreted(function: Any) -> bool:
@@ -52,28 +55,26 @@ class Launch(NamedTuple):
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
+    aligned: bool | None = None  # whether all addresses are multiples of 16 bytes; None: as those of the tensors
+    dynamic: tuple[str, ...] = ()  # which numbers of the call the first scalars are; the others follow from its shapes
 
     def run(self) -> None:
         """Launches on the current stream of the current device."""
         if interpreted(self.function):
             self.function[self.grid](*self.tensors, *self.scalars, *self.constants)
             return
-        kinds: list[torch.dtype | None] = []
-        addresses = 0
-        for tensor in self.tensors:
-            if tensor is None:
-                kinds.append(None)
-            else:
-                kinds.append(tensor.dtype)
-                addresses |= tensor.data_ptr()
-        aligned = addresses % _ALIGNMENT == 0
-        key = (id(self.function), *kinds, aligned, self.constants, self.num_warps, torch.cuda.current_device())
+        self.compiled()[self.grid](*self.tensors, *self.scalars, *self.constants)
+
+    def compiled(self) -> CompiledKernel:
+        """The kernel for the current device, compiled at most once."""
+        kinds = [None if tensor is None else tensor.dtype for tensor in self.tensors]
+        key = (id(self.function), *kinds, self._aligned(), self.constants, self.num_warps, torch.cuda.current_device())
         kernel = _compiled.get(key)
         if kernel is None:
             driver = triton.runtime.driver.active
             limit = driver.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
             kernel = _compiled[key] = self.compile(driver.get_current_target(), limit)
-        kernel[self.grid](*self.tensors, *self.scalars, *self.constants)
+        return kernel
 
     def compile(self, target: GPUTarget, shared_limit: int) -> CompiledKernel:
         """This variant's machine code for a target, which need not be present.
@@ -95,15 +96,17 @@ class Launch(NamedTuple):
         values = [*self.tensors, *self.scalars, *self.constants]
         signature = dict(zip(names, kinds, strict=True))
         constants = {(i,): values[i] for i, kind in enumerate(kinds) if kind == "constexpr"}
-        divisible = [["tt.divisibility", _ALIGNMENT]]
+        divisible = [["tt.divisibility", ALIGNMENT]]
         attributes = {(i,): divisible for i, kind in enumerate(kinds) if kind[0] == "*"} if self._aligned() else {}
         source = ASTSource(self.function, signature, constants, attributes)
         options = {"num_warps": self.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
         return triton.compile(source, target=target, options=options)
 
     def _aligned(self) -> bool:
+        if self.aligned is not None:
+            return self.aligned
         addresses = 0
         for tensor in self.tensors:
             if tensor is not None:
                 addresses |= tensor.data_ptr()
-        return addresses % _ALIGNMENT == 0
+        return addresses % ALIGNMENT == 0

@@ -70,17 +70,17 @@ def plan_of(args: AdapterArguments, arch: int, lists: Tensor | None = None, serv
     )
 
 
-def plans_of(args: AdapterArguments, arch: int, lists: Tensor | None) -> list[tuple[Plan, Tensor | None]]:
-    """The launches over tokens, each with the lists that it takes; the first plan is that of the weights too.
+def plans_of(args: AdapterArguments, arch: int, lists: Tensor | None) -> list[Plan]:
+    """The launches over tokens; the first plan is that of the weights too.
 
     Merged tokens need all units. Where ids lie in device memory there may be some, which a second launch serves: a
     kernel that held both would have the registers of the wider one for all tokens.
     """
     if lists is None:
-        return [(plan_of(args, arch), None)]
+        return [plan_of(args, arch)]
     if args.expert is None:
-        return [(plan_of(args, arch, lists), lists)]
-    return [(plan_of(args, arch, lists, "experts"), lists), (plan_of(args, arch, None, "merged"), None)]
+        return [plan_of(args, arch, lists)]
+    return [plan_of(args, arch, lists, "experts"), plan_of(args, arch, None, "merged")]
 
 
 class Parts(NamedTuple):

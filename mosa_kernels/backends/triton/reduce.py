@@ -39,7 +39,7 @@ def store_slice(out, index, total, BEGIN: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def reduce_kernel(
     parts, w_down, w_up, gamma, beta, b_up, b_down, scale, activity, expert,
-    number, expert_id, num_ids,
+    expert_id, number, num_ids,
     SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     AT_UP: tl.constexpr, AT_GAMMA: tl.constexpr, AT_BETA: tl.constexpr, AT_BIAS: tl.constexpr,
     AT_DOWN_BIAS: tl.constexpr, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr,
@@ -100,9 +100,19 @@ def reduce_launch(args: AdapterArguments, parts: Parts, buffer: Tensor, gradient
     )
     num_experts = activity.shape[0] if activity is not None else 1
     tensors = (buffer, *gradients, args.expert if activity is not None else None)
-    scalars = (parts.number, args.expert_id, args.expert.numel() if args.expert is not None else 0)
+    scalars = (args.expert_id, parts.number, args.expert.numel() if args.expert is not None else 0)
     constants = (
         size, args.width, args.bottleneck, *parts.layout, *blocks, num_experts,
         _BLOCK, _AT_ONCE, _MOST_SCALE_PARTS, 1 << (num_experts - 1).bit_length(),
     )  # fmt: skip
-    return Launch(reduce_kernel, (sum(blocks) + 1, 1, 1), tensors, scalars, SCALAR_TYPES, constants, _NUM_WARPS, 1)
+    return Launch(
+        reduce_kernel,
+        (sum(blocks) + 1, 1, 1),
+        tensors,
+        scalars,
+        SCALAR_TYPES,
+        constants,
+        _NUM_WARPS,
+        1,
+        dynamic=("expert_id",),
+    )

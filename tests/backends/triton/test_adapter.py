@@ -29,6 +29,7 @@ from mosa_kernels.backends.triton import (
     adapter_forward,
     adapter_units,
     configs,
+    launch,
     plan,
 )
 
@@ -252,6 +253,7 @@ def test_one_launch_over_several_tiles(
 ) -> None:
     launched: list[object] = []
     run_one = adapter_backward_together.together_launch
+    monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(adapter_backward, "together_launch", lambda *args: launched.append(args) or run_one(*args))
     scale = torch.tensor(0.7, requires_grad=True)
     options = {"scale_tensor": scale, "dropout_p": 0.3, "expert": torch.tensor(ids), "expert_scale": 4.0}
@@ -346,8 +348,10 @@ def test_ids_and_seeds_that_are_columns_of_a_table() -> None:
 def test_products_on_the_raw_x(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What bf16 takes, in dtypes that the interpreter multiplies rightly."""
 
-    def raw_plans(*args: Any) -> list[tuple[plan.Plan, Tensor | None]]:
-        return [(each._replace(raw=True, centre=False), lists) for each, lists in plan.plans_of(*args)]
+    def raw_plans(*args: Any) -> list[plan.Plan]:
+        return [each._replace(raw=True, centre=False) for each in plan.plans_of(*args)]
+
+    monkeypatch.setattr(launch, "_compiled", {})
 
     for module in (adapter_forward, adapter_backward):
         monkeypatch.setattr(module, "plans_of", raw_plans)

@@ -1,0 +1,151 @@
+"""The short way to a launch, with kernels that only note what they are given: every address in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
+from mosa_kernels.backends.triton import backend
+
+pytest.importorskip("triton", reason="PyTorch came without Triton")
+from mosa_kernels.backends.triton import adapter_forward, configs, launch
+
+pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter is given tensors, not addresses")
+
+Noted = dict[str, Any]
+INPUTS = {
+    "w_down": "w_down", "b_down": "b_down", "w_up": "w_up", "b_up": "b_up", "owner_up": "assignment",
+    "owner_down": "assignment_down", "w_down_init": "w_down_init", "expert": "expert", "gamma": "norm_weight",
+    "beta": "norm_bias", "scale_tensor": "scale_tensor", "seed": "seed", "expert_id": "expert_id",
+    "seed_id": "seed_id",
+}  # fmt: skip
+"""Which argument of the call each parameter of the kernels is."""
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Noted]]:
+    """The launches: the kernel's name, and its parameters by name."""
+    found: list[tuple[str, Noted]] = []
+
+    class Kernel:
+        function, packed_metadata = None, None
+
+        def __init__(self, description: launch.Launch) -> None:
+            self.name, self.names = description.function.__name__, description.function.arg_names
+
+        def _init_handles(self) -> None: ...
+
+        def run(self, *arguments: Any) -> None:  # grid, stream, handles and hooks come first
+            found.append((self.name, dict(zip(self.names, arguments[9:], strict=True))))
+
+    monkeypatch.setattr(launch.Launch, "compiled", lambda description: Kernel(description))
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    return found
+
+
+def call(options: dict[str, Any]) -> AdapterArguments:
+    values: dict[str, Any] = {
+        "x": torch.randn(4, 6, 32),
+        "residual": torch.randn(4, 6, 32),
+        "w_down": torch.randn(8, 32),
+        "b_down": torch.randn(8),
+        "w_up": torch.randn(32, 8),
+        "b_up": torch.randn(3, 32),
+        "assignment": torch.randint(3, (32, 8), dtype=torch.uint8),
+        "assignment_down": None,
+        "w_down_init": None,
+        "expert": torch.randint(3, (4,)),
+        "norm_weight": torch.randn(32),
+        "norm_bias": torch.randn(32),
+        "scale_tensor": torch.randn(()),
+        "seed": torch.tensor(5),
+        "activity": torch.zeros(3),
+        "dropout_p": 0.1,
+    }
+    return AdapterArguments(**{**values, **options})
+
+
+def address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"expert": None, "expert_id": 2, "seed": None, "seed_id": 2**40},
+    {"expert": None, "expert_id": 1, "seed": None, "seed_id": 7},
+    {"norm_weight": None, "norm_bias": None, "residual": None, "scale_tensor": None, "b_down": None},
+    {"assignment_down": torch.zeros(8, 32, dtype=torch.uint8), "w_down_init": torch.randn(8, 32)},
+]
+
+
+@pytest.mark.parametrize("one_launch", [0, 16])
+def test_every_address_in_its_place(
+    one_launch: int, noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "ONE_LAUNCH", one_launch)
+    for options in [*OPTIONS, *OPTIONS]:
+        args = call(options)
+        needs = AdapterNeeds(*(True,) * 7, scale=args.scale_tensor is not None, activity=True)
+        same = {} if args.residual is None else {"residual": args.x}
+        for each in (args, args._replace(**same)):  # one tensor in two places
+            out, mean, rstd = backend.adapter_forward(each)
+            grad = each.x if each is not args else torch.randn_like(each.x)
+            gradients = backend.adapter_backward(each, grad, mean, rstd, needs)
+            outputs = {"x": each.x, "residual": each.residual, "out": out, "grad": grad, "dx": gradients.x}
+            if each.norm_weight is not None:
+                outputs |= {"mean": mean, "rstd": rstd}
+            *_, (reduce, found) = noted
+            assert reduce == "reduce_kernel"
+            assert found["w_up"] == gradients.w_up.data_ptr()
+            assert found["activity"] == gradients.activity.data_ptr()
+            assert found["gamma"] == address(gradients.norm_weight)
+            assert len(noted) == (3 if one_launch else 4)
+            for _, found in noted[:-1]:
+                for name, value in found.items():
+                    if name in INPUTS:
+                        assert value == address(getattr(each, INPUTS[name])), name
+                    elif name in outputs:
+                        assert value == address(outputs[name]), name
+                assert found["num_tokens"] == 24
+            parts = [found["parts"] for _, found in noted if "parts" in found]
+            assert len(parts) == 2
+            assert parts[0] == parts[1]
+            noted.clear()
+
+
+def test_a_plan_is_made_once(noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    plans_of = adapter_forward.plans_of
+    monkeypatch.setattr(adapter_forward, "plans_of", lambda *args: made.append(args) or plans_of(*args))
+    for _ in range(3):
+        backend.adapter_forward(call({}))
+    assert len(made) == 1
+    for change in ({"x": torch.randn(8, 6, 32), "residual": None}, {"activation": "relu"}, {"dropout_p": 0.2}):
+        backend.adapter_forward(call(change))
+    assert len(made) == 4
+
+
+def test_addresses_that_are_not_aligned_have_kernels_of_their_own(
+    noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned: list[bool | None] = []
+    kernel: Any = launch.Launch.compiled
+
+    def compiled(description: launch.Launch) -> Any:
+        aligned.append(description.aligned)
+        return kernel(description)
+
+    monkeypatch.setattr(launch.Launch, "compiled", compiled)
+    backend.adapter_forward(call({}))
+    shifted = torch.randn(4 * 6 * 32 + 1)[1:].view(4, 6, 32)
+    for _ in range(2):
+        backend.adapter_forward(call({"residual": shifted}))
+    backend.adapter_forward(call({}))
+    assert aligned == [True, False]
+    assert [found["residual"] == shifted.data_ptr() for _, found in noted] == [False, True, True, False]
