@@ -1,0 +1,209 @@
+"""`mosa-kernels table N`: one of the paper's tables as a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mosa_kernels.cli.errors import MendableError, plain_errors
+from mosa_kernels.data.open import open_data
+from mosa_kernels.train.folder import machine, versions, write_json, write_text
+from mosa_kernels.train.table_cells import Cell
+from mosa_kernels.train.table_figure import draw_table
+from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, seconds_of
+from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
+from mosa_kernels.train.table_runs import missing_cells, run_cells, usual_workers
+from mosa_kernels.train.table_spec import Changes, Table, read_table, suite_of, table_numbers
+from mosa_kernels.train.table_summary import differences_of, summarise_table
+
+QUICK = {"epochs": 2}
+
+
+def table(
+    number: Annotated[str, typer.Argument(help=f"{', '.join(table_numbers())}, or all.")],
+    output: Annotated[Path, typer.Option(help="Folder of runs and tables; what is done in it is not done again.")],
+    fgvc: Annotated[Path | None, typer.Option(help="Folder with CUB_200_2011, nabirds, ... and VPT's lists.")] = None,
+    vtab: Annotated[Path | None, typer.Option(help="Folder with the 19 data sets of VTAB-1k and their lists.")] = None,
+    gicd: Annotated[Path | None, typer.Option(help="Folder of torchvision's CIFAR-100, Aircraft and Food-101.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the backbone.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs that are reported, of each row and task.", min=1)] = 3,
+    tuning_seeds: Annotated[int, typer.Option(help="Runs that choose, of each candidate.", min=1)] = 4,
+    tasks: Annotated[str | None, typer.Option(help="Some of the table's tasks, separated by ';'.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Some of its rows, as mosa,adaptformer,dropout.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a GPU, or one a core.", min=1)] = None,
+    loaders: Annotated[int, typer.Option(help="Processes a run that read images.", min=0)] = 0,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16, fp16.")] = "no",
+    epochs: Annotated[int | None, typer.Option(help="Another length of each run.", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of each run: not the real figures.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how many runs there are, and run none.")] = False,
+) -> None:
+    """Run or resume the grid behind a table of the paper, and write it as Markdown, CSV and PNG.
+
+    A suite whose folder is not given is replaced by offline tasks, which need no data and no network.
+    """
+    console = Console()
+    with plain_errors():
+        roots = {"fgvc": fgvc, "vtab": vtab, "gicd": gicd}
+        recipe = {"epochs": epochs} if epochs is not None else QUICK if quick else {}
+        grids = []
+        for wanted in table_numbers() if number == "all" else (number,):
+            root = roots[suite_of(wanted)]
+            changes = Changes(
+                recipe=recipe,
+                checkpoint=None if checkpoint is None else str(checkpoint),
+                data_root=None if root is None else str(root),
+                mixed_precision=mixed_precision,
+                workers=loaders,
+            )
+            try:
+                found = restrict(read_table(wanted, None if root is None else str(root)), tasks, rows)
+            except ValueError as error:
+                if number != "all":
+                    raise
+                console.print(f"left out: {error}", highlight=False)
+                continue
+            grids.append(Grid(found, changes, seeds, tuning_seeds))
+        processes = workers or usual_workers()
+        choosing, testing = count_cells(grids)
+        console.print(
+            f"{len(grids)} table(s): {choosing} runs that choose on validation images, at most {testing} that test; "
+            f"{processes} process(es); results in {output}/",
+            highlight=False,
+        )
+        if plan:
+            return
+        began = time.perf_counter()
+        check_data_of(grids)
+        watch(grids, output / "cells", processes, console)
+        facts = {
+            "command": shlex.join(["mosa-kernels", *sys.argv[1:]]) if sys.argv[0].endswith("mosa-kernels") else "",
+            "machine": machine(),
+            "processes": processes,
+            "wall_seconds_of_this_command": round(time.perf_counter() - began),
+            "versions": versions(),
+            "quick": quick,
+        }
+        for grid in grids:
+            write_table(grid, output, facts, console)
+
+
+def restrict(table: Table, tasks: str | None, rows: str | None) -> Table:
+    """Some tasks and rows of a table.
+
+    Raises:
+        ValueError: a task or row that it has not.
+    """
+    known = {"tasks": [task.name for task in table.tasks], "rows": [row.variant for row in table.rows]}
+    wanted = {
+        "tasks": known["tasks"] if tasks is None else [name.strip() for name in tasks.split(";")],
+        "rows": known["rows"] if rows is None else [name.strip() for name in rows.split(",")],
+    }
+    for kind, names in wanted.items():
+        unknown = [name for name in names if name not in known[kind]]
+        if unknown:
+            separator = "; " if kind == "tasks" else ", "
+            raise ValueError(
+                f"{kind}: expected some of {separator.join(dict.fromkeys(known[kind]))} for table {table.number}, got "
+                f"{separator.join(unknown)}"
+            )
+    return dataclasses.replace(
+        table,
+        tasks=tuple(task for task in table.tasks if task.name in wanted["tasks"]),
+        rows=tuple(row for row in table.rows if row.variant in wanted["rows"]),
+    )
+
+
+def check_data_of(grids: list[Grid]) -> None:
+    """Opens the paper's data sets before hours are spent on the first of them.
+
+    Raises:
+        FileNotFoundError: naming all that is missing.
+    """
+    wrong: dict[str, None] = {}
+    for grid in grids:
+        if grid.table.scale == "real":
+            for task in grid.table.tasks:
+                for data in dict.fromkeys((task.tuning_data, task.data)):
+                    try:
+                        open_data(data, root=grid.changes.data_root)
+                    except (ValueError, FileNotFoundError, RuntimeError) as error:
+                        wrong[f"{task.name}: {error}"] = None
+    if wrong:
+        raise FileNotFoundError("; ".join(wrong))
+
+
+def watch(grids: list[Grid], folder: Path, processes: int, console: Console) -> None:
+    """Runs what is missing behind a bar; a line a run where there is no terminal."""
+
+    def stage(title: str, cells: list[Cell]) -> None:
+        todo = missing_cells(cells, folder)
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        with bar:
+            line = bar.add_task(title, total=len(todo))
+
+            def on_done(cell: Cell, result: dict[str, Any]) -> None:
+                bar.advance(line)
+                if not console.is_terminal or result.get("failed"):
+                    outcome = result.get("failed") or ", ".join(
+                        f"{name} {row['accuracy']:.2f}" for name, row in result["measured"].items()
+                    )
+                    console.print(f"{cell.label}: {outcome} ({result['seconds']:.1f} s)", highlight=False)
+
+            run_cells(todo, folder, processes, on_done)
+
+    try:
+        stage("choosing", [cell for grid in grids for cell in grid.all_tuning_cells()])
+        stage("testing", [cell for grid in grids for cell in all_final_cells(grid, folder)])
+    except BrokenProcessPool as error:
+        raise MendableError(
+            "a run's process was ended from outside, perhaps for lack of memory; finished runs are kept: give the same "
+            "command again, perhaps with --workers 1"
+        ) from error
+    except KeyboardInterrupt:
+        console.print("\nStopped; finished runs are kept. The same command goes on from here.")
+        raise typer.Exit(130) from None
+
+
+def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Console) -> None:
+    """Writes table-N.md, .csv, .png and .json, and shows the table."""
+    from rich.table import Table as Shown
+
+    measured = collect(grid, output / "cells")
+    runs, seconds = seconds_of(grid, output / "cells")
+    facts = {**facts, "runs_behind_the_table": runs, "seconds_of_these_runs": round(seconds)}
+    summaries = summarise_table(grid.table, measured)
+    differences = differences_of(grid.table, measured)
+    stem = output / f"table-{grid.table.number}"
+    write_json(stem.with_suffix(".json"), table_record(grid, measured, differences, facts))
+    write_text(stem.with_suffix(".csv"), table_csv(summaries))
+    title = f"Table {grid.table.number}: {grid.table.title} ({grid.table.scale}, {grid.seeds} seeds)"
+    title += " — QUICK" if facts["quick"] else ""
+    draw_table(summaries, title, stem.with_suffix(".png"))
+    write_text(stem.with_suffix(".md"), table_markdown(grid, measured, summaries, differences, facts))
+    shown = Shown(title=title, title_justify="left")
+    head, *body = rows_of_table(summaries)
+    for place, heading in enumerate(head):
+        shown.add_column(heading, justify="left" if place == 0 else "right")
+    for row in body:
+        shown.add_row(*(cell.replace("**", "") for cell in row))
+    console.print(shown)
+    for difference in differences:
+        console.print(f"  {difference}", highlight=False)

@@ -1,0 +1,57 @@
+"""A table as a picture: our means with their spread and every seed, and beside them the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mosa_kernels.train.plots import save_figure
+from mosa_kernels.train.table_summary import GROUP_MEAN, MEAN, Summary
+
+COLOURS = {"paper": "#4c72b0", "control": "#8c8c8c", "ours": "#2f8f83"}
+PRINTED = "#c44e52"
+
+
+def draw_table(summaries: Sequence[Summary], title: str, path: Path) -> None:
+    """Writes the PNG.
+
+    Args:
+        summaries: of `summarise_table`.
+        title: over the picture.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    printed = [s.paper.get(MEAN, s.paper.get(GROUP_MEAN)) for s in summaries]
+    known = [value for value in printed if value is not None]
+    figure: Any = Figure(figsize=(12, 1.6 + 0.42 * len(summaries)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, summary in enumerate(summaries):
+        value = summary.values[MEAN]
+        if value.by_seed:
+            colour = COLOURS[summary.row.origin]
+            left.barh(place, value.mean, xerr=value.spread, color=colour, height=0.7, capsize=3)
+            left.plot(value.by_seed, [place] * len(value.by_seed), "k.", markersize=4)
+            left.text(max(value.by_seed) + value.spread, place, f" {value}", va="center", fontsize=8)
+        if printed[place] is not None:
+            right.barh(place, printed[place], color=PRINTED, height=0.7)
+            right.text(printed[place], place, f" {printed[place]:.2f}", va="center", fontsize=8)
+    _cut(left, [point for summary in summaries for point in summary.values[MEAN].by_seed])
+    _cut(right, known)
+    left.set_yticks(range(len(summaries)), [summary.row.title for summary in summaries], fontsize=8)
+    left.invert_yaxis()
+    left.set_title("here: mean over tasks, ± over seeds (controls in grey, ours in green; axis cut)", fontsize=9)
+    right.set_title("the paper, on its own data sets (axis cut)" if known else "the paper prints no mean", fontsize=9)
+    for axes in (left, right):
+        axes.set_xlabel("%")
+        axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)
+
+
+def _cut(axes: Any, values: Sequence[float]) -> None:
+    """Shows the range of the values, with room for their text."""
+    if values:
+        room = max(1.0, 0.2 * (max(values) - min(values)))
+        axes.set_xlim(max(0.0, min(values) - 2 * room), max(values) + 4 * room)

@@ -1,0 +1,197 @@
+"""The grid behind a table: runs that choose each row's numbers on validation images, then runs that test once a seed.
+
+The seeds of the two kinds of runs are apart, so that what was chosen owes nothing to the seeds that are reported.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mosa_kernels.train.recipe import Recipe
+from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, mechanisms_for
+from mosa_kernels.train.table_runs import OnDone, run_cells
+from mosa_kernels.train.table_spec import Changes, Row, Table, Task, candidates, cell_settings, tuned_row
+
+FIRST_TUNING_SEED = 100
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table's runs.
+
+    Attributes:
+        table: what is wanted.
+        changes: to the whole grid.
+        seeds, tuning_seeds: how many of the runs that are reported, and of those that choose.
+    """
+
+    table: Table
+    changes: Changes
+    seeds: int = 3
+    tuning_seeds: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seeds <= FIRST_TUNING_SEED:
+            raise ValueError(f"seeds: expected 1 to {FIRST_TUNING_SEED}, got {self.seeds}")
+        if self.tuning_seeds < 1:
+            raise ValueError(f"tuning_seeds: expected at least 1, got {self.tuning_seeds}")
+
+    def tuning_task(self, task: Task) -> Task:
+        """The task whose validation images choose for this one; itself, where the other is not in the table."""
+        return next((other for other in self.table.tasks if other.name == task.tuned_on), task)
+
+    def tuning_cells(self, row: Row, task: Task) -> list[list[Cell]]:
+        """For each of the row's candidates, the runs that speak for it."""
+        row, task = tuned_row(row), self.tuning_task(task)
+        return [
+            [self._cell(row, task, numbers, FIRST_TUNING_SEED + n, tuning=True) for n in range(self.tuning_seeds)]
+            for numbers in candidates(self.table, row)
+        ]
+
+    def all_tuning_cells(self) -> list[Cell]:
+        return [
+            cell
+            for row in self.table.rows
+            for task in self.table.tasks
+            for group in self.tuning_cells(row, task)
+            for cell in group
+        ]
+
+    def choose(self, row: Row, task: Task, folder: Path) -> Choice:
+        """The candidate of the highest mean validation accuracy, the first of equals; a run that failed counts as 0."""
+        numbers = candidates(self.table, tuned_row(row))
+        means = []
+        for group in self.tuning_cells(row, task):
+            results = [find_result(cell, folder) for cell in group]
+            means.append(statistics.fmean((accuracy_of(result) or 0.0) if result else 0.0 for result in results))
+        best = max(range(len(numbers)), key=means.__getitem__)
+        return Choice(numbers[best], means[best], _edges(numbers, best))
+
+    def final_cells(self, row: Row, task: Task, choice: Choice) -> list[Cell]:
+        """The runs that are reported, a run a seed."""
+        return [self._cell(row, task, choice.numbers, seed, tuning=False) for seed in range(self.seeds)]
+
+    def _cell(self, row: Row, task: Task, numbers: dict[str, float], seed: int, *, tuning: bool) -> Cell:
+        settings = cell_settings(self.table, row, task, numbers, seed, self.changes, tuning=tuning)
+        what = " ".join(f"{key} {value:g}" for key, value in numbers.items())
+        style = row.adapter.get("style", "")
+        label = " ".join(
+            filter(None, ("tune" if tuning else "test", row.variant, style, task.name, what, f"seed {seed}"))
+        )
+        return Cell(
+            label, settings, test=not tuning, mechanisms=("merged",) if tuning else mechanisms_for(row.mechanism)
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What validation chose.
+
+    Attributes:
+        numbers: learning rate, and dropout where it was tuned.
+        validation: mean validation accuracy, percent.
+        at_edge: names of numbers chosen at the end of their grid, so that more of it may be better.
+    """
+
+    numbers: dict[str, float]
+    validation: float
+    at_edge: tuple[str, ...]
+
+
+def _edges(grid: list[dict[str, float]], best: int) -> tuple[str, ...]:
+    found = []
+    for name, value in grid[best].items():
+        values = {numbers[name] for numbers in grid}
+        if len(values) > 1 and value in (min(values), max(values)):
+            found.append(name)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row on a task.
+
+    Attributes:
+        accuracies: test accuracy (percent) by seed; None of a run that failed.
+        choice: what it was trained with.
+        parameters: trainable ones without head and further expert biases.
+        seconds: of a run, on average.
+    """
+
+    accuracies: tuple[float | None, ...]
+    choice: Choice
+    parameters: int
+    seconds: float
+
+
+def run_grids(grids: Sequence[Grid], folder: Path, workers: int, on_done: OnDone = lambda cell, result: None) -> None:
+    """Runs what is missing of several tables, first all that chooses, then all that tests."""
+    run_cells([cell for grid in grids for cell in grid.all_tuning_cells()], folder, workers, on_done)
+    run_cells([cell for grid in grids for cell in all_final_cells(grid, folder)], folder, workers, on_done)
+
+
+def all_final_cells(grid: Grid, folder: Path) -> list[Cell]:
+    """The reported runs; the runs that choose have to be done."""
+    return [
+        cell
+        for row in grid.table.rows
+        for task in grid.table.tasks
+        for cell in grid.final_cells(row, task, grid.choose(row, task, folder))
+    ]
+
+
+def count_cells(grids: Sequence[Grid]) -> tuple[int, int]:
+    """How many different runs choose, and at most how many test, done ones included."""
+    tuning = {cell.identity for grid in grids for cell in grid.all_tuning_cells()}
+    final: set[str] = set()
+    for grid in grids:
+        for row in grid.table.rows:
+            for task in grid.table.tasks:
+                first = Choice(candidates(grid.table, tuned_row(row))[0], 0.0, ())
+                final |= {cell.identity for cell in grid.final_cells(row, task, first)}
+    return len(tuning), len(final)
+
+
+def collect(grid: Grid, folder: Path) -> dict[str, dict[str, Measured]]:
+    """What was measured, by row key and task name.
+
+    Raises:
+        ValueError: a run is missing.
+    """
+    found: dict[str, dict[str, Measured]] = {}
+    for row in grid.table.rows:
+        for task in grid.table.tasks:
+            choice = grid.choose(row, task, folder)
+            results = [_result(cell, folder) for cell in grid.final_cells(row, task, choice)]
+            found.setdefault(row.key, {})[task.name] = Measured(
+                accuracies=tuple(accuracy_of(result, row.mechanism) for result in results),
+                choice=choice,
+                parameters=results[0]["parameters"]["adapter"],
+                seconds=statistics.fmean(result["seconds"] for result in results),
+            )
+    return found
+
+
+def _result(cell: Cell, folder: Path) -> dict[str, Any]:
+    result = find_result(cell, folder)
+    if result is None:
+        raise ValueError(f"{folder}: the run {cell.label!r} is missing; run the table again to complete it")
+    return result
+
+
+def seconds_of(grid: Grid, folder: Path) -> tuple[int, float]:
+    """How many runs stand behind a table, whichever command made them, and their seconds in all."""
+    cells = {cell.identity: cell for cell in [*grid.all_tuning_cells(), *all_final_cells(grid, folder)]}
+    results = [_result(cell, folder) for cell in cells.values()]
+    return len(results), sum(result["seconds"] for result in results)
+
+
+def recipe_of(grid: Grid) -> Recipe:
+    """The recipe of the first cell, to be printed."""
+    table = grid.table
+    numbers = candidates(table, tuned_row(table.rows[0]))[0]
+    return cell_settings(table, table.rows[0], table.tasks[0], numbers, 0, grid.changes, tuning=False).recipe

@@ -1,0 +1,259 @@
+"""What stands behind each table of the paper, from `assets/tables.json`: rows, tasks, settings, printed figures."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mosa_kernels.peft.styles import STYLES
+from mosa_kernels.train.methods import METHODS, AdapterOptions
+from mosa_kernels.train.recipe import make_recipe
+from mosa_kernels.train.settings import Settings
+
+SPEC = Path(__file__).resolve().parent.parent / "assets" / "tables.json"
+INITIAL_SEED = 1000  # added to the data's seed: initial weights, splits, experts and order have seeds of their own
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set as a column of a table.
+
+    Attributes:
+        name: as printed.
+        data: as `open_data` takes it, of the final runs.
+        tuning_data: the same for the runs that choose a learning rate.
+        tuned_on: the task whose choice this one takes over.
+        labels_per_class: of offline:digits.
+        recipe: overrides that the task needs.
+        group: of VTAB-1k, or "".
+    """
+
+    name: str
+    data: str
+    tuning_data: str
+    tuned_on: str
+    labels_per_class: int = 20
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: a variant, how the trained model is used, and the paper's figures.
+
+    Attributes:
+        variant: a key of the variants.
+        title: as printed.
+        adapter: overrides of the variant's adapter options.
+        mechanism: of inference, as `evaluate` names it; None for the recipe's.
+        paper: printed accuracies by column.
+        paper_params: printed number of parameters, in millions.
+        origin: "paper", or "control" or "ours" for what is added to the paper's rows.
+    """
+
+    variant: str
+    title: str
+    adapter: Mapping[str, Any]
+    mechanism: str | None
+    paper: Mapping[str, float]
+    paper_params: float | None
+    origin: str
+
+    @property
+    def key(self) -> str:
+        """What claims call it."""
+        return self.variant if self.mechanism is None else f"{self.variant}/{self.mechanism}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper, at one scale.
+
+    Attributes:
+        number, title, note: as printed.
+        scale: "real" or "offline".
+        model: timm's name of the backbone.
+        bottleneck: r.
+        tasks: the columns.
+        rows: the paper's, then the controls.
+        columns: the paper's columns.
+        claims: pairs of row keys of which the paper says that the first is better.
+        unavailable: titles of rows that this version cannot train, with the reason.
+    """
+
+    number: str
+    title: str
+    note: str
+    scale: str
+    model: str
+    bottleneck: int
+    tasks: tuple[Task, ...]
+    rows: tuple[Row, ...]
+    columns: tuple[str, ...]
+    claims: tuple[tuple[str, str], ...]
+    unavailable: Mapping[str, str]
+
+
+@functools.lru_cache(maxsize=1)
+def read_spec() -> dict[str, Any]:
+    """The whole file."""
+    spec: dict[str, Any] = json.loads(SPEC.read_text())
+    return spec
+
+
+def table_numbers() -> tuple[str, ...]:
+    """The tables that can be made."""
+    return tuple(read_spec()["tables"])
+
+
+def suite_of(number: str) -> str:
+    """Which collection of data sets a table needs: "fgvc", "vtab" or "gicd".
+
+    Raises:
+        ValueError: no such table.
+    """
+    tables = read_spec()["tables"]
+    if number not in tables:
+        raise ValueError(f"table: expected one of {', '.join(tables)} or all, got {number!r}")
+    suite: str = tables[number]["suite"]
+    return suite
+
+
+def read_table(number: str, root: str | None = None) -> Table:
+    """A table over the paper's data sets below `root`, or over offline tasks.
+
+    Raises:
+        ValueError: no such table, or one that needs a backbone that does not exist offline.
+    """
+    suite = suite_of(number)
+    spec = read_spec()
+    raw = spec["tables"][number]
+    scale = "offline" if root is None else "real"
+    numbers = spec["scales"][scale]
+    if raw["model"] not in numbers["models"]:
+        raise ValueError(
+            f"table {number}: it is about {raw['model']}, and the offline tasks have no such backbone; give the folder "
+            "of the data (and the weights, if they are not within reach, with --checkpoint)"
+        )
+    rows, unavailable = [], {}
+    for entry in [*raw["rows"], *raw.get("controls", spec["controls"])]:
+        row = _row(entry, raw["paper_columns"])
+        reason = why_not(row)
+        if reason is None:
+            rows.append(row)
+        else:
+            unavailable[row.title] = reason
+    return Table(
+        number=number,
+        title=raw["title"],
+        note=raw.get("note", ""),
+        scale=scale,
+        model=numbers["models"][raw["model"]],
+        bottleneck=numbers.get("bottleneck", raw["bottleneck"]),
+        tasks=tuple(_task(entry, root) for entry in spec["suites"][suite][scale]),
+        rows=tuple(rows),
+        columns=tuple(raw["paper_columns"]),
+        claims=tuple((better, worse) for better, worse in raw["claims"]),
+        unavailable=unavailable,
+    )
+
+
+def _task(entry: Mapping[str, Any], root: str | None) -> Task:
+    values = {"tuning_data": entry["data"], "tuned_on": entry["name"], **entry}
+    if root is not None:
+        values |= {key: values[key].replace("{root}", root) for key in ("data", "tuning_data")}
+    return Task(**values)
+
+
+def _row(entry: Mapping[str, Any], columns: list[str]) -> Row:
+    return Row(
+        variant=entry["variant"],
+        title=entry.get("title", read_spec()["variants"][entry["variant"]]["title"]),
+        adapter=entry.get("adapter", {}),
+        mechanism=entry.get("mechanism"),
+        paper=dict(zip(columns, entry["paper"], strict=True)) if "paper" in entry else {},
+        paper_params=entry.get("paper_params"),
+        origin=entry.get("origin", "paper"),
+    )
+
+
+def why_not(row: Row) -> str | None:
+    """Why a row cannot be trained by this version; None where it can."""
+    variant = read_spec()["variants"][row.variant]
+    style = {**variant.get("adapter", {}), **row.adapter}.get("style", "adaptformer")
+    if variant["method"] not in METHODS:
+        return f"there is no method {variant['method']!r}"
+    if style not in STYLES:
+        return f"there is no style {style!r}"
+    return None
+
+
+def candidates(table: Table, row: Row) -> list[dict[str, float]]:
+    """The numbers that validation chooses from: learning rates, and where the variant says so dropout."""
+    variant = read_spec()["variants"][row.variant]
+    scale = read_spec()["scales"][table.scale]
+    grid = {scale["rate"]: scale["rates"][variant.get("rates", "adapter")], **variant.get("tune", {})}
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def tuned_row(row: Row) -> Row:
+    """The row whose chosen numbers this one takes over: an ablation takes its method's, as in the paper."""
+    variant = read_spec()["variants"][row.variant].get("tuned_as", row.variant)
+    if variant == row.variant:
+        return row
+    return _row({"variant": variant, "adapter": dict(row.adapter)}, [])
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a user says of a whole grid.
+
+    Attributes:
+        recipe: overrides, for a quick look.
+        checkpoint: weights of the backbone.
+        data_root: of data sets that need one.
+        mixed_precision, workers: as in `Settings`.
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    data_root: str | None = None
+    mixed_precision: str = "no"
+    workers: int = 0
+
+
+def cell_settings(
+    table: Table, row: Row, task: Task, chosen: Mapping[str, float], seed: int, changes: Changes, *, tuning: bool
+) -> Settings:
+    """The settings of one run.
+
+    Args:
+        table, row, task: the cell.
+        chosen: one of `candidates`.
+        seed: of the data; all else is drawn from `seed + INITIAL_SEED`.
+        changes: of the whole grid.
+        tuning: on the data for tuning rather than the final one.
+    """
+    variant = read_spec()["variants"][row.variant]
+    scale = read_spec()["scales"][table.scale]
+    numbers = {**scale["recipe"], **task.recipe, **variant.get("recipe", {}), **changes.recipe, **chosen}
+    adapter = {"bottleneck": table.bottleneck, **variant.get("adapter", {}), **row.adapter}
+    return Settings(
+        model=table.model,
+        checkpoint=changes.checkpoint,
+        data=task.tuning_data if tuning else task.data,
+        data_root=changes.data_root,
+        data_seed=seed,
+        labels_per_class=task.labels_per_class,
+        method=variant["method"],
+        adapter=AdapterOptions(**adapter),
+        passes=variant.get("passes"),
+        recipe=make_recipe("paper", table.model, seed=seed + INITIAL_SEED, **numbers),
+        mixed_precision=changes.mixed_precision,
+        workers=changes.workers,
+    )

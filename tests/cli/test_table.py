@@ -1,0 +1,156 @@
+"""`mosa-kernels table` on the smallest grid: it resumes, survives what is broken, and writes what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mosa_kernels.cli.main import app
+from mosa_kernels.train import table_cells, table_runs
+from mosa_kernels.train.loop import NonFiniteError, Trainer
+from mosa_kernels.train.table_cells import Cell, find_result, run_cell
+from mosa_kernels.train.table_grid import Grid
+from mosa_kernels.train.table_runs import missing_cells, run_cells
+from mosa_kernels.train.table_spec import Changes, read_table
+
+SMALL = ["--quick", "--epochs", "1", "--seeds", "1", "--tuning-seeds", "1", "--workers", "1"]
+TASK = ["--tasks", "digits, 10 labels a class"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["table", *arguments])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table 10 with its method alone: three runs that choose and one that tests, on 100 images."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("table")
+    result = run("10", "--output", str(output), *SMALL, *TASK, "--rows", "mosa")
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def test_a_table_is_written_in_every_form(made: Path) -> None:
+    assert {path.name for path in made.iterdir()} == {"cells", *(f"table-10.{s}" for s in ("md", "csv", "png", "json"))}
+    cells = [json.loads(path.read_text()) for path in (made / "cells").iterdir()]
+    assert sorted(cell["on"] for cell in cells) == ["test", "validation", "validation", "validation"]
+    record = json.loads((made / "table-10.json").read_text())
+    (tested,) = (cell for cell in cells if cell["on"] == "test")
+    assert tested["settings"]["data_seed"] == 0
+    for mechanism in ("fixed", "stochastic", "ensemble", "mean", "jigsaw"):
+        (task,) = record["rows"][f"mosa/{mechanism}"]["tasks"].values()
+        assert task["accuracies"] == [tested["measured"][mechanism]["accuracy"]]
+    validation = {
+        cell["settings"]["recipe"]["base_lr"]: cell["measured"]["mean"]["accuracy"]
+        for cell in cells
+        if cell["on"] == "validation"
+    }
+    assert len(validation) == 3
+    assert validation[tested["settings"]["recipe"]["base_lr"]] == max(validation.values())
+    assert record["runs_behind_the_table"] == 4
+    for cell in cells:
+        assert cell["normalisation"]["mean"]
+        assert len(cell["backbone"]["sha256"]) == 64
+        assert "labels a class" in cell["data"]["note"]
+    text = (made / "table-10.md").read_text()
+    assert "QUICK" in text
+    assert "89.27" in text
+    assert (made / "table-10.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_done_is_not_done_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def note(cell: Cell, folder: Path) -> dict[str, Any]:
+        ran.append(cell.label)
+        return table_cells.run_and_keep(cell, folder)
+
+    monkeypatch.setattr(table_runs, "run_and_keep", note)
+    before = (made / "table-10.csv").read_text()
+    lost = sorted((made / "cells").glob("test-*"))[0]
+    content = json.loads(lost.read_text())
+    lost.unlink()
+    again = run("10", "--output", str(made), *SMALL, *TASK, "--rows", "mosa")
+    assert again.exit_code == 0, again.output
+    assert len(ran) == 1
+    assert json.loads(lost.read_text())["measured"] == content["measured"]
+    assert (made / "table-10.csv").read_text() == before
+
+
+def test_tables_share_runs(made: Path) -> None:
+    def missing(number: str, rows: tuple[str, ...]) -> set[str]:
+        table = read_table(number)
+        grid = Grid(table, Changes(recipe={"epochs": 1}), 1, 1)
+        task = next(task for task in table.tasks if task.name == "digits, 10 labels a class")
+        wanted = []
+        for row in table.rows:
+            if row.variant in rows:
+                choice = grid.choose(row, task, made / "cells")
+                wanted += grid.final_cells(row, task, choice)
+        return {cell.label for cell in missing_cells(wanted, made / "cells")}
+
+    assert missing("1", ("mosa",)) == set()
+    assert len(missing("9", ("mosa", "mosa-n2"))) == 1
+
+
+def small_cells(count: int) -> list[Cell]:
+    table = read_table("9")
+    grid = Grid(table, Changes(recipe={"epochs": 1}), 1, count)
+    (row,) = (row for row in table.rows if row.variant == "adaptformer")
+    return grid.tuning_cells(row, table.tasks[0])[0]
+
+
+def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+    cells = small_cells(2)
+    run_cells(cells, tmp_path / "two", 2)
+    run_cells(cells[:1], tmp_path / "one", 1)
+    results = [find_result(cells[0], tmp_path / name) for name in ("one", "two")]
+    assert results[0] is not None
+    assert results[1] is not None
+    assert results[0]["measured"]["plain"]["accuracy"] == results[1]["measured"]["plain"]["accuracy"]
+    assert find_result(cells[1], tmp_path / "two") is not None
+
+
+def test_a_run_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = small_cells(1)
+
+    def diverge(self: Trainer) -> None:
+        raise NonFiniteError("the loss is nan")
+
+    monkeypatch.setattr(Trainer, "fit", diverge)
+    result = run_cell(cell)
+    assert result["failed"] == "the loss is nan"
+    assert table_cells.accuracy_of(result) is None
+
+
+def test_a_cells_identity_is_what_decides_its_numbers() -> None:
+    first, second = small_cells(2)
+    assert first.identity != second.identity
+    relabelled = Cell("other words", first.settings, first.test)
+    assert relabelled.identity == first.identity
+    assert Cell(first.label, first.settings, not first.test).identity != first.identity
+
+
+def test_plan_runs_nothing(tmp_path: Path) -> None:
+    result = run("all", "--output", str(tmp_path / "none"), "--plan")
+    assert result.exit_code == 0, result.output
+    assert "left out: table 4" in result.output
+    assert "11 table(s)" in result.output
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    result = run("9", "--output", str(tmp_path), "--tasks", "digits")
+    assert result.exit_code == 1
+    assert "tasks: expected some of digits, 10 labels a class; " in result.output
+    result = run("9", "--output", str(tmp_path), "--rows", "mosa,mosq")
+    assert "got mosq" in result.output
+    result = run("2", "--output", str(tmp_path), "--vtab", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.output.count("which does not exist") == 19

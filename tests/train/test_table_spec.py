@@ -1,0 +1,151 @@
+"""The record of the paper's tables: complete, consistent with itself, and what it asks of a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mosa_kernels.data.published import FGVC, GICD, VTAB, names_of
+from mosa_kernels.train.methods import METHODS
+from mosa_kernels.train.recipe import make_recipe
+from mosa_kernels.train.table_grid import FIRST_TUNING_SEED, Grid
+from mosa_kernels.train.table_spec import (
+    Changes,
+    Row,
+    candidates,
+    cell_settings,
+    read_spec,
+    read_table,
+    table_numbers,
+    tuned_row,
+    why_not,
+)
+
+OFFLINE = [number for number in table_numbers() if number not in ("4", "13")]
+# Rows whose printed mean is not the mean of the printed columns, and what that mean is.
+MISPRINTS = {("1", "vpt-shallow"): 84.66, ("2", "vpt-shallow"): 67.82, ("2", "vpt-deep"): 71.96, ("4", "mosa"): 91.14}
+
+
+def test_all_ten_tables_and_those_of_the_appendix_are_there():
+    assert set(table_numbers()) == {*map(str, range(1, 11)), "13", "14", "15"}
+
+
+@pytest.mark.parametrize("number", ["1", "2", "3", "4", "5", "13", "14"])
+def test_printed_means_are_means_of_printed_columns(number: str):
+    for row in read_table(number, "/data").rows:
+        columns = [value for name, value in row.paper.items() if name != "mean"]
+        if columns:
+            expected = MISPRINTS.get((number, row.variant), row.paper["mean"])
+            assert sum(columns) / len(columns) == pytest.approx(expected, abs=0.03), row.variant
+
+
+def test_table_15_prints_means_over_tasks_and_groups():
+    groups = {"natural": 7, "specialized": 4, "structured": 8}
+    for row in read_table("15", "/data").rows:
+        if row.paper:
+            tasks = [value for name, value in row.paper.items() if name not in {*groups, "mean"}]
+            assert len(tasks) == 19
+            assert sum(tasks) / 19 == pytest.approx(row.paper["mean"], abs=0.02)
+            assert sum(tasks[7:11]) / 4 == pytest.approx(row.paper["specialized"], abs=0.03)
+
+
+def test_real_tasks_are_the_papers_data_sets():
+    assert [task.data for task in read_table("1", "/data").tasks] == [f"fgvc:/data/{name}" for name in names_of(FGVC)]
+    vtab = read_table("2", "/data").tasks
+    assert [task.data for task in vtab] == [f"vtab1000:/data/{name}" for name in names_of(VTAB)]
+    assert [task.tuning_data for task in vtab] == [f"vtab:/data/{name}" for name in names_of(VTAB)]
+    assert [task.data for task in read_table("3", "/d").tasks] == [f"torchvision:{name}" for name in names_of(GICD)]
+
+
+@pytest.mark.parametrize("number", OFFLINE)
+def test_every_claim_and_control_is_about_a_row(number: str):
+    table = read_table(number)
+    keys = {row.key for row in table.rows}
+    assert table.claims
+    assert {key for claim in table.claims for key in claim} <= keys
+    assert not table.unavailable
+    assert [row.variant for row in table.rows if row.origin == "control"] == ["dropout", "dropout-two-pass"]
+    assert all(row.origin == "paper" for row in table.rows if row.paper)
+    names = {task.name for task in table.tasks}
+    assert all(task.tuned_on in names or number == "3" for task in table.tasks)
+
+
+@pytest.mark.parametrize("number", OFFLINE)
+def test_every_cell_has_valid_settings(number: str):
+    table = read_table(number)
+    for row in table.rows:
+        for task in table.tasks:
+            for numbers in candidates(table, tuned_row(row)):
+                settings = cell_settings(table, row, task, numbers, 3, Changes(), tuning=False)
+                assert settings.recipe.lr == numbers["lr"]
+                assert settings.recipe.dropout == numbers.get("dropout", 0)
+                assert (settings.data_seed, settings.recipe.seed) == (3, 1003)
+                assert settings.recipe.select == "last"
+
+
+def by_variant(number: str, root: str | None = None) -> dict[str, Row]:
+    return {row.variant: row for row in read_table(number, root).rows}
+
+
+def test_the_ablations_are_what_they_say():
+    def settings(number: str, variant: str):
+        table = read_table(number)
+        row = by_variant(number)[variant]
+        return cell_settings(table, row, table.tasks[0], {"lr": 0.01}, 0, Changes(), tuning=False)
+
+    assert settings("6", "mosa-both").adapter.sparse == "both"
+    assert settings("6", "mosa").adapter.sparse == "up"
+    assert settings("7", "mosa-plain").passes == 1
+    assert settings("7", "mosa-consistency").recipe.regularisation == "consistency"
+    assert settings("7", "mosa").recipe.regularisation == "consistency+alignment"
+    assert [settings("8", name).recipe.align for name in ("mosa", "mosa-deep", "mosa-all")] == [
+        "shallow",
+        "deep",
+        "all",
+    ]
+    assert [settings("9", f"mosa-n{n}").adapter.num_experts for n in (2, 3, 5, 8)] == [2, 3, 5, 8]
+    assert settings("5", "mosl").adapter.style == "lora"
+    assert settings("5", "dropout").adapter.style == "lora"
+    assert settings("1", "mosa").recipe.expert_per == "batch"
+    assert settings("1", "dropout-two-pass").passes == 2
+    assert tuned_row(by_variant("9")["mosa-n8"]).variant == "mosa"
+
+
+def test_the_real_scale_is_the_papers_recipe():
+    table = read_table("4", "/data")
+    row = by_variant("4", "/data")["mosa"]
+    assert [numbers["base_lr"] for numbers in candidates(table, row)] == [0.01, 0.005, 0.001, 0.0005, 0.0001]
+    settings = cell_settings(table, row, table.tasks[0], {"base_lr": 0.01}, 0, Changes(), tuning=False)
+    assert settings.model == "vit_large_patch16_224.orig_in21k"
+    assert settings.recipe == make_recipe(
+        "paper", settings.model, base_lr=0.01, select="last", seed=1000, expert_per="batch"
+    )
+    assert math.isclose(settings.recipe.lr, 0.01 * 64 / 256)
+
+
+def test_seeds_that_choose_are_not_those_that_are_reported():
+    grid = Grid(read_table("9"), Changes())
+    row, task = grid.table.rows[0], grid.table.tasks[0]
+    assert all(cell.settings.data_seed >= FIRST_TUNING_SEED for group in grid.tuning_cells(row, task) for cell in group)
+    assert len({cell.settings.data_seed for cell in grid.tuning_cells(row, task)[0]}) == 4
+    with pytest.raises(ValueError, match="seeds: expected 1 to 100, got 101"):
+        Grid(grid.table, Changes(), seeds=101)
+    with pytest.raises(ValueError, match="tuning_seeds: expected at least 1, got 0"):
+        Grid(grid.table, Changes(), tuning_seeds=0)
+
+
+def test_a_row_whose_method_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
+    row = by_variant("1")["bitfit"]
+    assert why_not(row) is None
+    monkeypatch.delitem(METHODS, "bitfit")
+    assert why_not(row) == "there is no method 'bitfit'"
+    assert read_table("1").unavailable == {"BitFit": "there is no method 'bitfit'"}
+
+
+def test_bad_numbers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"table: expected one of 1, 2, .*, 15 or all, got '11'"):
+        read_table("11")
+    with pytest.raises(ValueError, match="table 4: it is about vit-l, and the offline tasks have no such backbone"):
+        read_table("4")
+    assert read_spec() is read_spec()

@@ -1,0 +1,132 @@
+"""What a table says, from numbers whose means, spreads and tests are known."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+
+import pytest
+
+from mosa_kernels.train.table_grid import Choice, Grid, Measured
+from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
+from mosa_kernels.train.table_spec import Changes, Table, read_table
+from mosa_kernels.train.table_summary import Summary, differences_of, paired_t, signed_rank, summarise_table
+
+CHOICE = Choice({"lr": 0.03}, 70.0, ())
+
+
+def measured(table: Table, accuracy: dict[tuple[str, str], tuple[float | None, ...]]) -> dict[str, dict[str, Measured]]:
+    """Some cells as given, all others at 50."""
+    return {
+        row.key: {
+            task.name: Measured(accuracy.get((row.key, task.name), (50.0, 50.0, 50.0)), CHOICE, 1_190_000, 2.0)
+            for task in table.tasks
+        }
+        for row in table.rows
+    }
+
+
+def table_2() -> Table:
+    """Two natural tasks and one structured, so that both means differ."""
+    table = read_table("2")
+    wanted = ("digits, 10 labels a class", "digits, 20 labels a class", "count")
+    return dataclasses.replace(table, tasks=tuple(task for task in table.tasks if task.name in wanted))
+
+
+def row_of(summaries: list[Summary], key: str) -> Summary:
+    return next(summary for summary in summaries if summary.row.key == key)
+
+
+def test_both_kinds_of_mean_seed_by_seed():
+    table = table_2()
+    first, second, third = (task.name for task in table.tasks)
+    given = {("mosa", first): (60.0, 62.0), ("mosa", second): (70.0, 72.0), ("mosa", third): (80.0, 88.0)}
+    cells = measured(table, {})
+    for (key, name), values in given.items():
+        cells[key][name] = dataclasses.replace(cells[key][name], accuracies=values)
+    found = row_of(summarise_table(table, cells), "mosa").values
+    assert list(found) == [first, second, third, "natural", "structured", "mean", "mean of groups"]
+    assert found["natural"].by_seed == (65, 67)
+    assert found["mean"].by_seed == (70, 74)
+    assert found["mean of groups"].by_seed == (72.5, 77.5)
+    assert found["mean"].mean == 72
+    assert found["mean"].spread == pytest.approx(math.sqrt(8))
+    assert str(found["mean"]) == "72.00 ± 2.83"
+
+
+def test_the_papers_mean_stands_beside_the_mean_that_it_is():
+    summaries = summarise_table(table_2(), measured(table_2(), {}))
+    assert row_of(summaries, "mosa").paper["mean of groups"] == 71.39
+    assert "mean" not in row_of(summaries, "mosa").paper
+    assert row_of(summaries, "vpt-deep").paper["mean"] == 69.42
+    assert "mean of groups" not in row_of(summaries, "vpt-deep").paper
+
+
+def test_a_run_that_failed_is_counted_and_left_out():
+    table = read_table("9")
+    name = table.tasks[0].name
+    summaries = summarise_table(table, measured(table, {("mosa", name): (60.0, None, 64.0)}))
+    found = row_of(summaries, "mosa").values
+    assert found[name].failed == 1
+    assert str(found[name]) == "62.00 ± 2.83 (1 failed)"
+    assert len(found["mean"].by_seed) == 2
+    nothing = summarise_table(table, measured(table, {("mosa", name): (None, None, None)}))
+    assert str(row_of(nothing, "mosa").values[name]) == "failed"
+    assert math.isnan(row_of(nothing, "mosa").values["mean"].mean)
+
+
+def test_paired_tests_against_values_by_hand():
+    # t = mean / (s / sqrt n) = 2 / (1 / sqrt 3); two degrees of freedom have F(t) = 1/2 + t / (2 sqrt(2 + t^2)).
+    t = 2 * math.sqrt(3)
+    assert paired_t([1.0, 2.0, 3.0]) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert paired_t([0.0, 0.0]) == 1
+    assert paired_t([1.0]) is None
+    assert signed_rank([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx(2 / 64)  # all signs alike: 2 of 2^6
+    assert signed_rank([0.0] * 6) == 1
+    assert signed_rank([1.0] * 5) is None
+
+
+def test_differences_are_paired_and_carry_the_papers():
+    table = read_table("9")
+    cells = measured(table, {})
+    for number, task in enumerate(table.tasks):
+        values = (52.0 + number, 53.0 + number, 51.5 + number)
+        cells["mosa"][task.name] = dataclasses.replace(cells["mosa"][task.name], accuracies=values)
+    found = {(d.better, d.worse): d for d in differences_of(table, cells)}
+    against = found["4", "1 (AdaptFormer)"]
+    assert against.claimed
+    assert against.points == pytest.approx((3.0, 4.0, 2.5))
+    assert against.paper == pytest.approx(89.43 - 88.58)
+    assert against.pairs == 9
+    assert against.verdict == "higher"
+    assert found["4", "8"].mean == pytest.approx(19 / 6)
+    assert "paper +0.86" in str(found["4", "8"])
+    assert found["2", "1 (AdaptFormer)"].verdict == "undecided"
+    extra = [d for d in found.values() if not d.claimed]
+    assert {d.better for d in extra} == {"2"}
+    assert len(extra) == 3
+
+
+def test_markdown_csv_and_json_hold_the_same_numbers():
+    table = table_2()
+    cells = measured(table, {("mosa", "count"): (80.0, 81.0, 82.0)})
+    summaries, differences = summarise_table(table, cells), differences_of(table, cells)
+    grid = Grid(table, Changes())
+    text = table_markdown(grid, cells, summaries, differences, {"command": "mosa-kernels table 2", "quick": True})
+    assert "81.00 ± 1.00" in text
+    assert "**QUICK" in text
+    assert "mosa-kernels table 2" in text
+    assert "(control)" in text
+    head, *body = rows_of_table(summaries)
+    assert all(len(row) == len(head) for row in body)
+    assert sum(cell.startswith("**") for row in body for cell in row) == 1
+    lines = list(csv.DictReader(io.StringIO(table_csv(summaries))))
+    found = next(line for line in lines if (line["row"], line["column"]) == ("mosa", "count"))
+    assert (float(found["mean"]), float(found["spread"]), found["seeds"]) == (81, 1, "3")
+    natural = next(line for line in lines if (line["row"], line["column"]) == ("mosa", "natural"))
+    assert natural["paper"] == "79.86"
+    record = table_record(grid, cells, differences, {"command": "x"})
+    assert record["rows"]["mosa"]["tasks"]["count"]["accuracies"] == (80.0, 81.0, 82.0)
+    assert record["differences"][0]["verdict"] in ("higher", "lower", "undecided")
