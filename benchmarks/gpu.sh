@@ -73,11 +73,15 @@ if [ "$DRY" = 1 ]; then
   seconds=60
   measured="--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw"
 else
-  reserve=$(wanted sanitizers && echo 90 || echo 10) # for the phases after it
+  reserve=$(wanted sanitizers && echo 140 || echo 60) # for the phases after it
   seconds=$(($(left 3600) - reserve > 60 ? $(left 3600) - reserve : 60))
   measured="${MOSA_GPU_BENCH:---preset quick} --device cuda"
 fi
 wanted bench && phase bench "$seconds" bash -c "bench $measured --deadline $((seconds * 8 / 10)) --output '$OUT'"
+
+if wanted bench && [ "$DRY" != 1 ]; then # what memory really moved, where the profiler may read its counters
+  phase dram_bytes 60 "$PYTHON" benchmarks/dram_bytes.py "$OUT/logs/dram_bytes.json"
+fi
 
 if wanted sanitizers; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # the allocator's cache would hide an access beyond the end of a tensor

@@ -5,6 +5,7 @@ python benchmarks/gpu_summary.py OUT
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mosa_kernels.bench.goals import answers
+from mosa_kernels.bench.records import name_of
 from mosa_kernels.bench.report import goals_section, table
 from mosa_kernels.bench.run import JSON, MARKDOWN, read, write
 from mosa_kernels.train.folder import write_json, write_text
@@ -51,6 +53,22 @@ def telling_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
+def moved_section(record: dict[str, Any]) -> str:
+    """Bytes read from the device's counters beside those counted by formula."""
+    rows = [(row["operator"], row["provider"], *_moved_cells(row)) for row in record["rows"]]
+    head = ("operator", "provider", "kernels", "moved, MB", "counted, MB", "moved / counted")
+    title = f"## Bytes that memory moved ({name_of(record['case'])})"
+    return title + "\n\n" + table(head, rows, left=2)
+
+
+def _moved_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "read" not in row:
+        return "-", row["reason"], "-", "-"
+    counted = row["counted"]
+    ratio = "-" if counted is None else f"{row['read'] / counted:.2f}"
+    return str(row["kernels"]), f"{row['read'] / 1e6:.1f}", "-" if counted is None else f"{counted / 1e6:.1f}", ratio
+
+
 def main() -> None:
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "logs" / "phases.tsv").is_file():
         sys.exit("usage: python benchmarks/gpu_summary.py OUT (a folder that benchmarks/gpu.sh wrote)")
@@ -68,6 +86,9 @@ def main() -> None:
             write(report, out)
         parts.append(f"Figures: [{MARKDOWN}]({MARKDOWN}), on {report['machine']['device']}.")
         parts += [goals_section(report)] if answers(report) else []
+    moved = out / "logs" / "dram_bytes.json"
+    if moved.is_file():
+        parts.append(moved_section(json.loads(moved.read_text())))
     for phase in ended:
         if phase["ended"] not in ("passed", "no tests"):
             last = (out / "logs" / f"{phase['phase']}.log").read_text(errors="replace").splitlines()[-_LAST:]

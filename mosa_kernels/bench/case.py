@@ -70,3 +70,9 @@ def unavailable(name: str, reason: str, ours: bool = False) -> Provider:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for one line of a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

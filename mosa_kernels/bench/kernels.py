@@ -14,7 +14,17 @@ import torch
 
 from mosa_kernels.bench.adapter import DIRECTIONS, OPERATORS, Adapter
 from mosa_kernels.bench.alignment import AlignmentCase
-from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, COMPILE_MODES, EAGER, Case, Prepared, Provider, Work
+from mosa_kernels.bench.case import (
+    COMPILE,
+    COMPILE_MAX,
+    COMPILE_MODES,
+    EAGER,
+    Case,
+    Prepared,
+    Provider,
+    Work,
+    first_line,
+)
 from mosa_kernels.bench.launches import count_launches
 from mosa_kernels.bench.limits import Limits
 from mosa_kernels.bench.masked_adamw import MaskedAdamWCase
@@ -118,10 +128,10 @@ def measure_case(case: Case, device: torch.device, limits: Limits, effort: Effor
         for name, prepared in ready.items():
             rows[name]["ms"] = times[name]._asdict()
             rows[name] |= _figures(case, prepared, times[name].median / 1e3, limits if cold else None)
-            rows[name] |= _memory(prepared, device)
-            cost = host_cost(prepared.run, device)
-            rows[name]["host_us"] = None if cost is None else cost._asdict()
-            rows[name]["launches"] = count_launches(prepared.run, device)
+            try:
+                rows[name] |= _costs(prepared, device)
+            except Exception as error:  # the time stands, whatever the profiler or the hooks say
+                rows[name]["note"] = f"memory and launches were not measured: {first_line(error)}"
         _compare(rows)
     return {
         "operator": case.operator,
@@ -142,9 +152,9 @@ def admit(case: Case, provider: Provider, row: dict[str, Any]) -> Prepared | Non
         verdict = case.expected(prepared.function).check(prepared.results())
         prepared.run()
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        declined = isinstance(error, ValueError) and first.startswith("backend:")
-        row |= {"status": "unavailable" if declined else "failed", "reason": f"{first[:300]}"}
+        reason = first_line(error)
+        declined = isinstance(error, ValueError) and reason.startswith("backend:")
+        row |= {"status": "unavailable" if declined else "failed", "reason": reason}
         gc.collect()
         return None
     row["error"] = {"worst": verdict.name, "relative": verdict.error, "eager": verdict.eager_error}
@@ -176,9 +186,15 @@ def _floor(case: Case, limits: Limits) -> dict[str, Any]:
     return {**case.floor._asdict(), "ms": seconds * 1e3, "bound": bound}
 
 
-def _memory(prepared: Prepared, device: torch.device) -> dict[str, Any]:
-    saved = None if prepared.graph is None else saved_bytes(prepared.graph, prepared.own)
-    return {"saved_bytes": saved, "peak_bytes": peak_bytes(prepared.run, device)}
+def _costs(prepared: Prepared, device: torch.device) -> dict[str, Any]:
+    """What a call costs beside its time."""
+    host = host_cost(prepared.run, device)
+    return {
+        "saved_bytes": None if prepared.graph is None else saved_bytes(prepared.graph, prepared.own),
+        "peak_bytes": peak_bytes(prepared.run, device),
+        "host_us": None if host is None else host._asdict(),
+        "launches": count_launches(prepared.run, device),
+    }
 
 
 def _compare(rows: dict[str, dict[str, Any]]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
 
+from mosa_kernels.bench.case import first_line
 from mosa_kernels.bench.gate import TIMES_EAGER
 from mosa_kernels.bench.memory import peak_bytes, saved_bytes
 from mosa_kernels.bench.model_variants import BACKBONE, INFERENCE, TRAINING, Ready, Setting, Shop, Variant
@@ -15,7 +17,11 @@ _FLOAT32_ERROR = 1e-5  # relative, of logits behind a dozen blocks, beside twice
 
 
 def settings(preset: str, device_type: str, models: list[str] | None = None, batch: int | None = None) -> list[Setting]:
-    """The models of a preset, or those asked for."""
+    """The models of a preset, or those asked for.
+
+    Raises:
+        ValueError: timm has no model of this name.
+    """
     on_gpu = device_type == "cuda"
     if models is None and preset == "smoke":
         small = (("depth", 2), ("img_size", 64))
@@ -25,6 +31,9 @@ def settings(preset: str, device_type: str, models: list[str] | None = None, bat
         models = large[:1] if preset == "quick" else large
     elif models is None:
         models = ["vit_tiny_patch16_224", *(large[:1] if preset == "full" else [])]
+    for name in models:
+        if not timm.is_model(name):
+            raise ValueError(f"models: expected names of timm models, got {name!r}")
     return [Setting(name, batch or (64 if on_gpu else 4), half=on_gpu) for name in models]
 
 
@@ -73,7 +82,7 @@ def admit_variant(shop: Shop, variant: Variant) -> tuple[dict[str, Any], Ready |
         reason = None if made.logits is None else _red(made.logits(), *shop.expected(made.merged))
         made.run()
     except Exception as error:
-        return row | {"status": "failed", "reason": (str(error).strip() or type(error).__name__).splitlines()[0]}, None
+        return row | {"status": "failed", "reason": first_line(error)}, None
     if reason is not None:
         return row | {"status": "red", "reason": f"error gate red: {reason}"}, None
     return row, made

@@ -22,6 +22,7 @@ from mosa_kernels.optim import MoSAAdamW
 from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload, two_pass
 from mosa_kernels.peft.book import book_of, find_book
 from mosa_kernels.peft.placement import find_blocks
+from mosa_kernels.train.backbones import data_config
 
 CLASSES, LR = 100, 1e-4
 TRAINING, INFERENCE = "training", "inference"
@@ -83,8 +84,8 @@ class Shop:
         self.setting, self.device = setting, device
         backbone: Any = timm.create_model(setting.model, num_classes=CLASSES, **dict(setting.options))
         self.backbone = backbone.to(device)
-        size = backbone.patch_embed.img_size
-        self.images = torch.randn(setting.batch, 3, *size, device=device)
+        size = dict(setting.options).get("img_size") or data_config(backbone)["input_size"][-1]
+        self.images = torch.randn(setting.batch, 3, size, size, device=device)
         self.labels = torch.randint(CLASSES, (setting.batch,), device=device)
         self.criterion = MoSALoss(beta=0)
 

@@ -53,7 +53,7 @@ def timings(report: Record) -> Iterator[tuple[tuple[str, str, str], Record]]:
 
 def failures(report: Record) -> list[str]:
     """What of ours was there and gave a wrong result or none."""
-    return [
+    return list(report.get("broken", [])) + [
         f"{part}, {case}, {provider}: {row['reason']}"
         for (part, case, provider), row in timings(report)
         if row["status"] in ("red", "failed") and row.get("ours", "MoSA" in provider)

@@ -123,7 +123,7 @@ def kernel_section(record: Record) -> str:
         f"**{name_of(record['case'])}** ({record['cache']} cache; at least {_bytes(floor['bytes'])} and "
         f"{floor['flops'] / 1e9:.3g} GFLOP: {_number(floor['ms'])} ms, bound by {floor['bound']})"
     )
-    head = ("provider", "ms", "x eager", "limit", "copy", "saved", "peak", "host us", "error (eager)")
+    head = ("provider", "ms", "x eager", "limit", "copy", "saved", "peak", "launches", "host us", "error (eager)")
     rows = [
         (
             row["provider"],
@@ -133,6 +133,7 @@ def kernel_section(record: Record) -> str:
             _cell(row, "copy_share", "{:.0%}".format),
             _cell(row, "saved_bytes", _bytes),
             _cell(row, "peak_bytes", _bytes),
+            _cell(row, "launches", str),
             _cell(row, "host_us", lambda cost: f"{cost['host']:.0f}"),
             _cell(row, "error", lambda e: f"{e['worst']} {e['relative']:.1e} ({e['eager']:.1e})"),
         )
@@ -140,7 +141,8 @@ def kernel_section(record: Record) -> str:
         if row["status"] != "unavailable"
     ]
     kept = _kept_columns(rows)
-    return title + "\n\n" + table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
+    notes = [f"{row['provider']}: {row['note']}" for row in record["rows"] if "note" in row]
+    return "\n\n".join([title, table([head[n] for n in kept], [[row[n] for n in kept] for row in rows]), *notes])
 
 
 def not_available(rows: Iterable[Record]) -> str:

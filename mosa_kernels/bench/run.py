@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from mosa_kernels.bench.case import COMPILE, COMPILE_MAX
+from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, first_line
 from mosa_kernels.bench.environment import choose_device, describe
 from mosa_kernels.bench.growth import AXES, growth_points, measure_growth
 from mosa_kernels.bench.kernels import OPERATOR_NAMES, PROVIDERS, Effort, cases, fresh_compiler, measure_case
 from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
 from mosa_kernels.bench.model import measure_model, settings
+from mosa_kernels.bench.model_variants import Setting
 from mosa_kernels.bench.plots import draw
 from mosa_kernels.bench.records import FORMAT, Record, name_of
 from mosa_kernels.bench.report import markdown
@@ -129,6 +130,10 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
         torch.set_num_threads(1 if request.processor_time else request.threads or 1)
     torch.manual_seed(0)
     effort = request.effort(device.type)
+    models: list[Setting] = []
+    if request.only is None or "model" in request.only:
+        names = None if request.models is None else list(request.models)
+        models = settings(request.preset, device.type, names, request.batch)
     warm_up(device)
     limits = measure_limits(device, quick=request.preset == "smoke")
     known = known_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -138,14 +143,17 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
         "request": asdict(request),
         "machine": describe(device),
         "limits": {**limits._asdict(), "known": None if known is None else known._asdict()},
-        **{part: [] for part in ("kernels", "models", "growth", "left_out")},
+        **{part: [] for part in ("kernels", "models", "growth", "left_out", "broken")},
     }
-    for part, name, make in _pieces(request, device, limits, effort):
+    for part, name, make in _pieces(request, models, device, limits, effort):
         if request.deadline is not None and time.perf_counter() - began > request.deadline:
             report["left_out"].append(name)
             continue
         say(name)
-        report[part].append(make())
+        try:
+            report[part].append(make())
+        except Exception as error:  # memory ran out, say: the rest may still be measured
+            report["broken"].append(f"{name}: {first_line(error)}")
         report["seconds"] = time.perf_counter() - began
         keep(report)
     report["seconds"] = time.perf_counter() - began
@@ -153,7 +161,7 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
 
 
 def _pieces(
-    request: Request, device: torch.device, limits: Limits, effort: Effort
+    request: Request, models: Sequence[Setting], device: torch.device, limits: Limits, effort: Effort
 ) -> Iterator[tuple[str, str, Callable[[], Record]]]:
     """What the report consists of: the list it goes to, its name, and what measures it."""
     parts = request.only or PARTS
@@ -167,11 +175,9 @@ def _pieces(
         for axis, point in growth_points(request.preset, device.type):
             name = f"growth with {AXES[axis]}: {name_of(point.key())}"
             yield "growth", name, partial(measure_growth, axis, point, device, limits, lighter)
-    if "model" in parts:
-        names = None if request.models is None else list(request.models)
-        for setting in settings(request.preset, device.type, names, request.batch):
-            run = partial(measure_model, setting, device, rounds=effort.rounds, seconds=4 * effort.seconds)
-            yield "models", f"model: {name_of(setting.key())}", run
+    for setting in models:
+        run = partial(measure_model, setting, device, rounds=effort.rounds, seconds=4 * effort.seconds)
+        yield "models", f"model: {name_of(setting.key())}", run
 
 
 def write(report: Record, folder: Path) -> list[Path]:

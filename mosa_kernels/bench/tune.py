@@ -20,7 +20,7 @@ import torch
 from mosa_kernels.backends.choice import available_backends
 from mosa_kernels.backends.triton.configs import Config, configs, padded
 from mosa_kernels.bench.adapter import Adapter, AdapterCase
-from mosa_kernels.bench.case import Prepared
+from mosa_kernels.bench.case import Prepared, first_line
 from mosa_kernels.bench.environment import choose_device
 from mosa_kernels.bench.shapes import Axes, Point, points
 from mosa_kernels.bench.timing import Timing, in_turn, warm_up
@@ -121,7 +121,7 @@ class _Trial:
                 verdict = self.case.expected("expert").check(prepared.results())
                 prepared.run()
         except Exception as error:  # a candidate that does not compile is no candidate
-            return (str(error) or type(error).__name__).splitlines()[0]
+            return first_line(error)
         if verdict.reason is None:
             self.prepared = prepared
         return verdict.reason

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mosa_kernels.bench import kernels, records, report
+from mosa_kernels.bench import kernels, records, report, run
 from mosa_kernels.bench.adapter import Adapter
 from mosa_kernels.bench.case import Case, Prepared, Provider
 from mosa_kernels.bench.kernels import OPERATOR_NAMES, Effort, admit, cases, measure_case, of_a_model
 from mosa_kernels.bench.limits import Limits
-from mosa_kernels.bench.shapes import Point
+from mosa_kernels.bench.shapes import Axes, Point
 
 CPU = torch.device("cpu")
 LIMITS = Limits(10.0, {"fp32": 0.1, "bf16": 0.1})
@@ -95,6 +95,36 @@ def test_a_provider_that_breaks_is_reported_with_its_message() -> None:
     assert records.failures({"kernels": [record]})
     eager = next(row for row in record["rows"] if row["provider"] == "eager")
     assert eager["speed_up"] == 1
+
+
+def test_the_time_stands_where_memory_cannot_be_measured() -> None:
+    def graph() -> None:
+        raise RuntimeError("no hooks here")
+
+    def prepare() -> Prepared:
+        eager = next(p for p in case.providers() if p.name == "eager")
+        return eager.prepare()._replace(graph=graph)
+
+    case = Adapter(SMALL, CPU).case("forward")
+    row = measure_case(with_extra(case, Provider("odd", prepare, ours=True)), CPU, LIMITS, BRIEF)["rows"][-1]
+    assert row["status"] == "ok"
+    assert row["ms"]["median"] > 0
+    assert row["note"].endswith("no hooks here")
+
+
+def test_a_case_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(case: Case, *rest: object) -> dict:
+        if case.operator == "merge":
+            raise MemoryError("not enough")
+        return measure_case(case, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "measure_case", breaks)
+    axes = Axes(model=("swin_b_4",), images=(1,), bottleneck=(8,))
+    made = run.measure(run.Request("smoke", ("merge", "alignment"), "cpu", axes))
+    assert [each["operator"] for each in made["kernels"]] == ["alignment"]
+    (line,) = records.failures(made)
+    assert line.startswith("merge: d 1024")
+    assert line.endswith("not enough")
 
 
 def test_nothing_is_compiled_once_time_is_up() -> None:

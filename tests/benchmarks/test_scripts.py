@@ -109,3 +109,31 @@ def test_the_gpu_script_wants_a_folder() -> None:
 )
 def test_the_line_that_says_most(text: str, said: str) -> None:
     assert load("gpu_summary").telling_line(text) == said
+
+
+NCU = """==PROF== Connected
+counted 300000
+==PROF== Disconnected
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","adapter_forward_kernel","Command line profiler metrics","dram__bytes_read.sum","byte","100,000"
+"0","7","adapter_forward_kernel","Command line profiler metrics","dram__bytes_write.sum","byte","50,000"
+"1","7","reduce_kernel","Command line profiler metrics","dram__bytes_read.sum","byte","1,000"
+"1","7","reduce_kernel","Command line profiler metrics","other","byte","9"
+"""
+
+
+def test_bytes_that_memory_moved_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("dram_bytes")
+    assert module.total(NCU) == (151_000, 2)
+    with pytest.raises(ValueError, match="expected a table of metrics"):
+        module.total("==ERROR== no permission")
+    done = subprocess.CompletedProcess([], 0, stdout=NCU)
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: done)
+    row = module.measure("vit_b", 128, "forward", "triton", "ncu")
+    assert row == {
+        "operator": "adapter_forward", "provider": "triton", "read": 151_000, "kernels": 2, "counted": 300_000,
+    }  # fmt: skip
+    missing = {"operator": "adapter", "provider": "cuda", "reason": "not here"}
+    section = load("gpu_summary").moved_section({"case": {"shape": "vit_b"}, "rows": [row, missing]})
+    assert "| adapter_forward | triton | 2 | 0.2 | 0.3 | 0.50 |" in section
+    assert "| adapter | cuda | - | not here | - | - |" in section

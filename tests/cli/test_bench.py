@@ -59,6 +59,18 @@ def test_everything_is_measured_and_written(command, tmp_path: Path) -> None:
     assert str(output / "report.json") in result.stdout.replace("\n", "")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_everything_is_measured_on_a_gpu(command, tmp_path: Path) -> None:
+    result = command("bench", "--preset", "smoke", "--device", "cuda", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "report.json").read_text())
+    timed = [r for each in made["kernels"] for r in each["rows"] if "ms" in r]
+    assert {"triton", "cuda"} & {r["provider"] for r in timed}
+    assert all(r["peak_bytes"] >= 0 and r["host_us"]["wall"] > 0 for r in timed)
+    assert made["machine"]["gpu"]["name"] in made["machine"]["device"]
+
+
 def test_one_part_with_chosen_shapes_and_providers(command, tmp_path: Path) -> None:
     result = command(
         *SMOKE, "--only", "adapter", "--shapes", "swin_b_4", "--images", "1,2", "--bottlenecks", "8",
@@ -123,6 +135,7 @@ def test_tune_lists_what_it_would_run(command) -> None:
         (("--shapes", "vit_h"), "model: expected some of vit_ti"),
         (("--bottlenecks", "8,x"), "bottlenecks: expected whole numbers with commas, got '8,x'"),
         (("--threads", "0"), "threads: expected at least 1, got 0"),
+        (("--models", "vit_b"), "models: expected names of timm models, got 'vit_b'"),
         (("--dry-run",), "dry-run: expected together with --tune"),
         (("--compare", "nowhere", "neither"), "got 'nowhere'"),
     ],
