@@ -34,6 +34,7 @@ _BACKWARD = {
     COMPILE: (13, 8),
     COMPILE_MAX: (10, 8),
     "triton": (5, 4),
+    "cuda": (5, 4),
 }
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _RECOMPUTED = 2, 4, 1
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -14,6 +15,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mosa_kernels.backends.choice import available_backends
+from mosa_kernels.backends.lookup import prefer_backends, preferred_backends
+from mosa_kernels.bench.case import EAGER
 from mosa_kernels.bench.dense_copies import DenseCopiesAdapter
 from mosa_kernels.losses import MoSALoss
 from mosa_kernels.nn.dense import DenseAdapter
@@ -88,27 +92,33 @@ class Shop:
         self.images = torch.randn(setting.batch, 3, size, size, device=device)
         self.labels = torch.randint(CLASSES, (setting.batch,), device=device)
         self.criterion = MoSALoss(beta=0)
+        answers = available_backends()
+        mine = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
+        self.fused = [name for name in mine if answers.get(name) is True]
 
     def variants(self) -> list[Variant]:
         """Of a training step, whose two passes see the same images, and of inference."""
         mosa = self._two_pass
-        training: dict[str, Callable[[], Ready]] = {
-            BACKBONE: self._plain,
-            "MoSA fused, expert per sample": mosa,
-            "MoSA fused, expert per batch": partial(mosa, expert_per="batch"),
-            "MoSA fused, expert per sample, alignment": partial(mosa, criterion=MoSALoss()),
-            "MoSA eager, expert per sample": partial(mosa, backend="reference"),
+        training: dict[str, Callable[[], Ready]] = {BACKBONE: self._plain}
+        inference: dict[str, Callable[[], Ready]] = {
+            NO_ADAPTERS: lambda: self._evaluated(self._copy(), None),
+            "merged": lambda: self._evaluated(merge_and_unload(self._adapted()), None),
+        }
+        for name in self.fused:
+            training |= {
+                f"MoSA {name}, expert per sample": partial(mosa, name),
+                f"MoSA {name}, expert per batch": partial(mosa, name, expert_per="batch"),
+                f"MoSA {name}, expert per sample, alignment": partial(mosa, name, criterion=MoSALoss()),
+                f"AdaptFormer {name}": partial(mosa, name, mode="dense"),
+            }
+            inference[f"unmerged, {name}"] = partial(self._unmerged, name)
+        training |= {
+            "MoSA eager, expert per sample": partial(mosa, EAGER),
             "MoSA N copies, expert per batch": self._copies,
-            "AdaptFormer fused": partial(mosa, mode="dense"),
             "LoRA (PEFT)": self._lora,
         }
+        inference["unmerged, eager"] = partial(self._unmerged, EAGER)
         missing = {} if find_spec("peft") else {"LoRA (PEFT)": "the package peft is not installed"}
-        inference: dict[str, Callable[[], Ready]] = {
-            NO_ADAPTERS: lambda: self._evaluated(self._copy()),
-            "merged": lambda: self._evaluated(merge_and_unload(self._adapted())),
-            "unmerged, fused": lambda: self._evaluated(self._adapted()),
-            "unmerged, eager": lambda: self._evaluated(_with_backend(self._adapted(), "reference")),
-        }
         return [
             Variant(part, name, build, missing.get(name))
             for part, builders in ((TRAINING, training), (INFERENCE, inference))
@@ -118,9 +128,10 @@ class Shop:
     @cache  # noqa: B019 (a shop lives as long as its models are measured)
     def expected(self, merged: bool) -> tuple[Tensor, Tensor]:
         """Logits of the definition in float64 and at the precision of the setting: expert 0 everywhere, or merged."""
-        model = _with_backend(self._adapted(), "reference")
-        eager = self._logits(model, merged)
-        return self._logits(model.double(), merged), eager
+        model = self._adapted()
+        with preferring(self.device.type, "reference"):
+            eager = self._logits(model, merged)
+            return self._logits(model.double(), merged), eager
 
     def _copy(self) -> Any:
         return copy.deepcopy(self.backbone)
@@ -140,13 +151,9 @@ class Shop:
         return model
 
     def _two_pass(
-        self,
-        mode: str = "mosa",
-        expert_per: str = "sample",
-        backend: str | None = None,
-        criterion: MoSALoss | None = None,
+        self, backend: str, mode: str = "mosa", expert_per: str = "sample", criterion: MoSALoss | None = None
     ) -> Ready:
-        model = _with_backend(self._adapted(mode, expert_per), backend).train()
+        model = self._adapted(mode, expert_per).train()
         loss = criterion or self.criterion
 
         def forward() -> Tensor:
@@ -155,7 +162,23 @@ class Shop:
             return loss(out, self.labels)
 
         logits = (lambda: self._logits(model, merged=False)) if mode == "mosa" else None
-        return self._ready(model, forward, MoSAAdamW(model, lr=LR), logits)
+        return self._by(backend, self._ready(model, forward, MoSAAdamW(model, lr=LR), logits))
+
+    def _unmerged(self, backend: str) -> Ready:
+        return self._evaluated(self._adapted(), backend)
+
+    def _by(self, backend: str, ready: Ready) -> Ready:
+        """Every operator of its calls by this backend, where that takes them."""
+
+        def by(call: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                with preferring(self.device.type, "reference" if backend == EAGER else backend):
+                    return call()
+
+            return run
+
+        logits = None if ready.logits is None else by(ready.logits)
+        return ready._replace(run=by(ready.run), forward=by(ready.forward), logits=logits)
 
     def _copies(self) -> Ready:
         """Two passes one after the other: this layout runs one expert of an adapter at a time."""
@@ -221,7 +244,7 @@ class Shop:
 
         return Ready(step, forward, [*_tensors(model), self.images], lambda: state_bytes(model, optimizer), logits)
 
-    def _evaluated(self, model: nn.Module) -> Ready:
+    def _evaluated(self, model: nn.Module, backend: str | None) -> Ready:
         plain = find_book(model) is None and not any(isinstance(m, DenseAdapter) for m in model.modules())
         model.eval()
 
@@ -229,7 +252,9 @@ class Shop:
             with torch.inference_mode(), self._precision():
                 return model(self.images)
 
-        return Ready(run, run, [], lambda: 0, None if plain else lambda: self._logits(model, merged=True), True)
+        logits = None if plain else lambda: self._logits(model, merged=True)
+        ready = Ready(run, run, [], lambda: 0, logits, merged=True)
+        return ready if backend is None else self._by(backend, ready)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.half)
@@ -248,10 +273,15 @@ class Shop:
         return logits
 
 
-def _with_backend(model: nn.Module, backend: str | None) -> nn.Module:
-    for _, _, adapter in book_of(model).adapters("default"):
-        adapter.backend = backend
-    return model
+@contextmanager
+def preferring(device_type: str, backend: str) -> Iterator[None]:
+    """Within the context every operator runs by this backend where it can."""
+    before = preferred_backends(device_type)
+    prefer_backends(device_type, backend)
+    try:
+        yield
+    finally:
+        prefer_backends(device_type, *(before or ()))
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -27,7 +27,7 @@ def test_rows_of_a_small_model() -> None:
         assert 0 <= row["share_in_adapters"] < 1
         assert row["saved_bytes"] > 0
     fused, copies, alone = (
-        training[name] for name in ("MoSA fused, expert per batch", "MoSA N copies, expert per batch", BACKBONE)
+        training[name] for name in ("MoSA cpu, expert per batch", "MoSA N copies, expert per batch", BACKBONE)
     )
     assert copies["state_bytes"] > fused["state_bytes"] > alone["state_bytes"]
     assert training["MoSA eager, expert per sample"]["saved_bytes"] > fused["saved_bytes"]
@@ -38,12 +38,12 @@ def test_other_models_and_a_wrong_variant(model: str) -> None:
     options = (("depth", 1), ("img_size", 32)) if "vit" in model else (("depths", (1, 1, 1, 1)),)
     shop = Shop(Setting(model, 1, 4, 2, options), CPU)
     variants = {variant.name: variant for variant in shop.variants() if variant.part == TRAINING}
-    row, made = admit_variant(shop, variants["MoSA fused, expert per sample"])
+    row, made = admit_variant(shop, variants["MoSA cpu, expert per sample"])
     assert row["status"] == "ok", row
     assert made is not None
     logits = made.logits
     assert logits is not None
-    wrong = variants["MoSA fused, expert per sample"]._replace(
+    wrong = variants["MoSA cpu, expert per sample"]._replace(
         build=lambda: made._replace(logits=lambda: logits() * 1.001)
     )
     row, refused = admit_variant(shop, wrong)

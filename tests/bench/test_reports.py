@@ -111,10 +111,10 @@ def test_pictures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
 def test_names_and_timings() -> None:
     made = gpu_report()
     made["growth"] = [{**made["kernels"][0], "axis": "tokens", "value": 5}]
-    training = [{"variant": "MoSA fused, expert per sample", "status": "red", "reason": "error gate red"}]
+    training = [{"variant": "MoSA triton, expert per sample", "status": "red", "reason": "error gate red"}]
     made["models"] = [{"case": {"model": "vit", "batch": 2}, "training": training, "inference": []}]
     names = [name for name, _ in timings(made)]
     assert len(names) == len(set(names))
     assert ("growth with tokens", name_of(made["kernels"][0]["case"]), "eager") in names
     assert name_of(made["kernels"][0]["case"]) == "vit_b, 128 x 197, d 768, r 64, N 4, bf16, expert per call"
-    assert failures(made) == ["model, training, vit, batch 2, MoSA fused, expert per sample: error gate red"]
+    assert failures(made) == ["model, training, vit, batch 2, MoSA triton, expert per sample: error gate red"]
