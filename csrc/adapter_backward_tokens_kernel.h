@@ -58,27 +58,23 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
   Grad grad;
   Up up;
   const typename T::First warp;
-  const auto settle = [&](int column, int buffer) {
-    grad.finish(grad_out, direct, false, pull.grad[buffer], [](int, int, float (&)[kVector]) {});
-    up.finish(p, column, e, pull.up[kBuffers == 1 ? 0 : buffer]);
-    __syncthreads();
-  };
   __syncthreads();
-  grad.begin(grad_out, direct, first, take, 0, p.width, pull.grad[0]);
-  up.begin(p, 0);
-  settle(0, 0);
-  for (int column = 0, buffer = 0;; column += kColumns, buffer ^= 1) {
-    const int next = column + kColumns;
+#pragma unroll 1
+  for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
     if (next < p.width) {
-      grad.begin(grad_out, direct, first, take, next, p.width, pull.grad[buffer ^ 1]);
+      grad.begin(grad_out, direct, first, take, next, p.width, pull.grad[buffer]);
       up.begin(p, next);
     }
-    dh.template multiply<false, false>(pull.grad[buffer] + warp.row() * Grad::kRow, Grad::kRow,
-                                       pull.up[kBuffers == 1 ? 0 : buffer] + warp.column(), Up::kRow, kUnit, kColumns,
-                                       p.tf32);
+    if (next > 0) {
+      dh.template multiply<false, false>(pull.grad[buffer ^ 1] + warp.row() * Grad::kRow, Grad::kRow,
+                                         pull.up[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column(), Up::kRow, kUnit,
+                                         kColumns, p.tf32);
+    }
     if (next >= p.width) break;
     if (kBuffers == 1) __syncthreads();
-    settle(next, buffer ^ 1);
+    grad.finish(grad_out, direct, false, pull.grad[buffer], [](int, int, float (&)[kVector]) {});
+    up.finish(p, next, e, pull.up[kBuffers == 1 ? 0 : buffer]);
+    __syncthreads();
   }
   __syncthreads();
 }
@@ -111,6 +107,7 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
       const int e = tokens.expert[row];
       const float factor = p.assignment != nullptr && e != kNoExpert ? factor_of(p, e) : 1.0f;
       const Dropout dropout(p, tokens.valid(row) ? first + row : 0);
+      float pre[kVector];
 #pragma unroll
       for (int n = 0; n < kVector; ++n) {
         const float normed = tokens.rstd[row] * (active[i][n] - tokens.seen[row] * units.s[unit + n]);
@@ -120,12 +117,14 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
         const float dh = factor * slope[i][n];
         if (take(row)) dscale += active[i][n] * dh;
         const float da = kept == 0.0f ? 0.0f : kept * scale * dh * activation_slope(input, p.activation);
-        const float rounded = to_float(to_element<E>(da));
-        c1[i] += rounded * units.s[unit + n];
-        c2[i] += rounded * normed;
         slope[i][n] = da;
+        pre[n] = normed;
       }
-      put_vector(shared.da + row * T::kRow + unit, slope[i]);
+      put_rounded(shared.da + row * T::kRow + unit, slope[i]);
+      for (int n = 0; n < kVector; ++n) {
+        c1[i] += slope[i][n] * units.s[unit + n];
+        c2[i] += slope[i][n] * pre[n];
+      }
       if (buffers.h != nullptr && take(row)) {
         const int64_t at = (static_cast<int64_t>(first) + row) * kRank + unit;
         put_vector(static_cast<E*>(buffers.h) + at, active[i]);
@@ -175,17 +174,12 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
       }
     }
   }
-  const auto settle = [&](int column, int buffer) {
-    down.finish(p, column, e, output.down[kBuffers == 1 ? 0 : buffer]);
-    __syncthreads();
-  };
   down.clear();
-  down.begin(p, 0);
-  settle(0, 0);
-  for (int column = 0, buffer = 0;; column += kColumns, buffer ^= 1) {
-    const int next = column + kColumns;
+#pragma unroll 1
+  for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
+    const int column = next - kColumns;
     if (next < p.width) down.begin(p, next);
-    if (warp.busy()) {
+    if (column >= 0 && warp.busy()) {
       Raw x[P::kCount];
       Raw grad[P::kCount];
       int count[P::kCount];
@@ -203,7 +197,7 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
       Accumulator<E, Warp::kTiles> y;
       y.clear();
       y.template multiply<false, false>(shared.da + warp.row() * T::kRow, T::kRow,
-                                        output.down[kBuffers == 1 ? 0 : buffer] + warp.column(), Down::kRow, kUnit,
+                                        output.down[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column(), Down::kRow, kUnit,
                                         kRank, p.tf32);
       float value[P::kCount][kVector];
       patch.spread(y, 0, value);
@@ -231,7 +225,8 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
     }
     if (next >= p.width) break;
     if (kBuffers == 1) __syncthreads();
-    settle(next, buffer ^ 1);
+    down.finish(p, next, e, output.down[kBuffers == 1 ? 0 : buffer]);
+    __syncthreads();
   }
 }
 

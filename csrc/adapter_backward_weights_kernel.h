@@ -111,42 +111,38 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) products[batch].clear();
 
-  const auto begin = [&](int token, int buffer) {
+  int next = next_run<kTokens>(p, work, e, work.begin);
+#pragma unroll 1
+  for (int buffer = 0, step = 0;; buffer ^= 1, ++step) {
+    const int token = next;
     const auto take = [&](int row) { return belongs(p, work, e, token + row); };
-    left.begin(work.left, true, token, take, 0, kRank, operands.left[buffer]);
-    right.begin(from, direct, token, take, work.column, p.width, operands.right[buffer]);
-  };
-  const auto settle = [&](int token, int buffer) {
+    if (token < work.end) {
+      left.begin(work.left, true, token, take, 0, kRank, operands.left[buffer]);
+      right.begin(from, direct, token, take, work.column, p.width, operands.right[buffer]);
+      next = next_run<kTokens>(p, work, e, token + kTokens);
+    }
+    if (step > 0) {
+      const E* tile = work.up ? operands.right[buffer ^ 1] : operands.left[buffer ^ 1];
+      const int row_size = work.up ? W::Right::kRow : W::Left::kRow;
+      for (int row = thread / summed; row < kTokens; row += kThreads / summed) {
+        sum += to_float(tile[row * row_size + summed_column]);
+      }
+#pragma unroll
+      for (int batch = 0; batch < W::kBatches; ++batch) {
+        products[batch].template multiply<true, false>(operands.left[buffer ^ 1] + batch * W::kBatchRows + warp.row(),
+                                                       W::Left::kRow, operands.right[buffer ^ 1] + warp.column(),
+                                                       W::Right::kRow, kUnit, kTokens, p.tf32);
+      }
+    }
+    if (token >= work.end) break;
     left.finish(work.left, true, false, operands.left[buffer], [](int, int, float (&)[kVector]) {});
     right.finish(from, direct, false, operands.right[buffer], [&](int, int row, float (&value)[kVector]) {
-      if (!norm || !belongs(p, work, e, token + row)) return;
+      if (!norm || !take(row)) return;
       const float mean = b.mean[token + row];
       const float rstd = b.rstd[token + row];
       for (int i = 0; i < kVector; ++i) value[i] = (value[i] - mean) * rstd;
     });
     __syncthreads();
-  };
-
-  int token = next_run<kTokens>(p, work, e, work.begin);
-  begin(token, 0);
-  settle(token, 0);
-  for (int buffer = 0;; buffer ^= 1) {
-    const int next = next_run<kTokens>(p, work, e, token + kTokens);
-    if (next < work.end) begin(next, buffer ^ 1);
-    const E* tile = work.up ? operands.right[buffer] : operands.left[buffer];
-    const int row_size = work.up ? W::Right::kRow : W::Left::kRow;
-    for (int row = thread / summed; row < kTokens; row += kThreads / summed) {
-      sum += to_float(tile[row * row_size + summed_column]);
-    }
-#pragma unroll
-    for (int batch = 0; batch < W::kBatches; ++batch) {
-      products[batch].template multiply<true, false>(operands.left[buffer] + batch * W::kBatchRows + warp.row(),
-                                                     W::Left::kRow, operands.right[buffer] + warp.column(),
-                                                     W::Right::kRow, kUnit, kTokens, p.tf32);
-    }
-    if (next >= work.end) break;
-    token = next;
-    settle(token, buffer ^ 1);
   }
   shared.shares[thread] = sum;
   __syncthreads();

@@ -90,17 +90,11 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
   const Warp warp;
   const P patch(shared.output.patch[warp.warp]);
   const int thread = thread_of_block();
-  const auto settle = [&](int column, int buffer) {
-    up.finish(p, column, e, shared.output.up[kBuffers == 1 ? 0 : buffer]);
-    if (thread < kColumns) shared.bias[buffer][thread] = scale * up_bias(p, e, column + thread);
-    __syncthreads();
-  };
-  up.begin(p, 0);
-  settle(0, 0);
-  for (int column = 0, buffer = 0;; column += kColumns, buffer ^= 1) {
-    const int next = column + kColumns;
+#pragma unroll 1
+  for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
+    const int column = next - kColumns;  // of the step whose product is due; before the first one there is none
     if (next < p.width) up.begin(p, next);
-    if (warp.busy()) {
+    if (column >= 0 && warp.busy()) {
       Raw x[P::kCount];
       Raw residual[P::kCount];
       int count[P::kCount];
@@ -118,14 +112,14 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
       Accumulator<E, Warp::kTiles> y;
       y.clear();
       y.template multiply<false, true>(shared.h + warp.row() * F::kRow, F::kRow,
-                                       shared.output.up[kBuffers == 1 ? 0 : buffer] + warp.column() * Up::kRow,
+                                       shared.output.up[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column() * Up::kRow,
                                        Up::kRow, kUnit * Up::kRow, kRank, p.tf32);
       float value[P::kCount][kVector];
       patch.spread(y, 0, value);
 #pragma unroll
       for (int i = 0; i < P::kCount; ++i) {
         if (count[i] <= 0) continue;
-        const float* bias = shared.bias[buffer] + warp.column() + patch.column(i);
+        const float* bias = shared.bias[buffer ^ 1] + warp.column() + patch.column(i);
         float summand[kVector];
         for (int n = 0; n < kVector; ++n) value[i][n] = value[i][n] * gain + bias[n];
         if (p.add_input) {
@@ -143,7 +137,9 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
     }
     if (next >= p.width) break;
     if (kBuffers == 1) __syncthreads();
-    settle(next, buffer ^ 1);
+    up.finish(p, next, e, shared.output.up[kBuffers == 1 ? 0 : buffer]);
+    if (thread < kColumns) shared.bias[buffer][thread] = scale * up_bias(p, e, next + thread);
+    __syncthreads();
   }
 }
 

@@ -107,6 +107,19 @@ __device__ inline uint16_t to_bits(float value, uint8_t dtype) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// Two neighbours as they lie in memory.
+__device__ inline uint32_t pack_pair(float low, float high, uint8_t dtype) {
+  uint32_t bits;
+  if (dtype == kFloat16) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
+}
+
 __device__ inline void store_number(void* data, uint8_t dtype, int64_t index, float value) {
   if (dtype == kFloat32) {
     static_cast<float*>(data)[index] = value;
@@ -137,9 +150,7 @@ __device__ inline void store_vector(void* data, uint8_t dtype, bool wide, int64_
   uint16_t* to = static_cast<uint16_t*>(data) + index;
   if (wide && count >= kVector) {
     Wide bits;
-    for (int i = 0; i < 4; ++i) {
-      bits.word[i] = to_bits(value[2 * i], dtype) | static_cast<uint32_t>(to_bits(value[2 * i + 1], dtype)) << 16;
-    }
+    for (int i = 0; i < 4; ++i) bits.word[i] = pack_pair(value[2 * i], value[2 * i + 1], dtype);
     *reinterpret_cast<Wide*>(to) = bits;
   } else {
 #pragma unroll
@@ -153,6 +164,23 @@ __device__ inline void store_vector(void* data, uint8_t dtype, bool wide, int64_
 template <typename E>
 __device__ inline void put_vector(E* to, const float (&value)[kVector]) {
   store_vector(to, Element<E>::kDType, true, 0, kVector, value);
+}
+
+// Leaves in `value` what was put, rounded.
+template <typename E>
+__device__ inline void put_rounded(E* to, float (&value)[kVector]) {
+  if (sizeof(E) == sizeof(float)) {
+    put_vector(to, value);
+    return;
+  }
+  Wide bits;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    bits.word[i] = pack_pair(value[2 * i], value[2 * i + 1], Element<E>::kDType);
+    value[2 * i] = from_bits(bits.word[i] & 0xffffu, Element<E>::kDType);
+    value[2 * i + 1] = from_bits(bits.word[i] >> 16, Element<E>::kDType);
+  }
+  *reinterpret_cast<Wide*>(to) = bits;
 }
 
 template <typename E>
@@ -180,6 +208,11 @@ __device__ inline void wait_for_copies() { __pipeline_wait_prior(0); }
 struct Owners {
   uint32_t word[2];
   __device__ int of(int i) const { return static_cast<int>((word[i / 4] >> (8 * (i % 4))) & 0xffu); }
+  // All ones where neighbours 2 i and 2 i + 1, 16 bits each, belong to expert e.
+  __device__ uint32_t pair_of(int i, int e) const {
+    const uint32_t equal = __vcmpeq4(word[i / 2], static_cast<uint32_t>(e) * 0x01010101u);  // a byte for each
+    return __byte_perm(equal, 0, i % 2 == 0 ? 0x1100 : 0x3322);
+  }
 };
 
 __device__ inline Owners load_owners(const uint8_t* data, bool wide, int64_t index, int count) {

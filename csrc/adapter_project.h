@@ -103,63 +103,58 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
   Down down;
   down.clear();
   accumulators.clear();
-  x.begin(p.x, direct, first, take, 0, p.width, shared.x[0]);
-  down.begin(p, 0);
-
   float shift[X::S::kCount] = {};
   float total[X::S::kCount] = {};
   float squares[X::S::kCount] = {};
-  if (norm && kStatistics) {
-    if (direct) wait_for_copies();
-#pragma unroll
-    for (int j = 0; j < X::S::kCount; ++j) {
-      if (!x.has(j)) continue;
-      float value[kVector];
-      x.peek(p.x, direct, shared.x[0], j, value);
-      float sum = 0.0f;
-      for (int i = 0; i < kVector; ++i) sum += value[i];  // zeros beyond d
-      shift[j] = sum_lanes<X::S::kPerRow>(sum) / static_cast<float>(min(kColumns, p.width));
-    }
-  } else if (norm) {
+  if (norm && !kStatistics) {
 #pragma unroll
     for (int j = 0; j < X::S::kCount; ++j) {
       if (x.has(j)) shift[j] = tokens.mean[x.row(j)];
     }
   }
 
-  int column = 0;
-  const auto settle = [&](int buffer) {
-    x.finish(p.x, direct, norm && kStatistics, shared.x[buffer], [&](int j, int, float (&value)[kVector]) {
-      if (!norm) return;
-      const int count = p.width - column - x.column();
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const float centred = i < count ? value[i] - shift[j] : 0.0f;
-        if (kStatistics) {
-          total[j] += centred;
-          squares[j] += centred * centred;
-        }
-        if (centre) value[i] = centred;
-      }
-    });
-    down.finish(p, column, e, shared.down[kBuffers == 1 ? 0 : buffer]);
-    __syncthreads();
-  };
-
-  settle(0);
-  for (int buffer = 0;; buffer ^= 1) {
-    const int next = column + kColumns;
+  // Each step loads the next one's tiles beside its product; the first one has no product.
+#pragma unroll 1
+  for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
     if (next < p.width) {
-      x.begin(p.x, direct, first, take, next, p.width, shared.x[buffer ^ 1]);
+      x.begin(p.x, direct, first, take, next, p.width, shared.x[buffer]);
       down.begin(p, next);
     }
-    accumulators.template multiply<false, true>(shared.x[buffer] + warp.row() * X::kRow, X::kRow,
-                                                shared.down[kBuffers == 1 ? 0 : buffer] + warp.column() * Down::kRow,
-                                                Down::kRow, kUnit * Down::kRow, kColumns, p.tf32);
+    if (next == 0 && norm && kStatistics) {
+      if (direct) wait_for_copies();
+#pragma unroll
+      for (int j = 0; j < X::S::kCount; ++j) {
+        if (!x.has(j)) continue;
+        float value[kVector];
+        x.peek(p.x, direct, shared.x[0], j, value);
+        float sum = 0.0f;
+        for (int i = 0; i < kVector; ++i) sum += value[i];  // zeros beyond d
+        shift[j] = sum_lanes<X::S::kPerRow>(sum) / static_cast<float>(min(kColumns, p.width));
+      }
+    }
+    if (next > 0) {
+      accumulators.template multiply<false, true>(
+          shared.x[buffer ^ 1] + warp.row() * X::kRow, X::kRow,
+          shared.down[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column() * Down::kRow, Down::kRow, kUnit * Down::kRow,
+          kColumns, p.tf32);
+    }
     if (next >= p.width) break;
     if (kBuffers == 1) __syncthreads();
-    column = next;
-    settle(buffer ^ 1);
+    x.finish(p.x, direct, norm && kStatistics, shared.x[buffer], [&](int j, int, float (&value)[kVector]) {
+      if (!norm) return;
+      const int count = p.width - next - x.column();
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        value[i] -= shift[j];
+        if (count < kVector && i >= count) value[i] = 0.0f;
+        if (kStatistics) {
+          total[j] += value[i];
+          squares[j] += value[i] * value[i];
+        }
+      }
+    });
+    down.finish(p, next, e, shared.down[kBuffers == 1 ? 0 : buffer]);
+    __syncthreads();
   }
 
   down.store_sums(p, units.s, units.bias);

@@ -164,12 +164,10 @@ struct DownTile : Spread<kRank, kColumns> {
         for (int i = 0; i < kVector; ++i) biases[j] += value[i] * beta[i];
       }
       if (p.gamma.data != nullptr) {
-        for (int i = 0; i < kVector; ++i) {
-          value[i] *= gamma[i];
-          sums[j] += to_float(to_element<E>(value[i]));
-        }
+        for (int i = 0; i < kVector; ++i) value[i] *= gamma[i];
       }
-      put_vector(tile + unit * kRow + this->column(), value);
+      put_rounded(tile + unit * kRow + this->column(), value);
+      for (int i = 0; i < kVector; ++i) sums[j] += value[i];
     }
   }
 
@@ -233,12 +231,23 @@ struct UpTile : Spread<kColumns, kRank> {
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
       const int at = column + this->row(j);
+      E* to = tile + this->row(j) * kRow + this->column();
+      if (p.w_up.dtype == Element<E>::kDType && sizeof(E) != sizeof(float)) {  // as it lies in memory
+        Wide bits;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          bits.word[i] = early[j].raw.word[i];
+          if (masked) bits.word[i] &= owners[j].pair_of(i, e);
+        }
+        *reinterpret_cast<Wide*>(to) = bits;
+        continue;
+      }
       float value[kVector];
       early[j].finish(p.w_up, index_of(p, at), count_of(p, at), value);
       if (masked) {
         for (int i = 0; i < kVector; ++i) value[i] = owners[j].of(i) == e ? value[i] : 0.0f;
       }
-      put_vector(tile + this->row(j) * kRow + this->column(), value);
+      put_vector(to, value);
     }
   }
 };

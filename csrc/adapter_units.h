@@ -28,21 +28,6 @@ __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <typename E>
-__device__ E to_element(float value);
-template <>
-__device__ inline float to_element<float>(float value) {
-  return value;
-}
-template <>
-__device__ inline __half to_element<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ inline __nv_bfloat16 to_element<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
-}
-
-template <typename E>
 struct Element;
 template <>
 struct Element<float> {
