@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from accuracy import Expected, all_needs, argument, on, well_conditioned
 from calls import full_call, sparse_down
 from cases import adapter_calls
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from poison import poisoned_memory
 from torch import Tensor
 
@@ -87,9 +88,11 @@ on_machines = pytest.mark.parametrize("machine", [HOST, GPU])
 @settings(max_examples=60, phases=[Phase.explicit, Phase.generate])
 @given(args=adapter_calls(dtypes=DTYPES))
 def test_any_call(machine: Machine, args: AdapterArguments) -> None:
-    if args.activation == "relu" and args.x.dtype != torch.float32:
-        # Rounding decides the slope of an entry near zero, here as in eager PyTorch: see test_relu_in_half_precision.
-        args = args._replace(activation="silu")
+    if args.x.dtype != torch.float32:
+        # Over a handful of numbers luck decides between two rounding errors; float32 calls are as small as can be.
+        assume(min(args.width, args.x.numel() // args.width) >= 6)
+        if args.activation == "relu":  # where rounding decides the slope near zero: see test_relu_in_half_precision
+            args = args._replace(activation="silu")
     machine.check(well_conditioned(args))
 
 
@@ -360,16 +363,46 @@ def test_a_slow_path_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adapter._said == said
 
 
+TWO_RANKS: Changes = {
+    "adapter_launch.h": (
+        """    case 32:
+      return launch.template at<32>();
+    case 64:
+      return launch.template at<64>();
+    case 128:
+      return launch.template at<128>();
+""",
+        """    case 64:
+      return launch.template at<64>();
+""",
+    )
+}
+"""Without the kernels of two of the padded ranks, 64 and 256 being left: half the time to compile."""
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
+    """Odd sizes, and rows that begin at 16 bytes but end elsewhere; what test_under_the_address_sanitizer runs."""
+    machine = Machine("cpu", TWO_RANKS if os.environ.get(cuda_on_host.SANITIZE) == "1" else None)
+    machine.check(full_call(3, 23, 100, 33, dtype, expert=torch.tensor([0, -1, 2]), **sparse_down(100, 33)))
+    machine.check(full_call(1, 67, 136, 64, dtype, expert=torch.tensor(1), dropout_p=0.3))
+    machine.check(full_call(1, 9, 23, 200, dtype, assignment=None))
+    args = full_call(1, 9, 28, 40, dtype, norm_weight=None, norm_bias=None)
+    x = torch.randn(8 * 32 + 28).to(dtype).as_strided((1, 9, 28), (1, 32, 1))  # ends with its last row
+    out, _ = machine.run(args._replace(x=x.requires_grad_()), torch.zeros_like(x))
+    assert out.isfinite().all()
+
+
 @needs_compiler
 @pytest.mark.skipif(cuda_on_host.sanitized_environment() is None, reason="no address sanitizer")
 def test_under_the_address_sanitizer() -> None:
-    """A few calls of every padded rank again, in a process where an access out of bounds ends it."""
-    chosen = "test_shapes_of_several_tiles and cuda_on_host or test_addresses and cuda_on_host"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    """In a process of its own, which an access out of bounds ends."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "no_access", __file__]
     environment = cuda_on_host.sanitized_environment()
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
-    assert "passed" in answer.stdout
+    assert "3 passed" in answer.stdout
 
 
 def tensors_of(out: Tensor, gradients: AdapterGradients) -> list[Tensor]:
