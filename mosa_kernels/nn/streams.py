@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def default_generator(device: torch.device) -> torch.Generator | None:
     """PyTorch's default generator of a device; None for kinds of devices that have none to show."""
     if device.type == "cpu":
         return torch.default_generator
-    module = torch.get_device_module(device)
+    module: Any = getattr(torch, device.type, None)
     generators = getattr(module, "default_generators", ())
     if not generators:
         return None
@@ -58,7 +59,7 @@ def marked_generator(stream: int, passes: tuple[int, ...], device: torch.device)
 
 def read_mark(device: torch.device) -> tuple[int, tuple[int, ...]] | None:
     """(stream, passes) that the device's default generator is marked with; None without a mark."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return None  # the generator may not be asked for its seed then, and is not marked
     generator = default_generator(device)
     seed = 0 if generator is None else generator.initial_seed()

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.triton import backend
+from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.optim import MoSAAdamW
 
 pytest.importorskip("triton", reason="PyTorch came without Triton")
 from mosa_kernels.backends.triton import adapter_forward, configs, launch
@@ -117,6 +119,30 @@ def test_every_address_in_its_place(
             assert len(parts) == 2
             assert parts[0] == parts[1]
             noted.clear()
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_the_host_reads_nothing_of_a_training_step(
+    per: str, noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta tensors have no values: whoever asks for one gets an error. So a CUDA graph can capture the step."""
+    monkeypatch.setattr(backend, "available", lambda: (True, ""))
+    monkeypatch.setattr(backend, "_INTERPRETING", True)  # takes tensors that are not on a GPU
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # raises for meta tensors
+    layer = FusedMoSAAdapter(32, 16, dropout=0.1, learnable_scale=True, expert_per=per, device="meta")
+    layer.backend = "triton"
+    optimizer = MoSAAdamW(layer, lr=1e-3, backend="reference")
+    x = torch.randn(4, 5, 32, device="meta", requires_grad=True)
+    for residual in (None, x.detach(), x.detach()):
+        out = layer(x, residual)
+        out.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [name for name, _ in noted][-4:] == [
+        "adapter_forward_kernel", "adapter_backward_tokens_kernel", "adapter_backward_weights_kernel", "reduce_kernel",
+    ]  # fmt: skip
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        out.detach().sum().item()
 
 
 def test_a_plan_is_made_once(noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch) -> None:
