@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from mosa_kernels.functional.masked_adamw import OPERATOR, masked_adamw
 from mosa_kernels.nn.projection import Projection, projection_of
+from mosa_kernels.shards import check_sharding, is_sharded, local_part, local_rows
 
 Parameters: TypeAlias = nn.Module | ParamsT
 
@@ -39,10 +40,12 @@ class MoSAAdamW(Optimizer):
         maximize: climb instead of descend.
         backend: of the `masked_adamw` operator; None for the automatic choice.
 
+    Parameters may be sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`), before the optimizer is made.
+
     State, per parameter: "exp_avg" and "exp_avg_sq" like the parameter, "step" float32, [] or [N] with experts.
 
     Raises:
-        TypeError: `params` holds a sharded tensor (DTensor), or what no optimizer takes.
+        TypeError: `params` holds a tensor that is sharded otherwise (DTensor), or what no optimizer takes.
         ValueError: an option is out of range, or nothing is trainable; the message names it.
     """
 
@@ -73,7 +76,8 @@ class MoSAAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_options(param_group)
-            _refuse_sharded(param_group["params"])
+            for parameter in param_group["params"]:
+                check_sharding("params", parameter)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -132,31 +136,59 @@ class MoSAAdamW(Optimizer):
         return loss
 
     def _step_together(self, group: dict[str, Any], parameters: list[Tensor], active: dict[Tensor, Tensor]) -> None:
-        states = [self._state_of(parameter) for parameter in parameters]
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if grad.layout != torch.strided:
-                raise TypeError(
-                    f"params: expected dense gradients, got layout {grad.layout} for shape {list(parameter.shape)}"
-                )
+        parts = [part for parameter in parameters if (part := self._part_of(parameter, active.get(parameter)))]
+        if not parts:
+            return
+        params, grads, exp_avgs, exp_avg_sqs, steps, owners, moving = (
+            list(column) for column in zip(*parts, strict=True)
+        )
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
-        owners = [
-            None if (history := self._histories.get(parameter)) is None else history.owner for parameter in parameters
-        ]
         masked_adamw(
-            parameters,
+            params,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
             owners,
-            [active.get(parameter) for parameter in parameters],
+            moving,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             backend=self.backend,
+        )
+
+    def _part_of(self, parameter: Tensor, active: Tensor | None) -> _Part | None:
+        """What this rank moves of a parameter, if anything. Steps of experts with rows elsewhere are counted here."""
+        assert parameter.grad is not None
+        if parameter.grad.layout != torch.strided:
+            raise TypeError(
+                f"params: expected dense gradients, got layout {parameter.grad.layout} for shape "
+                f"{list(parameter.shape)}"
+            )
+        state = self._state_of(parameter)
+        history = self._histories.get(parameter)
+        steps, owner = state["step"], None if history is None else history.owner
+        if is_sharded(parameter):
+            rows = local_rows(parameter)
+            if owner is not None:
+                owner = owner[rows]
+            elif active is not None:  # row e belongs to expert e
+                for elsewhere in (slice(0, rows.start), slice(rows.stop, None)):
+                    steps[elsewhere] += active[elsewhere] != 0
+                steps, active = steps[rows], active[rows]
+            if rows.start == rows.stop:
+                steps += 1 if active is None else active != 0
+                return None
+        return _Part(
+            local_part(parameter),
+            local_part(parameter.grad),
+            local_part(state["exp_avg"]),
+            local_part(state["exp_avg_sq"]),
+            steps,
+            owner,
+            active,
         )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
@@ -175,6 +207,18 @@ class MoSAAdamW(Optimizer):
         if flags and _world_size() > 1:
             flags = _maximum_over_ranks(flags)
         return dict(zip(self._histories, flags, strict=True))
+
+
+class _Part(NamedTuple):
+    """One parameter as `masked_adamw` takes it, or this rank's rows of it."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Tensor
+    owner: Tensor | None
+    active: Tensor | None
 
 
 class _ActivityHistory:
@@ -196,7 +240,7 @@ class _ActivityHistory:
         self._flags: Tensor | None = None  # float32 [N], never written to; None: no pass since the gradient was None
         self._pass = -1
         self._reported = self._accumulated = False  # in this pass
-        self._version = -1
+        self._version = (-1, -1)
         # The hooks must not keep a discarded optimizer alive, nor go on running for it.
         this = weakref.ref(self)
         frozen = not parameter.requires_grad  # it may thaw later, and only what is not frozen takes hooks
@@ -228,9 +272,9 @@ class _ActivityHistory:
         self._pass, grad = current, self._parameter.grad
         if grad is None:
             self._flags = None
-        elif self._flags is not None and grad._version != self._version:
+        elif self._flags is not None and _versions(grad) != self._version:
             # Selected, not multiplied: a replayed CUDA graph may find anything in the flags of before its capture.
-            self._flags = torch.where((grad != 0).any(), self._flags.to(grad.device), 0)
+            self._flags = torch.where((local_part(grad) != 0).any(), self._flags.to(grad.device), 0)
 
     def _report(self, experts: Tensor) -> None:
         self._look()
@@ -242,7 +286,7 @@ class _ActivityHistory:
     def _accumulate(self) -> None:
         assert self._parameter.grad is not None
         self._accumulated = True
-        self._version = self._parameter.grad._version
+        self._version = _versions(self._parameter.grad)
 
     def _settle(self) -> None:
         """A pass that added to the gradient without a report may have run any expert."""
@@ -252,6 +296,11 @@ class _ActivityHistory:
 
     def _all(self) -> Tensor:
         return torch.ones(self.num_experts, device=self._parameter.device)
+
+
+def _versions(grad: Tensor) -> tuple[int, int]:
+    """A sharded gradient counts changes of its own apart from those of this rank's part, to which FSDP2 adds."""
+    return grad._version, local_part(grad)._version
 
 
 def _call(history: weakref.ref[_ActivityHistory], method: Callable[..., None], *arguments: Tensor) -> None:
@@ -295,14 +344,3 @@ def _check_options(options: dict[str, Any]) -> None:
     betas = options["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas}")
-
-
-def _refuse_sharded(parameters: list[Tensor]) -> None:
-    if all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters):
-        return
-    from torch.distributed.tensor import DTensor
-
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
-        raise TypeError(
-            "params: expected whole tensors on each rank, got a DTensor; leave adapters out of the sharding"
-        )

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mosa_kernels.nn.activity import ExpertActivity
 
 _PROJECTIONS = WeakTensorKeyDictionary()
+_MADE: weakref.WeakSet[Projection] = weakref.WeakSet()
 
 
 class Projection(nn.Module):
@@ -73,6 +74,7 @@ class Projection(nn.Module):
 
     def _register(self) -> None:
         """Lets `projection_of` find this module by its parameters, also after a copy or a move."""
+        _MADE.add(self)
         for parameter in self._parameters.values():
             if parameter is not None:
                 _PROJECTIONS[parameter] = weakref.ref(self)
@@ -101,4 +103,11 @@ class Projection(nn.Module):
 def projection_of(parameter: Tensor) -> Projection | None:
     """The projection that a weight or bias belongs to, or None for a parameter of another kind."""
     found = _PROJECTIONS.get(parameter)
-    return None if found is None else found()
+    if found is not None:
+        return found()
+    # Sharding puts new parameters into a module without a call that it would notice.
+    for projection in _MADE:
+        if any(parameter is mine for mine in projection._parameters.values()):
+            projection._register()
+            return projection
+    return None
