@@ -79,9 +79,7 @@ def test_sharded_parameters_move_as_whole_ones(tmp_path: Path) -> None:
     expected = train(adapted_model(), range(RANKS), 1 / RANKS)
     assert sharded.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(
-            sharded[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4, msg=partial("{}: {}".format, name))
         if name.endswith("step"):
             assert torch.equal(sharded[name], value), name
     steps = [value for name, value in expected.items() if name.endswith("up.bias step")]
