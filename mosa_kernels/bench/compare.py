@@ -17,7 +17,8 @@ class Difference(NamedTuple):
     name: tuple[str, str, str]  # operator, case, provider
     before: float | None  # median in ms; None: there is none
     after: float | None
-    verdict: str  # "slower", "faster", "same", "lost" (no figure any more), "new"
+    verdict: str  # "slower", "faster", "same", "lost" (there, without a figure), "absent" (not there), "new"
+    ours: bool  # whether it is ours to mend
     reason: str | None = None
 
     @property
@@ -31,19 +32,20 @@ def compare(before: Record, after: Record) -> list[Difference]:
     found = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name, {}), new.get(name, {})
+        ours = bool((a or b)["ours"])
         if "ms" in a and "ms" in b:
-            found.append(Difference(name, a["ms"]["median"], b["ms"]["median"], _verdict(a["ms"], b["ms"])))
+            found.append(Difference(name, a["ms"]["median"], b["ms"]["median"], _verdict(a["ms"], b["ms"]), ours))
         elif "ms" in a:
             reason = b.get("reason") or "it was not measured"
-            # A case that the second report does not have was not asked for; one that has no figure was lost.
-            found.append(Difference(name, a["ms"]["median"], None, "lost" if b else "absent", reason))
+            found.append(Difference(name, a["ms"]["median"], None, "lost" if b else "absent", ours, reason))
         elif "ms" in b:
-            found.append(Difference(name, None, b["ms"]["median"], "new"))
+            found.append(Difference(name, None, b["ms"]["median"], "new", ours))
     return found
 
 
 def regressions(differences: list[Difference]) -> list[Difference]:
-    return [difference for difference in differences if difference.verdict in ("slower", "lost")]
+    """What of ours is slower, or has no figure any more. A case that the second report does not have is none."""
+    return [difference for difference in differences if difference.ours and difference.verdict in ("slower", "lost")]
 
 
 def markdown(before: Record, after: Record, names: tuple[str, str], differences: list[Difference]) -> str:
@@ -52,6 +54,9 @@ def markdown(before: Record, after: Record, names: tuple[str, str], differences:
     parts = [f"# {names[1]} against {names[0]}"]
     parts += [f"Note: {note}." for note in caveats(before, after)]
     parts.append(f"{len(bad)} regression(s) beyond the noise." if bad else "No regression beyond the noise.")
+    others = [d for d in differences if not d.ours and d.verdict == "slower"]
+    if others:
+        parts.append(f"{len(others)} of what is not ours became slower too: the machine may have.")
     if not any(difference.ratio for difference in differences):
         parts.append("The reports have no case in common.")
     for title, chosen in (("Regressions", bad), ("Everything", differences)):

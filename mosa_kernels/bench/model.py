@@ -74,7 +74,7 @@ def _share(rows: list[dict[str, Any]]) -> None:
 
 def admit_variant(shop: Shop, variant: Variant) -> tuple[dict[str, Any], Ready | None]:
     """The variant, if it is there and its logits are right, and a row that says so or why not."""
-    row: dict[str, Any] = {"variant": variant.name, "status": "ok", "reason": None}
+    row: dict[str, Any] = {"variant": variant.name, "ours": variant.ours, "status": "ok", "reason": None}
     if variant.reason is not None:
         return row | {"status": "unavailable", "reason": variant.reason}, None
     try:

@@ -79,6 +79,7 @@ class Variant(NamedTuple):
     name: str
     build: Callable[[], Ready]
     reason: str | None  # why it is not available; None: it is
+    ours: bool  # whether it runs the fused backends
 
 
 class Shop:
@@ -120,7 +121,7 @@ class Shop:
         inference["unmerged, eager"] = partial(self._unmerged, EAGER)
         missing = {} if find_spec("peft") else {"LoRA (PEFT)": "the package peft is not installed"}
         return [
-            Variant(part, name, build, missing.get(name))
+            Variant(part, name, build, missing.get(name), any(f" {backend}," in f"{name}," for backend in self.fused))
             for part, builders in ((TRAINING, training), (INFERENCE, inference))
             for name, build in builders.items()
         ]

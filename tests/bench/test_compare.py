@@ -44,6 +44,14 @@ def test_what_turned_red_is_a_regression_and_what_was_not_asked_for_is_none() ->
     assert "lost: error gate red: x" in text
 
 
+def test_a_slower_baseline_is_no_regression_of_ours_but_said() -> None:
+    before, after = (report(record("adapter", [row("eager", value)])) for value in (1.0, 2.0))
+    differences = compare(before, after)
+    assert [d.verdict for d in differences] == ["slower"]
+    assert regressions(differences) == []
+    assert "1 of what is not ours became slower too" in markdown(before, after, ("a", "b"), differences)
+
+
 def test_other_machines_and_versions_are_said() -> None:
     before = report(record("adapter", [row("triton", 1.0, True)]))
     after = report(record("merge", [row("triton", 1.0, True)]), device="NVIDIA A100", versions={"torch": "2.12.0"})

@@ -29,6 +29,10 @@ def test_rows_of_a_small_model() -> None:
     fused, copies, alone = (
         training[name] for name in ("MoSA cpu, expert per batch", "MoSA N copies, expert per batch", BACKBONE)
     )
+    assert {name for name, row in rows.items() if row["ours"]} == {
+        *(f"MoSA cpu, expert per {per}" for per in ("sample", "batch", "sample, alignment")),
+        *("AdaptFormer cpu", "unmerged, cpu"),
+    }
     assert copies["state_bytes"] > fused["state_bytes"] > alone["state_bytes"]
     assert training["MoSA eager, expert per sample"]["saved_bytes"] > fused["saved_bytes"]
 

@@ -111,7 +111,9 @@ def test_pictures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
 def test_names_and_timings() -> None:
     made = gpu_report()
     made["growth"] = [{**made["kernels"][0], "axis": "tokens", "value": 5}]
-    training = [{"variant": "MoSA triton, expert per sample", "status": "red", "reason": "error gate red"}]
+    training = [
+        {"variant": "MoSA triton, expert per sample", "ours": True, "status": "red", "reason": "error gate red"}
+    ]
     made["models"] = [{"case": {"model": "vit", "batch": 2}, "training": training, "inference": []}]
     names = [name for name, _ in timings(made)]
     assert len(names) == len(set(names))
