@@ -59,7 +59,9 @@ def configs(width: int, units: int, matmul_dtype: torch.dtype, arch: int, listed
     half = _HALF_HOPPER if family == "hopper" else _HALF_AMPERE
     table = _FLOAT32 if matmul_dtype == torch.float32 else half
     columns = padded(width)
-    size = padded(units) * (2 if listed and matmul_dtype == torch.float32 else 1)
+    size = padded(units)
+    if listed and matmul_dtype == torch.float32:
+        size = max(128, 2 * size)
     row = table[next(limit for limit in sorted(table) if size <= limit)]
     forward, tokens, weights = (config._replace(block_d=min(config.block_d, columns)) for config in row)
     together = _TOGETHER["float32" if matmul_dtype == torch.float32 else family]
