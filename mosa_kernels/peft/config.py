@@ -48,7 +48,8 @@ class MoSAConfig:
         method: "adapter", or a baseline that has none and takes no notice of the fields above but those named here:
             "linear" trains the head alone, "full" every parameter, "bitfit" (arXiv 2106.10199) the backbone's biases,
             "vpt-shallow" and "vpt-deep" (arXiv 2203.12119) prompt tokens after the class token, before the first
-            block or anew before each one (`layers`, `dropout` and `seed` apply). The head trains in all of them.
+            block or anew before each one (`layers`, `dropout` and `seed` apply). The head trains in all of them. What
+            "full" and "bitfit" train are copies, so "full" takes the memory of a second backbone.
         prompt_length: how many prompt tokens, per block for "vpt-deep".
 
     Raises:

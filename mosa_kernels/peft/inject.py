@@ -154,7 +154,8 @@ def _check_style(config: MoSAConfig, blocks: list[FoundBlock]) -> None:
                     projected(find_attention(block), site)
                 except ValueError as error:
                     raise ValueError(
-                        f"style: {config.style!r} does not reach {site!r} of {name} at {path}: {error}"
+                        f"style: {config.style!r} does not reach {site!r} of {name} at {path}: {error}; "
+                        "expected 'adaptformer'"
                     ) from error
             elif (site == "after_ffn" and kind.ffn is None) or (site == "after_attention" and kind.attention is None):
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Visual prompt tuning: learnable tokens after the class token (VPT, arXiv 2203.12119).
 
-VPT-deep gives every block prompts of its own and forgets what the block made of them (Eq. 5); VPT-shallow gives them to
-the first block and carries them through (Eq. 4). Either way they are cut out before anything but a block sees them.
+VPT-deep gives every block prompts of its own and forgets what the block made of them; VPT-shallow gives them to the
+first block and carries them through (section 3.2). Either way they are cut out before anything but a block sees them.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def check_prompts(model: nn.Module, blocks: list[FoundBlock], method: str) -> No
 def make_prompts(
     model: nn.Module, blocks: list[FoundBlock], layers: list[int], length: int, deep: bool, dropout: float, seed: int
 ) -> dict[int, Prompts]:
-    """Prompts by block index, Xavier-uniform as VPT's (section 4.1 of its code: patch size and width are the fans).
+    """Prompts by block index; Xavier-uniform over the values of a patch and the width, as VPT's authors draw them.
 
     Args:
         layers: the blocks that get prompts of their own, ascending; shallow ones get them before the first of these

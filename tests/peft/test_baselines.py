@@ -73,7 +73,7 @@ def test_what_takes_gradients(family: Family) -> None:
 @pytest.mark.parametrize("family", PROMPTED, ids=lambda family: family.name)
 @torch.no_grad()
 def test_deep_prompts_take_part_in_their_block_and_go(family: Family) -> None:
-    """Block by block, with the prompts in the attention of the tokens and nowhere else (Eq. 5)."""
+    """Block by block, with the prompts in the attention of the tokens and nowhere else (VPT-deep)."""
     model, x = trained("vpt-deep", family), images(family)
     by_hand, prefix = make(family), model.num_prefix_tokens
     prompts = {path: each.weight for path, _, each in book_of(model).prompts("default")}
@@ -98,7 +98,7 @@ def test_deep_prompts_take_part_in_their_block_and_go(family: Family) -> None:
 @pytest.mark.parametrize("family", PROMPTED, ids=lambda family: family.name)
 @torch.no_grad()
 def test_shallow_prompts_stay_to_the_end(family: Family) -> None:
-    """All blocks over the longer sequence; nothing else sees the prompts (Eq. 4)."""
+    """All blocks over the longer sequence; nothing else sees the prompts (VPT-shallow)."""
     model, x = trained("vpt-shallow", family), images(family)
     ((path, _, prompts),) = book_of(model).prompts("default")
     assert path == "blocks.0"

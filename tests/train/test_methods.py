@@ -12,6 +12,7 @@ import torch
 from timm_models import images, make
 
 from mosa_kernels.peft.book import book_of, find_book
+from mosa_kernels.train import job as job_module
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.methods import METHODS, AdapterOptions, adapt, find_method
 from mosa_kernels.train.progress import Reporter
@@ -24,7 +25,10 @@ SHORT = {"epochs": 1, "warmup_epochs": 0.0, "augment": "none", "align": "none", 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_short_run_is_reopened_as_it_was(method: str, tiny: Any, tmp_path: Path) -> None:
+def test_a_short_run_is_reopened_as_it_was(
+    method: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_module, "plot_curve", lambda *_: None)  # half of the time of a run this short
     settings = tiny(method=method, adapter=AdapterOptions(bottleneck=4, num_experts=2, prompt_length=2), **SHORT)
     run = tmp_path / "run"
     job = Job(settings, run, False, Reporter())
