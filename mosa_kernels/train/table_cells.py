@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mosa_kernels.data.splits import DataSplits
+from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import MECHANISMS, evaluate, number_of_experts
 from mosa_kernels.train.folder import machine, read_json, versions, write_json
@@ -105,7 +106,14 @@ def run_cell(cell: Cell, reporter: Reporter | None = None) -> dict[str, Any]:
         return {**common, "failed": str(error), "seconds": time.perf_counter() - began}
     trained = time.perf_counter() - began
     loader = trainer.test_loader if cell.test else trainer.validation_loader
-    measured = evaluate(trainer.runner, loader, cell.mechanisms, seed=settings.recipe.seed, accelerator=accelerator)
+    measured = evaluate(
+        trainer.runner,
+        loader,
+        cell.mechanisms,
+        rules=MERGE_RULES if cell.test else (settings.recipe.merge_rule,),
+        seed=settings.recipe.seed,
+        accelerator=accelerator,
+    )
     return {
         **common,
         "experts": number_of_experts(trainer.runner),

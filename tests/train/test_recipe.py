@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mosa_kernels.train.job import Job
+from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import OFFICIAL, PAPER, Recipe, make_recipe
 from mosa_kernels.train.schedule import Schedule
+from mosa_kernels.train.setup import make_accelerator, make_trainer, open_splits, prepare
 
 
 def test_paper_recipe_is_table_12():
@@ -146,3 +151,30 @@ def test_a_recipe_survives_json():
 def test_bad_numbers_are_refused_by_name(name: str, overrides: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
         make_recipe(name, **overrides)
+
+
+def test_the_test_reports_the_mechanism_that_was_asked_for(tiny: Any, tmp_path: Path):
+    settings = tiny(epochs=1, inference="ensemble")
+    result = Job(settings, tmp_path / "run", False, Reporter()).run()
+    assert result["reported"] == "ensemble"
+    assert result["accuracy"] == result["test"]["ensemble"]["accuracy"]
+    assert set(result["test"]) == {"mean", "jigsaw", "stochastic", "ensemble"}
+    assert "image files (36 .png)" in result["data_format"]
+    assert len(result["backbone_sha256"]) == 64
+    assert result["normalisation"]["mean"]
+
+
+def test_an_epoch_is_not_chosen_by_images_that_were_trained_on(tiny: Any):
+    settings = tiny(epochs=1)
+    splits = dataclasses.replace(open_splits(settings, 32), validation_in_train=True)
+    with pytest.raises(ValueError, match=r"select: expected last, got best: .* trains on its validation images"):
+        prepare(settings, splits=splits)
+    prepare(dataclasses.replace(settings, recipe=dataclasses.replace(settings.recipe, select="last")), splits=splits)
+
+
+def test_first_six_blocks_reach_the_loss(tiny: Any):
+    settings = tiny(epochs=1, align="first-six", beta=0.01, beta_over_depth=True)
+    trainer = make_trainer(settings, prepare(settings), make_accelerator(settings), Reporter())
+    criterion = trainer.objective.criterion
+    assert criterion is not None
+    assert (criterion.align, criterion.beta) == ((0, 1, 2, 3), 0.01 / 4)
