@@ -70,7 +70,7 @@ phase doctor 40 "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' doct
 wanted tests && phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 "${selected[@]}"
 
 if [ "$DRY" = 1 ]; then
-  seconds=60
+  seconds=240
   measured="--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw"
 else
   reserve=$(wanted sanitizers && echo 140 || echo 60) # for the phases after it

@@ -15,7 +15,7 @@ Call = Callable[[], object]
 _WARM_UPS = 3
 _FEWEST_ROUNDS = 3
 _SHORT_SECONDS, _MOST_INNER = 0.005, 20  # on the CPU a repeat of a shorter call is the mean of several
-_HEAD_START = 1_000_000  # cycles, half a millisecond: more than the host takes for any call here
+_HEAD_START = 8_000_000  # cycles, some 4 ms: what the host takes for a dozen eager adapters, both ways
 _DEFAULT_CACHE = 64 << 20  # bytes, where nothing says how large the last cache is
 
 
