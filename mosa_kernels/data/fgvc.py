@@ -35,38 +35,39 @@ OBTAINED = (
 )
 
 
-def open_fgvc(address: str, *, verify: bool = False) -> DataSplits:
+def open_fgvc(address: str, *, root: str | Path | None = None, verify: bool = False) -> DataSplits:
     """Opens one of the 5 data sets.
 
     Labels of any kind are numbered in sorted order, as VPT does (NABirds' are class numbers with gaps).
 
     Args:
         address: the data set's folder; its name, or what precedes "=", is one of the names in use.
+        root: what a relative address is relative to.
         verify: decode every image now.
 
     Raises:
         FileNotFoundError: the folder, a split or images are missing: which, where, and how they are obtained.
         ValueError: an unknown data set, or a split that is not a JSON object of labels by path.
     """
-    root, row = locate("fgvc", FGVC, address)
-    missing = [name for name in SPLITS.values() if not (root / name).is_file()]
+    folder, row = locate("fgvc", FGVC, address, root)
+    missing = [name for name in SPLITS.values() if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{root}: {', '.join(missing)} not found there. {OBTAINED}")
-    raw = {split: read_labels(root / name) for split, name in SPLITS.items()}
+        raise FileNotFoundError(f"{folder}: {', '.join(missing)} not found there. {OBTAINED}")
+    raw = {split: read_labels(folder / name) for split, name in SPLITS.items()}
     names = sorted({label for labels in raw.values() for label in labels.values()}, key=_order)
     number = {name: position for position, name in enumerate(names)}
     lists = {
-        split: Listed(root / SPLITS[split], tuple(labels), tuple(number[label] for label in labels.values()))
+        split: Listed(folder / SPLITS[split], tuple(labels), tuple(number[label] for label in labels.values()))
         for split, labels in raw.items()
     }
     untrained = [names[label] for label in sorted(set(range(len(names))) - set(lists["train"].labels))]
     if untrained:
         raise ValueError(f"{lists['train'].source}: no training image of the classes {some(untrained)}")
-    images = _image_folder(root, IMAGE_FOLDERS[row.name], lists["train"].paths[0])
+    images = _image_folder(folder, IMAGE_FOLDERS[row.name], lists["train"].paths[0])
     files = {split: dataset_of(listed, images, OBTAINED) for split, listed in lists.items()}
-    shown = "its folder" if images == root else f"{images.name}/"
+    shown = "its folder" if images == folder else f"{images.name}/"
     note = f"VPT's train, val and test lists, images in {shown}"
-    return assemble(row, root, files, names, note, verify=verify)
+    return assemble(row, folder, files, names, note, verify=verify)
 
 
 def _order(label: str) -> tuple[int, int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -234,5 +235,6 @@ def files_fingerprint(root: Path, files: list[FileDataset], note: str) -> str:
     digest = hashlib.sha256(note.encode())
     for dataset in files:
         for path, label in zip(dataset.paths, dataset.labels.tolist(), strict=True):
-            digest.update(f"{path.relative_to(root).as_posix()}\t{path.stat().st_size}\t{label}\n".encode())
+            relative = Path(os.path.relpath(path, root)).as_posix()
+            digest.update(f"{relative}\t{path.stat().st_size}\t{label}\n".encode())
     return digest.hexdigest()

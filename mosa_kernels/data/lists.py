@@ -25,20 +25,21 @@ class Listed:
     labels: tuple[int, ...]
 
 
-def locate(prefix: str, benchmark: str, address: str) -> tuple[Path, Published]:
+def locate(prefix: str, benchmark: str, address: str, root: str | Path | None = None) -> tuple[Path, Published]:
     """The folder and the table's row for "/path/of/folder", or "name=/path" where the folder is called otherwise.
 
     Args:
         prefix: of the address, for messages: "vtab" or "fgvc".
         benchmark: as in `Published`.
         address: what followed the prefix.
+        root: what a relative folder is relative to; None: the current folder.
 
     Raises:
         ValueError: no data set of the benchmark has this name.
         FileNotFoundError: the folder does not exist.
     """
     named = re.fullmatch(r"([\w-]+)=(.+)", address)
-    folder = Path(named[2] if named else address).expanduser()
+    folder = Path(root or "").expanduser() / Path(named[2] if named else address).expanduser()
     name = named[1] if named else folder.resolve().name
     row = find_published(benchmark, name)
     if row is None:

@@ -43,7 +43,7 @@ def open_data(
 
     Args:
         name_or_path: see above.
-        root: folder of the files of a torchvision or timm data set.
+        root: folder of the files of a torchvision or timm data set; what a relative vtab or fgvc folder is relative to.
         seed: of drawn images and of held-out parts.
         image_size, labels_per_class: for the offline tasks.
         validation_share, test_share: shares held out where a data set lacks these sets.
@@ -61,9 +61,9 @@ def open_data(
     if kind == "offline" and name:
         splits = open_offline(name, seed=seed, image_size=image_size, labels_per_class=labels_per_class)
     elif kind in ("vtab", "vtab1000") and name:
-        splits = open_vtab(name, final=kind == "vtab1000", verify=verify)
+        splits = open_vtab(name, root=root, final=kind == "vtab1000", verify=verify)
     elif kind == "fgvc" and name:
-        splits = open_fgvc(name, verify=verify)
+        splits = open_fgvc(name, root=root, verify=verify)
     elif kind in ("torchvision", "timm") and name:
         opener = open_torchvision if kind == "torchvision" else open_timm
         splits = opener(

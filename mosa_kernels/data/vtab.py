@@ -31,11 +31,12 @@ OBTAINED = (
 )
 
 
-def open_vtab(address: str, *, final: bool = False, verify: bool = False) -> DataSplits:
+def open_vtab(address: str, *, root: str | Path | None = None, final: bool = False, verify: bool = False) -> DataSplits:
     """Opens one of the 19 data sets.
 
     Args:
         address: the data set's folder; its name, or what precedes "=", is one of the names in use.
+        root: what a relative address is relative to.
         final: train on the 1000 images of train800val200.txt.
         verify: decode every image now.
 
@@ -43,23 +44,23 @@ def open_vtab(address: str, *, final: bool = False, verify: bool = False) -> Dat
         FileNotFoundError: the folder, a list or images are missing: which, where, and how they are obtained.
         ValueError: an unknown data set, or a list that is not "path label" a line.
     """
-    root, row = locate("vtab1000" if final else "vtab", VTAB, address)
+    folder, row = locate("vtab1000" if final else "vtab", VTAB, address, root)
     wanted = {"train": "whole" if final else "train", "validation": "validation", "test": "test"}
-    missing = [LISTS[name] for name in wanted.values() if not (root / LISTS[name]).is_file()]
+    missing = [LISTS[name] for name in wanted.values() if not (folder / LISTS[name]).is_file()]
     if missing:
-        raise FileNotFoundError(f"{root}: {', '.join(missing)} not found there. {OBTAINED}")
-    lists = {split: read_list(root / LISTS[name]) for split, name in wanted.items()}
+        raise FileNotFoundError(f"{folder}: {', '.join(missing)} not found there. {OBTAINED}")
+    lists = {split: read_list(folder / LISTS[name]) for split, name in wanted.items()}
     classes = count_classes(lists.values())
-    files = {split: dataset_of(listed, root, OBTAINED) for split, listed in lists.items()}
+    files = {split: dataset_of(listed, folder, OBTAINED) for split, listed in lists.items()}
     if final and not set(files["validation"].paths) <= set(files["train"].paths):
-        raise ValueError(f"{root / LISTS['whole']}: expected the images of {LISTS['validation']} in it")
+        raise ValueError(f"{folder / LISTS['whole']}: expected the images of {LISTS['validation']} in it")
     note = (
         "trained on all 1000 images, the validation images among them: take the last epoch"
         if final
         else "trained on 800 images, validated on 200: for choosing hyper-parameters"
     )
     names = [str(number) for number in range(classes)]
-    return assemble(row, root, files, names, note, validation_in_train=final, verify=verify)
+    return assemble(row, folder, files, names, note, validation_in_train=final, verify=verify)
 
 
 def read_list(path: Path) -> Listed:
@@ -72,11 +73,11 @@ def read_list(path: Path) -> Listed:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.lstrip("-").isdigit():
+        name, *label = line.strip().rsplit(maxsplit=1)
+        if not label or not label[0].lstrip("-").isdigit():
             raise ValueError(f"{path}, line {number}: expected 'path label', got {line!r}")
-        paths.append(name.strip())
-        labels.append(int(label))
+        paths.append(name)
+        labels.append(int(label[0]))
     if not paths:
         raise ValueError(f"{path}: expected lines of 'path label', found none")
     return Listed(path, tuple(paths), tuple(labels))

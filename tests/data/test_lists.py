@@ -135,6 +135,24 @@ def test_a_folder_may_have_any_name_when_the_data_set_is_named(tmp_path: Path) -
         open_data(f"vtab:{root}")
 
 
+def test_a_relative_folder_is_below_the_root(tmp_path: Path) -> None:
+    write_vtab(tmp_path / "dtd")
+    assert open_data("vtab:dtd", root=tmp_path).fingerprint == open_data(f"vtab:{tmp_path / 'dtd'}").fingerprint
+    assert open_data("vtab:dsprites_loc=dtd", root=tmp_path).name == "VTAB-1k:dsprites_loc"
+    write_fgvc(tmp_path / "nabirds", *LAYOUTS["nabirds"])
+    assert open_data("fgvc:nabirds", root=tmp_path).name == "FGVC:nabirds"
+
+
+def test_lists_may_have_tabs_spaces_in_names_and_absolute_paths(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "svhn")
+    picture(tmp_path / "elsewhere" / "an image.png", 3)
+    text = (root / "train800.txt").read_text().replace(" 0\n", "\t0\r\n")
+    (root / "train800.txt").write_text(text + f"{tmp_path / 'elsewhere' / 'an image.png'} 1\n")
+    splits = open_data(f"vtab:{root}")
+    assert len(splits.train) == 7
+    assert splits.train[6][1] == 1
+
+
 def test_what_is_missing_from_vtab_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"DTD \(VTAB-1k\) was looked for in .*dtd, which does not exist"):
         open_data(f"vtab:{tmp_path / 'dtd'}")
