@@ -34,7 +34,7 @@ def draw_table(summaries: Sequence[Summary], title: str, path: Path) -> None:
             colour = COLOURS[summary.row.origin]
             left.barh(place, value.mean, xerr=value.spread, color=colour, height=0.7, capsize=3)
             left.plot(value.by_seed, [place] * len(value.by_seed), "k.", markersize=4)
-            left.text(max(value.by_seed) + value.spread, place, f" {value}", va="center", fontsize=8)
+            left.text(max(*value.by_seed, value.mean + value.spread), place, f" {value}", va="center", fontsize=8)
         if printed[place] is not None:
             right.barh(place, printed[place], color=PRINTED, height=0.7)
             right.text(printed[place], place, f" {printed[place]:.2f}", va="center", fontsize=8)

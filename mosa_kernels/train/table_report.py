@@ -31,7 +31,7 @@ def rows_of_table(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     for column in columns_of(summaries):
         head += [column, "paper"] if column in printed else [column]
     rows = [(*head, "params (M)", "paper")]
-    best = max(summary.values[MEAN].mean for summary in summaries)
+    best = max((s.values[MEAN].mean for s in summaries if s.values[MEAN].by_seed), default=None)
     for summary in summaries:
         cells = [summary.row.title + ("" if summary.row.origin == "paper" else f" ({summary.row.origin})")]
         for column, value in summary.values.items():

@@ -6,9 +6,11 @@ import csv
 import dataclasses
 import io
 import math
+from pathlib import Path
 
 import pytest
 
+from mosa_kernels.train.table_figure import draw_table
 from mosa_kernels.train.table_grid import Choice, Grid, Measured
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_spec import Changes, Table, read_table
@@ -64,7 +66,7 @@ def test_the_papers_mean_stands_beside_the_mean_that_it_is():
     assert "mean of groups" not in row_of(summaries, "vpt-deep").paper
 
 
-def test_a_run_that_failed_is_counted_and_left_out():
+def test_a_run_that_failed_is_counted_and_left_out(tmp_path: Path):
     table = read_table("9")
     name = table.tasks[0].name
     summaries = summarise_table(table, measured(table, {("mosa", name): (60.0, None, 64.0)}))
@@ -75,6 +77,11 @@ def test_a_run_that_failed_is_counted_and_left_out():
     nothing = summarise_table(table, measured(table, {("mosa", name): (None, None, None)}))
     assert str(row_of(nothing, "mosa").values[name]) == "failed"
     assert math.isnan(row_of(nothing, "mosa").values["mean"].mean)
+    assert sum(cell.startswith("**") for row in rows_of_table(nothing) for cell in row) == len(table.rows) - 1
+    against = differences_of(table, measured(table, {("mosa", name): (None, None, None)}))
+    assert "runs failed" in str(next(d for d in against if d.better == "4"))
+    draw_table(nothing, "a table with a hole", tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
 def test_paired_tests_against_values_by_hand():
