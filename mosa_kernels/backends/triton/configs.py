@@ -90,5 +90,5 @@ _FLOAT32: dict[int, _Row] = {
 _TOGETHER = {  # for padded bottlenecks of 16
     "ampere": Config(32, 64, 4, 2),
     "hopper": Config(64, 64, 8, 2),
-    "float32": Config(32, 32, 8, 2),
+    "float32": Config(32, 32, 4, 2),
 }
