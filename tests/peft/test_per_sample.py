@@ -119,6 +119,20 @@ def test_training_several_tasks_at_once() -> None:
     )
 
 
+@torch.no_grad()
+def test_one_graph_for_several_tasks() -> None:
+    torch._dynamo.reset()
+    model, x = make(), images(batch=3)
+    for name, options in (("a", {}), ("b", {"style": "lora"})):
+        inject_adapter(model, MoSAConfig(bottleneck=4, **options), name)  # type: ignore[arg-type]
+        train_a_little(model, name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with adapters_per_sample(model, ["b", "a", "b"]):
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
 def test_experts_are_drawn_for_each_group() -> None:
     model = make()
     for name in ("a", "b"):
