@@ -169,18 +169,18 @@ __device__ inline void put_vector(E* to, const float (&value)[kVector]) {
 // Leaves in `value` what was put, rounded.
 template <typename E>
 __device__ inline void put_rounded(E* to, float (&value)[kVector]) {
-  if (sizeof(E) == sizeof(float)) {
+  if constexpr (sizeof(E) == sizeof(float)) {
     put_vector(to, value);
-    return;
-  }
-  Wide bits;
+  } else {
+    Wide bits;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    bits.word[i] = pack_pair(value[2 * i], value[2 * i + 1], Element<E>::kDType);
-    value[2 * i] = from_bits(bits.word[i] & 0xffffu, Element<E>::kDType);
-    value[2 * i + 1] = from_bits(bits.word[i] >> 16, Element<E>::kDType);
+    for (int i = 0; i < 4; ++i) {
+      bits.word[i] = pack_pair(value[2 * i], value[2 * i + 1], Element<E>::kDType);
+      value[2 * i] = from_bits(bits.word[i] & 0xffffu, Element<E>::kDType);
+      value[2 * i + 1] = from_bits(bits.word[i] >> 16, Element<E>::kDType);
+    }
+    *reinterpret_cast<Wide*>(to) = bits;
   }
-  *reinterpret_cast<Wide*>(to) = bits;
 }
 
 template <typename E>
