@@ -90,8 +90,10 @@ def two_pass(
         logits2, features2 = run(images, (1,))
     else:
         logits, both = run(torch.cat([images, images]), (0, 1))
-        logits1, logits2 = logits[:size], logits[size:]
-        features1, features2 = [f[:size] for f in both], [f[size:] for f in both]
+        # Not sliced: the gradient of a slice is filled with zeros and added, twice a feature.
+        logits1, logits2 = logits.split(size)
+        pairs = [feature.split(size) for feature in both]
+        features1, features2 = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return TwoPassOutput(logits1, logits2, features1, features2, tuple(blocks), len(slots))
 
 
