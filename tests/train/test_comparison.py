@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from typing import Any
@@ -18,6 +17,7 @@ from mosa_kernels.train.comparison_report import (
     summarise,
     verdict,
 )
+from mosa_kernels.train.recipe import Recipe
 
 
 def outcome(key: str, seed: int, accuracy: float, **changes: Any) -> Outcome:
@@ -94,7 +94,7 @@ def test_the_shipped_choice_is_the_best_of_what_was_tried():
         best = max(tried, key=lambda row: row["accuracy"])
         assert {name: best[name] for name in contender.tuned} == record["chosen"][contender.key]
         assert len({row["base_lr"] for row in tried}) >= 2
-    assert record["recipe"] == json.loads(json.dumps(DEMO.as_dict()))
+    assert Recipe(**record["recipe"]) == DEMO  # toggles newer than the record have the values that it was made with
     assert "validation" in record["protocol"]
     assert all({"method", "seeds", "accuracy"} <= row.keys() for row in record["explored"])
     assert not {seed for row in record["explored"] for seed in row["seeds"]} & {0, 1, 2}
@@ -118,5 +118,5 @@ def test_each_run_has_its_own_data_and_initial_seed():
     assert by_key["mosa-sample"].recipe.expert_per == "sample"
     assert (by_key["mosa-batch"].recipe.alpha, by_key["mosa-batch"].recipe.beta) == (1, 1)
     assert by_key["dropout-two-pass"].recipe.beta == 0
-    shared = {dataclasses.replace(s, data_seed=0).adapter for s in settings}
+    shared = {s.adapter for s in settings if s.method != "linear"}
     assert len(shared) == 1
