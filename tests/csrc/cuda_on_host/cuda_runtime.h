@@ -1,10 +1,11 @@
 // Stands in for the CUDA runtime, so that g++ compiles an unchanged .cu file and runs its kernels on the CPU.
 //
 // Every CUDA thread of a block is a fiber with its own stack. Fibers run one at a time, in the order of their thread
-// index, until they reach a barrier or a warp-wide operation; there they yield until all that take part have come.
-// A kernel that reads what a later thread writes without a barrier in between therefore sees stale values, and a
-// barrier that some thread never reaches is reported as a deadlock. Blocks run one after the other, each on shared
-// memory full of NaN, and the dynamic part ends where the launch said.
+// index (every other block: backwards, so that a race is lost by either side), until they reach a barrier or a
+// warp-wide operation; there they yield until all that take part have come. A kernel that reads what a later thread
+// writes without a barrier in between therefore sees stale values, and a barrier that some thread never reaches is
+// reported as a deadlock. Blocks run one after the other, each on shared memory full of NaN, and the dynamic part ends
+// where the launch said.
 #pragma once
 
 #include <math.h>
@@ -199,9 +200,11 @@ inline void run_block(Block& running) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
+  const bool backwards = (blockIdx.x + blockIdx.y) % 2 == 1;
   for (bool busy = true; busy;) {
     busy = running.progress = false;
-    for (size_t i = 0; i < running.fibers.size(); ++i) {
+    for (size_t turn = 0; turn < running.fibers.size(); ++turn) {
+      const size_t i = backwards ? running.fibers.size() - 1 - turn : turn;
       if (running.fibers[i].done) continue;
       running.current = i;
       threadIdx = running.fibers[i].index;
