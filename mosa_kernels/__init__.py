@@ -19,18 +19,23 @@ if TYPE_CHECKING:
     from mosa_kernels.losses import MoSALoss
     from mosa_kernels.nn.adapter import FusedMoSAAdapter
     from mosa_kernels.nn.dense import DenseAdapter
+    from mosa_kernels.nn.lora import FusedMoSALoRA
     from mosa_kernels.nn.sampler import inference_experts
     from mosa_kernels.optim import MoSAAdamW
     from mosa_kernels.peft import (
+        FoldLoss,
         MoSAConfig,
+        adapters_per_sample,
         disable_adapter,
         inject_adapter,
         load_adapter,
+        merge_adapter,
         merge_and_unload,
         save_adapter,
         set_adapter,
         trainable_parameters,
         two_pass,
+        unmerge_adapter,
     )
 
 _HOME = {
@@ -41,6 +46,11 @@ _HOME = {
     "split": "functional.split",
     "MoSALoss": "losses",
     "FusedMoSAAdapter": "nn.adapter",
+    "FusedMoSALoRA": "nn.lora",
+    "FoldLoss": "peft",
+    "adapters_per_sample": "peft",
+    "merge_adapter": "peft",
+    "unmerge_adapter": "peft",
     "DenseAdapter": "nn.dense",
     "inference_experts": "nn.sampler",
     "MoSAAdamW": "optim",
@@ -57,16 +67,20 @@ _HOME = {
 
 __all__ = [
     "DenseAdapter",
+    "FoldLoss",
     "FusedMoSAAdapter",
+    "FusedMoSALoRA",
     "MoSAAdamW",
     "MoSAConfig",
     "MoSALoss",
     "__version__",
+    "adapters_per_sample",
     "available_backends",
     "disable_adapter",
     "inference_experts",
     "inject_adapter",
     "load_adapter",
+    "merge_adapter",
     "merge_adapters",
     "merge_and_unload",
     "mosa_adapter",
@@ -76,6 +90,7 @@ __all__ = [
     "split",
     "trainable_parameters",
     "two_pass",
+    "unmerge_adapter",
 ]
 
 

@@ -16,7 +16,7 @@ from mosa_kernels.data.backbone import OFFLINE_BACKBONE
 from mosa_kernels.train.folder import RunFolder
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
-from mosa_kernels.train.methods import METHODS, AdapterOptions
+from mosa_kernels.train.methods import METHODS, AdapterOptions, find_method
 from mosa_kernels.train.progress import make_reporter
 from mosa_kernels.train.recipe import RECIPES, Recipe, make_recipe, regularised
 from mosa_kernels.train.settings import Settings
@@ -44,10 +44,10 @@ def train(
     download: Annotated[bool | None, typer.Option(help="Fetch missing files of a named data set.")] = None,
     data_seed: Annotated[int | None, typer.Option(help="Seed of drawn images and of held-out parts.")] = None,
     labels_per_class: Annotated[int | None, typer.Option(help="Training images a class of offline:digits.")] = None,
-    style: Annotated[str | None, typer.Option(help="Where adapters sit: adaptformer, pfeiffer, ...")] = None,
+    style: Annotated[str | None, typer.Option(help="Where adapters sit: adaptformer, pfeiffer, houlsby, lora.")] = None,
     bottleneck: Annotated[int | None, typer.Option(help="Width r of the bottleneck.")] = None,
-    num_experts: Annotated[int | None, typer.Option(help="Number N of experts.")] = None,
-    sparse: Annotated[str | None, typer.Option(help="Which projection is split: up, down, both.")] = None,
+    num_experts: Annotated[str | None, typer.Option(help="Number N of experts; or one per block, as 4,4,2.")] = None,
+    sparse: Annotated[str | None, typer.Option(help="Which projection is split: up, down, both, none.")] = None,
     granularity: Annotated[str | None, typer.Option(help="element, row, column, block, ...")] = None,
     activation: Annotated[str | None, typer.Option(help="gelu, relu, silu, identity.")] = None,
     scale: Annotated[float | None, typer.Option(help="Factor on the adapter's output.")] = None,
@@ -56,6 +56,8 @@ def train(
     expert_scale: Annotated[str | None, typer.Option(help="Factor on the active expert in training; N for N.")] = None,
     anchored: Annotated[bool | None, typer.Option(help="First pass merged, second pass held to it.")] = None,
     layers: Annotated[str | None, typer.Option(help="Numbers of the blocks with adapters, as 0,1,5.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="For lora: any of q,v,k,proj.")] = None,
+    prompt_length: Annotated[int | None, typer.Option(help="Prompt tokens of vpt-shallow and vpt-deep.")] = None,
     expert_per: Annotated[str | None, typer.Option(help="Draw an expert per batch or per sample.")] = None,
     dropout: Annotated[float | None, typer.Option(help="On the bottleneck.")] = None,
     merge_rule: Annotated[str | None, typer.Option(help="mean or jigsaw.")] = None,
@@ -124,7 +126,12 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
     """
     given = dict(given)
     if "layers" in given:
-        given["layers"] = _numbers(given["layers"])
+        given["layers"] = _numbers("layers", given["layers"], "numbers of blocks such as 0,1,5")
+    if "num_experts" in given:
+        counts = _numbers("num_experts", given["num_experts"], "a number, or one per block such as 4,4,2")
+        given["num_experts"] = counts[0] if len(counts) == 1 else counts
+    if "lora_targets" in given:
+        given["lora_targets"] = tuple(given["lora_targets"].split(","))
     if "expert_scale" in given and given["expert_scale"] != "N":
         given["expert_scale"] = _number("expert_scale", given["expert_scale"])
     adapter = {key: value for key, value in given.items() if key in ADAPTER}
@@ -154,11 +161,11 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str, expected: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"layers: expected numbers of blocks such as 0,1,5, got {text!r}") from None
+        raise ValueError(f"{name}: expected {expected}, got {text!r}") from None
 
 
 def _number(name: str, text: str) -> float:
@@ -188,8 +195,12 @@ def introduce(job: Job, console: Console) -> None:
     table.add_row("backbone", f"{s.model} from {source}, sha256 {prepared.backbone['sha256'][:12]}")
     table.add_row("normalisation", ", ".join(f"{key} {value}" for key, value in prepared.normalisation.items()))
     table.add_row("parameters", ", ".join(f"{name} {count:,}" for name, count in job.parameters.items()))
-    if s.method != "linear":
+    baseline = find_method(s.method).baseline
+    if baseline is None:
         table.add_row("adapter", _listing(dataclasses.asdict(s.adapter)) + f", passes {s.passes}")
+    elif baseline.startswith("vpt"):
+        prompts = {"prompt_length": s.adapter.prompt_length, "layers": s.adapter.layers}
+        table.add_row("prompts", _listing(prompts) + f", passes {s.passes}")
     toggles = {"lr": s.recipe.lr, "regularisation": s.recipe.regularisation, **s.recipe.as_dict()}
     table.add_row(f"recipe {s.recipe.name}", _listing(toggles, leave=("name",)))
     table.add_row(

@@ -91,6 +91,13 @@ def test_options_given_again_on_resuming_are_no_difference():
     assert settings_of({"lr": 0.02}, settings.as_dict()) != settings
 
 
+def test_lists_are_read() -> None:
+    lists = {"data": "x", "method": "mosl", "num_experts": "4,4,2", "lora_targets": "q,proj"}
+    adapter = settings_of(lists, None).adapter
+    assert (adapter.num_experts, adapter.lora_targets) == ((4, 4, 2), ("q", "proj"))
+    assert settings_of({"data": "x", "num_experts": "3"}, None).adapter.num_experts == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -106,6 +113,7 @@ def test_options_given_again_on_resuming_are_no_difference():
         (("--data", "offline:digits", "--mixed-precision", "fp16", "--cpu"), "fp16 needs a GPU"),
         (("--data", "offline:digits", "--accumulate", "3"), "accumulate: expected a divisor of the batch size 128"),
         (("--data", "offline:digits", "--layers", "first"), "layers: expected numbers of blocks such as 0,1,5"),
+        (("--data", "offline:digits", "--num-experts", "few"), "num_experts: expected a number, or one per block"),
         (("--data", "offline:digits", "--bottleneck", "0"), "bottleneck: expected at least 1, got 0"),
         (("--data", "offline:digits", "--checkpoint", "/no/file.npz"), "checkpoint: no file /no/file.npz"),
         (("--resume",), "there is no run to resume or read"),
