@@ -6,6 +6,7 @@ same class sits behind the operator's Autograd key.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -250,7 +251,8 @@ def mosa_adapter(
         ValueError: a shape, device or option is wrong, or the backend asked for does not take the call.
     """
     compute_dtype = None
-    if torch.is_autocast_enabled(x.device.type):
+    autocasts = x.device.type != "meta"  # PyTorch raises where it is asked about others
+    if autocasts and torch.is_autocast_enabled(x.device.type):
         compute_dtype = torch.get_autocast_dtype(x.device.type)
         if residual is not None and residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -287,7 +289,7 @@ def mosa_adapter(
     check_adapter(args)
     name = choose_adapter_backend(args, backend)
     if name == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False) if autocasts else nullcontext():
             return reference.adapter(args)
     if torch.compiler.is_compiling():
         return torch.ops.mosa_kernels.adapter_forward(*args, name)[0]

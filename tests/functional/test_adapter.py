@@ -267,3 +267,15 @@ def test_nothing_of_the_caller_is_changed() -> None:
     assert torch.equal(grad, kept)
     for tensor, value in zip((x, residual, *w.values()), before, strict=True):
         assert torch.equal(tensor, value)
+
+
+def test_meta_tensors_have_shapes_alone() -> None:
+    """As tools that plan memory or count parameters run a model."""
+    layer = mk.FusedMoSAAdapter(24, 8, device="meta")
+    x = torch.empty(2, 5, 24, device="meta", requires_grad=True)
+    for module in (layer.train(), layer.eval()):
+        out = module(x, torch.empty_like(x))
+        assert (out.shape, out.device.type) == (x.shape, "meta")
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
