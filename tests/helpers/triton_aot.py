@@ -26,6 +26,11 @@ class MachineCode(NamedTuple):
 def machine_code(launch: Launch, arch: int, scratch: Path) -> MachineCode:
     """Compiles the launch for compute capability arch / 10; its tensors may be on the meta device."""
     kernel: Any = launch.compile(GPUTarget("cuda", arch, 32), SMALL_SHARED)
+    return MachineCode(kernel.asm["ptx"], *registers_and_spills(kernel, arch, scratch), kernel.metadata.shared)
+
+
+def registers_and_spills(kernel: Any, arch: int, scratch: Path) -> tuple[int, int]:
+    """As the assembler reports them: registers a thread, bytes spilled a thread."""
     source = scratch / "kernel.ptx"
     source.write_text(kernel.asm["ptx"])
     target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
@@ -38,4 +43,4 @@ def machine_code(launch: Launch, arch: int, scratch: Path) -> MachineCode:
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert used is not None
     assert spilled is not None
-    return MachineCode(kernel.asm["ptx"], int(used[1]), max(map(int, spilled.groups())), kernel.metadata.shared)
+    return int(used[1]), max(map(int, spilled.groups()))

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels.backends.adapter_kernels import takes
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter
 
-_MAX_WIDTH = 4096
-_MAX_BOTTLENECK = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _found: tuple[bool, str] | None = None
 
 
@@ -47,30 +45,6 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     if not args.x.is_cuda:
         return False, f"x is on {args.x.device}, not on a CUDA device"
     return takes(args)
-
-
-def takes(args: AdapterArguments) -> tuple[bool, str]:
-    """`supports_adapter` on any device."""
-    x = args.x
-    if x.numel() == 0:
-        return False, "x is empty"
-    if x.shape[-1] > _MAX_WIDTH:
-        return False, f"x is {x.shape[-1]} wide, at most {_MAX_WIDTH} are taken"
-    if args.w_down.shape[0] > _MAX_BOTTLENECK:
-        return False, f"the bottleneck is {args.w_down.shape[0]} wide, at most {_MAX_BOTTLENECK} are taken"
-    if x.numel() // x.shape[-1] >= 2**31 - 2**10:
-        return False, "x has 2**31 tokens or more"
-    dtype = args.compute_dtype or args.x.dtype
-    if dtype not in _DTYPES:
-        return False, f"products in {dtype} are not taken"
-    for name, tensor in zip(args._fields[:13], args[:13], strict=True):
-        if tensor is None or name == "expert":
-            continue
-        if tensor.dtype not in _DTYPES and name not in ("assignment", "assignment_down"):
-            return False, f"{name} has dtype {tensor.dtype}"
-        if name not in ("x", "residual") and not tensor.is_contiguous():
-            return False, f"{name} is not contiguous"
-    return True, ""
 
 
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,12 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mosa_kernels.backends.adapter_kernels import takes
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
 
-_MAX_WIDTH = 4096
-_MAX_BOTTLENECK = 256
 _MAX_BIAS_ROWS = 64  # the rows of b_up whose gradients one program holds in registers
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _found: tuple[bool, str] | None = None
 
@@ -50,27 +48,9 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     x = args.x
     if not x.is_cuda and not _INTERPRETING:
         return False, f"x is on {x.device}, not on a CUDA device"
-    if x.numel() == 0:
-        return False, "x is empty"
-    if x.shape[-1] > _MAX_WIDTH:
-        return False, f"x is {x.shape[-1]} wide, at most {_MAX_WIDTH} are taken"
-    if args.w_down.shape[0] > _MAX_BOTTLENECK:
-        return False, f"the bottleneck is {args.w_down.shape[0]} wide, at most {_MAX_BOTTLENECK} are taken"
-    if x.numel() // x.shape[-1] >= 2**31 - 2**10:
-        return False, "x has 2**31 tokens or more"
     if args.b_up is not None and args.b_up.dim() == 2 and args.b_up.shape[0] > _MAX_BIAS_ROWS:
         return False, f"b_up has {args.b_up.shape[0]} rows, at most {_MAX_BIAS_ROWS} are taken"
-    dtype = args.compute_dtype or args.x.dtype
-    if dtype not in _DTYPES:
-        return False, f"products in {dtype} are not taken"
-    for name, tensor in zip(args._fields[:13], args[:13], strict=True):
-        if tensor is None or name == "expert":
-            continue
-        if tensor.dtype not in _DTYPES and name not in ("assignment", "assignment_down"):
-            return False, f"{name} has dtype {tensor.dtype}"
-        if name not in ("x", "residual") and not tensor.is_contiguous():
-            return False, f"{name} is not contiguous"
-    return True, ""
+    return takes(args)
 
 
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,15 +6,15 @@ The interpreter multiplies the raw bits of bf16 operands, so that bf16 is checke
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from accuracy import Expected, all_needs, argument, on, well_conditioned
+from calls import full_call, sparse_down
 from cases import adapter_calls
 from hypothesis import Phase, given, settings
+from poison import poisoned_memory
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
@@ -46,23 +46,6 @@ DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat1
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter knows no streams, graphs or races")
 
 
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN, so that what a kernel forgets to write is seen."""
-
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocated(*args: object, **kwargs: object) -> Tensor:
-            with torch.no_grad():
-                return allocate(*args, **kwargs).fill_(float("nan"))
-
-        return allocated
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "empty_like"):
-            patch.setattr(torch, name, poisoned(getattr(torch, name)))
-        yield
-
-
 def run(args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None) -> tuple[Tensor, AdapterGradients]:
     ok, reason = backend.supports_adapter(args)
     assert ok, reason
@@ -86,51 +69,9 @@ def check(args: AdapterArguments, grad_out: Tensor | None = None) -> AdapterGrad
     return gradients
 
 
-def call(
-    batch: int = 2,
-    length: int = 37,
-    d: int = 48,
-    r: int = 8,
-    dtype: torch.dtype = torch.float32,
-    parameter_dtype: torch.dtype | None = None,
-    n: int = 4,
-    expert: Tensor | None = None,
-    values: int = 0,
-    **options: object,
-) -> AdapterArguments:
-    """A full-featured call, of which tests change what they are about."""
-    generator = torch.Generator().manual_seed(values)
-
-    def normal(*shape: int, of: torch.dtype = parameter_dtype or dtype, gain: float = 1.0) -> Tensor:
-        return (gain * torch.randn(shape, generator=generator)).to(of).requires_grad_()
-
-    defaults: dict[str, object] = {
-        "x": normal(batch, length, d, of=dtype),
-        "residual": normal(batch, length, d, of=dtype),
-        "w_down": normal(r, d, gain=d**-0.5),
-        "b_down": normal(r),
-        "w_up": normal(d, r, gain=r**-0.5),
-        "b_up": normal(n, d),
-        "assignment": torch.randint(n, (d, r), generator=generator, dtype=torch.uint8),
-        "assignment_down": None,
-        "w_down_init": None,
-        "expert": expert,
-        "norm_weight": normal(d),
-        "norm_bias": normal(d),
-        "scale_tensor": None,
-        "seed": None,
-        "activity": torch.zeros(n, requires_grad=True),
-        "scale": 0.5,
-    }
-    return on(AdapterArguments(**{**defaults, **options}), DEVICE)
-
-
-def sparse_down(d: int, r: int, n: int = 4) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {
-        "assignment_down": torch.randint(n, (r, d), generator=generator, dtype=torch.uint8),
-        "w_down_init": torch.randn(r, d, generator=generator) * d**-0.5,
-    }
+def call(*sizes: Any, **options: Any) -> AdapterArguments:
+    """`full_call` where the kernels run."""
+    return on(full_call(*sizes, **options), DEVICE)
 
 
 # Shrinking would take minutes in the interpreter; on a GPU every shape is compiled first.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from mosa_kernels.backends.triton import configs as table
 triton = pytest.importorskip("triton", reason="PyTorch came without Triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia import compiler as nvidia  # noqa: E402
+from triton_aot import SMALL_SHARED, registers_and_spills  # noqa: E402
 
 from mosa_kernels.backends.triton import (  # noqa: E402
     adapter_backward_together,
@@ -33,7 +31,6 @@ from mosa_kernels.backends.triton.plan import parts_of, plan_of, rows_of, togeth
 
 pytestmark = pytest.mark.skipif(interpreted(adapter_forward_kernel), reason="the interpreter compiles nothing")
 
-SMALL_SHARED = 99 * 1024  # bytes a block may use on compute capability 8.6, 8.9 and 12.x
 KERNELS = ("forward", "tokens", "weights", "reduce")
 
 
@@ -95,23 +92,6 @@ def launches(
 
 def compiled(args: AdapterArguments, kernel: str, arch: int) -> Any:
     return dict(launches(args, arch))[kernel].compile(GPUTarget("cuda", arch, 32), SMALL_SHARED)
-
-
-def registers_and_spills(kernel: Any, arch: int, scratch: Path) -> tuple[int, int]:
-    """As the assembler reports them: registers a thread, bytes spilled a thread."""
-    source = scratch / "kernel.ptx"
-    source.write_text(kernel.asm["ptx"])
-    target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
-    assert target is not None
-    takes_arch = bool(inspect.signature(nvidia.get_ptxas).parameters)  # not in Triton 3.5
-    assembler = nvidia.get_ptxas(arch) if takes_arch else nvidia.get_ptxas()
-    command = [assembler.path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(scratch / "kernel.cubin")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    used = re.search(r"Used (\d+) registers", report)
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert used is not None
-    assert spilled is not None
-    return int(used[1]), max(int(spilled[1]), int(spilled[2]))
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:3])
