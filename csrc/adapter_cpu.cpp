@@ -131,6 +131,12 @@ Plan make_plan(const AdapterCpuParams& p) {
   return plan;
 }
 
+CpuTile tile_of(const Plan& plan, const Tile& tile, const Tile* next) {
+  const int64_t* tokens = plan.tokens.data();
+  return {tokens + tile.start, static_cast<int>(tile.stop - tile.start), next ? tokens + next->start : nullptr,
+          next ? static_cast<int>(next->stop - next->start) : 0};
+}
+
 int check(const AdapterCpuParams& p) {
   if (p.tokens < 0 || p.width < 1 || p.rank < 1 || p.experts < 0 || p.expert_groups < 1 || p.seed_groups < 1) {
     return kNegativeSize;
@@ -168,32 +174,44 @@ CpuTileCall tile_call(const AdapterCpuParams& p) {
   return call;
 }
 
-// Makes the packed weights of all experts that run.
+// Whether experts differ in the down projection: else the first one's serves all.
+bool own_down(const AdapterCpuParams& p) { return p.assignment_down != nullptr; }
+
+// Makes room for the packed weights of all experts that run.
 std::vector<CpuExpert> take_experts(const AdapterCpuParams& p, const Plan& plan, const CpuKernels& kernels,
                                     bool backward, Arena* arena) {
   const size_t wide = static_cast<size_t>(padded(p.width)), narrow = static_cast<size_t>(padded(p.rank));
   std::vector<CpuExpert> experts(plan.experts.size());
-  for (CpuExpert& e : experts) {
-    e.down_rows = arena->take<float>(static_cast<size_t>(p.rank) * wide);
+  for (size_t i = 0; i < experts.size(); ++i) {
+    CpuExpert& e = experts[i];
+    if (i == 0 || own_down(p)) {
+      e.down_rows = arena->take<float>(static_cast<size_t>(p.rank) * wide);
+      e.b_down = arena->take<float>(narrow);
+      e.row_sums = arena->take<float>(narrow);
+      e.down = arena->take<char>(kernels.packed_bytes(p.width, p.rank));
+      e.down_back = backward ? arena->take<char>(kernels.packed_bytes(p.rank, p.width)) : nullptr;
+    } else {
+      e = experts[0];
+    }
     e.up_rows = arena->take<float>(static_cast<size_t>(p.width) * narrow);
-    e.b_down = arena->take<float>(narrow);
-    e.row_sums = arena->take<float>(narrow);
     e.b_up = arena->take<float>(wide);
-    e.down = arena->take<char>(kernels.panel_bytes(p.width, p.rank));
-    e.up = backward ? nullptr : arena->take<char>(kernels.panel_bytes(p.rank, p.width));
-    e.down_back = backward ? arena->take<char>(kernels.panel_bytes(p.rank, p.width)) : nullptr;
-    e.up_back = backward ? arena->take<char>(kernels.panel_bytes(p.width, p.rank)) : nullptr;
+    e.up = backward ? nullptr : arena->take<char>(kernels.packed_bytes(p.rank, p.width));
+    e.up_back = backward ? arena->take<char>(kernels.packed_bytes(p.width, p.rank)) : nullptr;
+    const bool owner = backward && p.assignment != nullptr && plan.experts[i] != kMerged;
+    e.owned_memory = owner && kernels.owned_bytes ? arena->take<char>(kernels.owned_bytes(p.width, p.rank)) : nullptr;
+    e.owned = {};
   }
   return experts;
 }
 
 void pack_experts(const AdapterCpuParams& p, const Plan& plan, const CpuKernels& kernels, bool backward,
-                  const std::vector<CpuExpert>& experts) {
+                  std::vector<CpuExpert>& experts) {
   const int64_t wide = padded(p.width), narrow = padded(p.rank);
   parallel_for(static_cast<int64_t>(experts.size()) * 2, plan.threads, [&](int64_t item) {
-    const CpuExpert& e = experts[static_cast<size_t>(item / 2)];
+    CpuExpert& e = experts[static_cast<size_t>(item / 2)];
     const int id = plan.experts[static_cast<size_t>(item / 2)];
     if (item % 2 == 0) {
+      if (item > 0 && !own_down(p)) return;
       expert_down(p, id, e);
       kernels.pack_transposed(e.down_rows, wide, p.width, p.rank, e.down);
       if (backward) kernels.pack(e.down_rows, wide, p.rank, p.width, e.down_back);
@@ -201,6 +219,9 @@ void pack_experts(const AdapterCpuParams& p, const Plan& plan, const CpuKernels&
       expert_up(p, id, e);
       if (backward) {
         kernels.pack(e.up_rows, narrow, p.width, p.rank, e.up_back);
+        if (e.owned_memory != nullptr) {
+          kernels.pack_owned(p.assignment, id, p.width, p.rank, e.owned_memory, &e.owned);
+        }
       } else {
         kernels.pack_transposed(e.up_rows, narrow, p.rank, p.width, e.up);
       }
@@ -253,10 +274,12 @@ int adapter_cpu_forward(const AdapterCpuParams& params, const AdapterCpuOutputs&
   const int64_t tiles = static_cast<int64_t>(plan.tiles.size());
   std::atomic<int64_t> next{0};
   parallel_for(plan.workers, plan.threads, [&](int64_t worker) {
-    for (int64_t i = next.fetch_add(1); i < tiles; i = next.fetch_add(1)) {
+    for (int64_t i = next.fetch_add(1), following = 0; i < tiles; i = following) {
+      following = next.fetch_add(1);
       const Tile& tile = plan.tiles[static_cast<size_t>(i)];
-      kernels->forward(call, plan.tokens.data() + tile.start, static_cast<int>(tile.stop - tile.start),
-                       experts[static_cast<size_t>(tile.expert)], scratch[static_cast<size_t>(worker)]);
+      const Tile* after = following < tiles ? &plan.tiles[static_cast<size_t>(following)] : nullptr;
+      kernels->forward(call, tile_of(plan, tile, after), experts[static_cast<size_t>(tile.expert)],
+                       scratch[static_cast<size_t>(worker)]);
     }
   });
   return kOk;
@@ -296,12 +319,14 @@ int adapter_cpu_backward(const AdapterCpuParams& params, const AdapterCpuGradien
   parallel_for(plan.workers, plan.threads, [&](int64_t worker) {
     for (int run = next.fetch_add(1); run < plan.runs; run = next.fetch_add(1)) {
       int last = -1;
-      for (const Tile& tile : plan.tiles) {
+      for (size_t i = 0; i < plan.tiles.size(); ++i) {
+        const Tile& tile = plan.tiles[i];
         if (tile.run != run) continue;
+        const bool ends = i + 1 == plan.tiles.size() || plan.tiles[i + 1].run != run;
         CpuSums into = sums[static_cast<size_t>(tile.sums)];
         into.fresh = tile.sums != last;
         last = tile.sums;
-        kernels->backward(call, plan.tokens.data() + tile.start, static_cast<int>(tile.stop - tile.start),
+        kernels->backward(call, tile_of(plan, tile, ends ? nullptr : &plan.tiles[i + 1]),
                           experts[static_cast<size_t>(tile.expert)], into, scratch[static_cast<size_t>(worker)]);
       }
     }

@@ -1,7 +1,7 @@
 // The adapter on one tile of tokens, for one instruction set.
 #pragma once
 
-#include "adapter_cpu_product.h"
+#include "adapter_cpu_pack.h"
 
 namespace mosa {
 namespace {
@@ -117,13 +117,17 @@ inline void set_normalized(Operand* to, const float* row, int64_t width, float m
 }
 
 #if defined(MOSA_BF16_PRODUCTS)
+inline Bits interleaved(const Operand* even, const Operand* odd) {
+  Halves low, high;
+  __builtin_memcpy(&low, even, sizeof(low));
+  __builtin_memcpy(&high, odd, sizeof(high));
+  return __builtin_convertvector(low, Bits) | (__builtin_convertvector(high, Bits) << 16);
+}
+
 // Rows `row` and `row` + 1 of the panels of a [kTileRows, width] matrix, interleaved.
 inline void set_panel_pair(Operand* panels, int row, const Operand* even_row, const Operand* odd_row, int64_t width) {
   for (int64_t column = 0; column < padded(width); column += kLanes) {
-    Halves low, high;
-    __builtin_memcpy(&low, even_row + column, sizeof(low));
-    __builtin_memcpy(&high, odd_row + column, sizeof(high));
-    const Bits pairs = __builtin_convertvector(low, Bits) | (__builtin_convertvector(high, Bits) << 16);
+    const Bits pairs = interleaved(even_row + column, odd_row + column);
     __builtin_memcpy(panels + panel_index(kTileRows, row, column), &pairs, sizeof(pairs));
   }
 }
@@ -142,26 +146,19 @@ inline Vector keep_factor(const CpuTileCall& call, int64_t token, int64_t unit) 
   return kept(static_cast<uint32_t>(first), call.seed[group], call.drop_below);
 }
 
-constexpr int kRowsAhead = 2;
-
-// Asks for a row that is needed a few rows later, or after the next matrix products.
 template <typename Token>
-inline void prefetch_row(const Token* row, int64_t width) {
-  for (int64_t column = 0; column < width; column += 64 / static_cast<int64_t>(sizeof(Token))) {
-    __builtin_prefetch(row + column, 0, 2);
-  }
-}
-
-template <typename Token>
-void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, void* memory) {
+void forward_tile(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, void* memory) {
   Scratch scratch = {reinterpret_cast<uintptr_t>(memory)};
   const ForwardScratch s(&scratch, call.width, call.rank);
   const int64_t width = call.width, wide = padded(width), narrow = padded(call.rank);
   const Token* x = static_cast<const Token*>(call.x);
   const Token* residual = static_cast<const Token*>(call.residual);
+  const int64_t* tokens = tile.tokens;
+  const int n = tile.n;
+  const Ahead ahead = {{{x, tile.next, tile.next_n, false}, {residual, tokens, n, false}, {call.out, tokens, n, true}},
+                       width * static_cast<int64_t>(sizeof(Token))};
 
   for (int i = 0; i < n; ++i) {
-    if (i + kRowsAhead < n) prefetch_row(x + tokens[i + kRowsAhead] * width, width);
     load_row(x + tokens[i] * width, width, s.row);
     float mean = 0, rstd = 1;
     if (call.rstd != nullptr) {
@@ -170,9 +167,8 @@ void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const C
       call.rstd[tokens[i]] = rstd;
     }
     set_normalized(s.u + i * wide, s.row, width, mean, rstd);
-    if (residual != nullptr) prefetch_row(residual + tokens[i] * width, width);
   }
-  product(n, call.rank, width, s.u, wide, static_cast<const Operand*>(expert.down), width, s.z, narrow, false);
+  project(n, call.rank, width, s.u, wide, expert.down, s.z, narrow, &ahead);
   for (int i = 0; i < n; ++i) {
     for (int64_t k = 0; k < narrow; k += kLanes) {
       Vector a = activate(call.activation, load(s.z + i * narrow + k) + load(expert.b_down + k), nullptr);
@@ -180,7 +176,7 @@ void forward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const C
       set_operand(s.a + i * narrow + k, a);
     }
   }
-  product(n, width, call.rank, s.a, narrow, static_cast<const Operand*>(expert.up), call.rank, s.y, wide, false);
+  project(n, width, call.rank, s.a, narrow, expert.up, s.y, wide);
   for (int i = 0; i < n; ++i) {
     const int64_t first = tokens[i] * width;
     const float* y = s.y + i * wide;
@@ -251,12 +247,50 @@ inline void set_grad_x(const CpuTileCall& call, int64_t token, const float* grad
       });
 }
 
+// rows [n, padded(rank)] as columns [rank, kTileRows].
+inline void set_columns(const Operand* rows, int n, int64_t rank, Operand* columns) {
+  for (int64_t k = 0; k < rank; ++k) {
+    for (int i = 0; i < n; ++i) columns[k * kTileRows + i] = rows[i * padded(rank) + k];
+    if (n % 2 != 0) columns[k * kTileRows + n] = Operand(0);
+  }
+}
+
+// The sums of a.T @ grad_out, whole or of what the expert owns.
+inline void product_with_gradient(const CpuTileCall& call, const BackwardScratch& s, int n, const CpuExpert& expert,
+                                  const CpuSums& sums) {
+#if defined(MOSA_BF16_PRODUCTS)
+  if (expert.owned.starts != nullptr) {
+    const int64_t narrow = padded(call.rank);
+    if (n % 2 != 0) __builtin_memset(s.a + n * narrow, 0, static_cast<size_t>(narrow) * sizeof(Operand));
+    Operand* pairs = s.a_columns;
+    for (int i = 0; i < n; i += 2) {
+      for (int64_t k = 0; k < narrow; k += kLanes) {
+        const Bits both = interleaved(s.a + i * narrow + k, s.a + (i + 1) * narrow + k);
+        __builtin_memcpy(pairs + i * narrow + 2 * k, &both, sizeof(both));
+      }
+    }
+    return owned_product(n, call.width, call.rank, pairs, s.grad_out_panels, expert.owned, sums.up, !sums.fresh);
+  }
+#else
+  (void)expert;
+#endif
+  set_columns(s.a, n, call.rank, s.a_columns);
+  product(call.rank, call.width, n, s.a_columns, kTileRows, s.grad_out_panels, kTileRows, sums.up, padded(call.width),
+          !sums.fresh);
+}
+
 template <typename Token>
-void backward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, const CpuSums& sums,
+void backward_tile(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, const CpuSums& sums,
                    void* memory) {
   Scratch scratch = {reinterpret_cast<uintptr_t>(memory)};
   const BackwardScratch s(&scratch, call.width, call.rank);
   const int64_t width = call.width, wide = padded(width), narrow = padded(call.rank);
+  const int64_t* tokens = tile.tokens;
+  const int n = tile.n;
+  const Ahead ahead = {{{call.x, tile.next, tile.next_n, false},
+                        {call.grad_out, tile.next, tile.next_n, false},
+                        {call.out, tokens, n, true}},
+                       width * static_cast<int64_t>(sizeof(Token))};
 
   if (call.weights && sums.fresh) {
     for (int64_t i = 0; i < wide; i += kLanes) store(sums.columns + i, Vector{});
@@ -271,9 +305,8 @@ void backward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const 
     set_panel_pair(s.u_panels, i, s.u + i * wide, s.u + (i + 1) * wide, width);
     set_panel_pair(s.grad_out_panels, i, s.grad_out + i * wide, s.grad_out + (i + 1) * wide, width);
   }
-  product(n, call.rank, width, s.u, wide, static_cast<const Operand*>(expert.down), width, s.z, narrow, false);
-  product(n, call.rank, width, s.grad_out, wide, static_cast<const Operand*>(expert.up_back), width, s.grad_a, narrow,
-          false);
+  project(n, call.rank, width, s.u, wide, expert.down, s.z, narrow, call.weights ? nullptr : &ahead);
+  project(n, call.rank, width, s.grad_out, wide, expert.up_back, s.grad_a, narrow);
 
   float mean_grad[kTileRows], slope_grad[kTileRows];  // of du and of du * xhat, as products over the bottleneck
   const float inverse = 1.0f / static_cast<float>(width);
@@ -299,35 +332,35 @@ void backward_tile(const CpuTileCall& call, const int64_t* tokens, int n, const 
     slope_grad[i] = sum(along_z) * inverse;
   }
   if (call.weights) {
-    for (int64_t k = 0; k < call.rank; ++k) {
-      for (int i = 0; i < n; ++i) {
-        s.a_columns[k * kTileRows + i] = s.a[i * narrow + k];
-        s.grad_z_columns[k * kTileRows + i] = s.grad_z[i * narrow + k];
-      }
-      if (n % 2 != 0) s.a_columns[k * kTileRows + n] = s.grad_z_columns[k * kTileRows + n] = Operand(0);
-    }
-    product(call.rank, width, n, s.a_columns, kTileRows, s.grad_out_panels, kTileRows, sums.up, wide, !sums.fresh);
-    product(call.rank, width, n, s.grad_z_columns, kTileRows, s.u_panels, kTileRows, sums.down, wide, !sums.fresh);
+    set_columns(s.grad_z, n, call.rank, s.grad_z_columns);
+    product_with_gradient(call, s, n, expert, sums);
+    product(call.rank, width, n, s.grad_z_columns, kTileRows, s.u_panels, kTileRows, sums.down, wide, !sums.fresh,
+            &ahead);
   }
   if (call.out == nullptr) return;
 
-  product(n, width, call.rank, s.grad_z, narrow, static_cast<const Operand*>(expert.down_back), call.rank, s.y, wide,
-          false);
+  project(n, width, call.rank, s.grad_z, narrow, expert.down_back, s.y, wide);
   for (int i = 0; i < n; ++i) set_grad_x<Token>(call, tokens[i], s.y + i * wide, mean_grad[i], slope_grad[i]);
 }
 
-void forward(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, void* scratch) {
-  if (call.half_tokens) return forward_tile<uint16_t>(call, tokens, n, expert, scratch);
-  forward_tile<float>(call, tokens, n, expert, scratch);
+void forward(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, void* scratch) {
+  if (call.half_tokens) return forward_tile<uint16_t>(call, tile, expert, scratch);
+  forward_tile<float>(call, tile, expert, scratch);
 }
 
-void backward(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, const CpuSums& sums,
+void backward(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, const CpuSums& sums,
               void* scratch) {
-  if (call.half_tokens) return backward_tile<uint16_t>(call, tokens, n, expert, sums, scratch);
-  backward_tile<float>(call, tokens, n, expert, sums, scratch);
+  if (call.half_tokens) return backward_tile<uint16_t>(call, tile, expert, sums, scratch);
+  backward_tile<float>(call, tile, expert, sums, scratch);
 }
 
-constexpr CpuKernels kKernels = {panel_bytes, scratch_bytes, pack, pack_transposed, forward, backward};
+#if defined(MOSA_BF16_PRODUCTS)
+constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed,
+                                 owned_bytes,  pack_owned,    forward, backward};
+#else
+constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed,
+                                 nullptr,      nullptr,       forward, backward};
+#endif
 
 }  // namespace
 }  // namespace mosa

@@ -154,7 +154,7 @@ class ColumnGradients {
   // Adds one expert's part; returns its part of scale's gradient.
   double add(int id, const CpuExpert& expert, const std::vector<const CpuSums*>& sums,
              const std::vector<float>& b_down) {
-    gather(sums);
+    gather(sums, expert.owned);
     if (g.w_up != nullptr) add_up(id);
     if (g.b_up != nullptr) add_bias(id);
     if (g.w_down != nullptr || g.gamma != nullptr || g.beta != nullptr) add_down(id, b_down);
@@ -164,7 +164,7 @@ class ColumnGradients {
  private:
   size_t size() const { return static_cast<size_t>(p.rank * kColumns); }
 
-  void gather(const std::vector<const CpuSums*>& sums) {
+  void gather(const std::vector<const CpuSums*>& sums, const CpuOwned& owned) {
     const int64_t wide = padded(p.width);
     std::fill(columns_.begin(), columns_.end(), 0.0f);
     for (const CpuSums* s : sums) {
@@ -176,10 +176,28 @@ class ColumnGradients {
       std::fill_n(up, kColumns, 0.0f);
       std::fill_n(down, kColumns, 0.0f);
       for (const CpuSums* s : sums) {
-        const float* from_up = s->up + k * wide + first_;
         const float* from_down = s->down + k * wide + first_;
-        for (int64_t j = 0; j < count_; ++j) up[j] += from_up[j];
         for (int64_t j = 0; j < count_; ++j) down[j] += from_down[j];
+        if (owned.starts != nullptr) continue;
+        const float* from_up = s->up + k * wide + first_;
+        for (int64_t j = 0; j < count_; ++j) up[j] += from_up[j];
+      }
+    }
+    if (owned.starts != nullptr) gather_owned(sums, owned);
+  }
+
+  void gather_owned(const std::vector<const CpuSums*>& sums, const CpuOwned& owned) {
+    for (int64_t column = 0; column < count_; column += kPad) {
+      const int32_t* starts = owned.starts + (first_ + column) / kPad * owned.chunks;
+      for (int32_t slot = starts[0]; slot < starts[owned.chunks]; ++slot) {
+        float values[kPad] = {};
+        for (const CpuSums* s : sums) {
+          for (int lane = 0; lane < kPad; ++lane) values[lane] += s->up[slot * kPad + lane];
+        }
+        for (int lane = 0; lane < kPad; ++lane) {
+          const int32_t unit = owned.units[slot * kPad + lane];
+          if (unit >= 0) up_[static_cast<size_t>(unit * kColumns + column + lane)] = values[lane];
+        }
       }
     }
   }

@@ -24,6 +24,7 @@ typedef float Operand;
 constexpr int kPair = 1;
 #endif
 
+constexpr int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 constexpr int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
 
 inline void set_operand(float* to, Vector v) { store(to, v); }
@@ -93,12 +94,41 @@ void product_rows(int vectors, int64_t depth, const Operand* a, int64_t a_stride
   }
 }
 
+// Rows of tokens that are needed later. Products are long on arithmetic and short on memory traffic, so they ask for
+// them on the way: a burst of requests would be dropped.
+struct Ahead {
+  struct Rows {
+    const void* base;  // null: none
+    const int64_t* tokens;
+    int64_t count;
+    bool written;
+  };
+  Rows lists[3];
+  int64_t row_bytes;
+};
+
+// Inlined by force: a function that only prefetches counts as free of effects, and its calls are dropped.
+[[gnu::always_inline]] inline void ask(const Ahead& ahead, int64_t row) {
+  for (const Ahead::Rows& rows : ahead.lists) {
+    if (rows.base == nullptr || row >= rows.count) continue;
+    const char* from = static_cast<const char*>(rows.base) + rows.tokens[row] * ahead.row_bytes;
+    if (rows.written) {
+      for (int64_t i = 0; i < ahead.row_bytes; i += 64) __builtin_prefetch(from + i, 1, 2);
+    } else {
+      for (int64_t i = 0; i < ahead.row_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
+  }
+}
+
 // `b` holds the panels of a matrix of `panel_rows` rows, of which the first k are used. Columns of C from n to
 // padded(n) are written too. Where k is odd, one more operand a row is read, and has to be finite in A and zero in B or
 // the reverse.
 void product(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_stride, const Operand* b, int64_t panel_rows,
-             float* c, int64_t c_stride, bool accumulate) {
+             float* c, int64_t c_stride, bool accumulate, const Ahead* ahead = nullptr) {
   const int64_t columns = padded(n);
+  const int64_t blocks = parts(columns, kPanel) * parts(k, kDepth) * parts(m, kRowsAtOnce);
+  const int64_t share = ahead == nullptr ? 0 : parts(kTileRows, blocks);
+  int64_t asked = 0;
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int64_t width = columns - column < kPanel ? columns - column : kPanel;
     const int vectors = static_cast<int>(width / kLanes);
@@ -110,6 +140,7 @@ void product(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_stride
         const Operand* left = a + row * a_stride + start;
         const Operand* right = panel + start * kPanel;
         float* to = c + row * c_stride + column;
+        for (const int64_t stop = asked + share; asked < stop; ++asked) ask(*ahead, asked);
         switch (m - row) {
           case 1:
             product_rows<1>(vectors, depth, left, a_stride, right, to, c_stride, add);
@@ -134,8 +165,6 @@ void product(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_stride
   }
 }
 
-size_t panel_bytes(int64_t k, int64_t n) { return static_cast<size_t>(panel_elements(k, n)) * sizeof(Operand); }
-
 #if defined(MOSA_BF16_PRODUCTS)
 // kLanes columns of rows `row` and `row` + 1 of B, interleaved; `to` is where panel_index puts the first of them.
 inline void set_panel_vectors(Operand* to, Vector even_row, Vector odd_row) {
@@ -152,8 +181,7 @@ inline void set_panel_vectors(Operand* to, Vector even_row, Vector odd_row) {
 #endif
 
 // Panels of B [k, n] from its rows, which are padded with zeros to `stride` >= padded(n).
-void pack(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels) {
-  Operand* to = static_cast<Operand*>(panels);
+void pack_panels(const float* rows, int64_t stride, int64_t k, int64_t n, Operand* to) {
   for (int64_t row = 0; row < k; row += 2) {
     const float* from = rows + row * stride;
     for (int64_t column = 0; column < padded(n); column += kLanes) {
@@ -164,8 +192,7 @@ void pack(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels)
 }
 
 // Panels of B [k, n] from the rows of its transpose [n, k].
-void pack_transposed(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels) {
-  Operand* to = static_cast<Operand*>(panels);
+void pack_panels_transposed(const float* rows, int64_t stride, int64_t k, int64_t n, Operand* to) {
   // As many source rows are read side by side as a vector has lanes: few enough to stay in L1 whatever their stride.
   for (int64_t first = 0; first < padded(n); first += kLanes) {
     const int64_t given = n - first < kLanes ? n - first : kLanes;

@@ -8,28 +8,39 @@
 
 namespace mosa {
 
-constexpr int kTileRows =
-    48;                   // with 768 columns and rank 64 a tile and its weights take 0.7 MB of L2; rows come in sixes
+// With 768 columns and rank 64 a tile and its weights take 0.7 MB of L2. 72 and 96 rows are as fast on two threads.
+// Products take six rows at once, sparse ones eight.
+constexpr int kTileRows = 48;
 constexpr int kPad = 16;  // columns of fp32 scratch come in multiples of it
 
 static constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
+// The entries of the up projection that one expert owns: each of 16 neighbouring columns lists its units, chunk by
+// chunk of the bottleneck, in slots. A null pointer stands for the whole matrix.
+struct CpuOwned {
+  const int32_t* starts;  // [padded(width) / 16 * chunks + 1] of the slots of 16 columns and a chunk
+  const int32_t* units;   // [slots, 16], or -1
+  int64_t chunks;
+};
+
 // One expert's projections: effective weights as fp32 rows, then as panels for the matrix products.
 struct CpuExpert {
-  float* down_rows;  // [rank, padded(width)] w_down_e * gamma
-  float* up_rows;    // [width, padded(rank)] w_up_e
-  float* b_down;     // [padded(rank)] b_down + w_down_e @ beta
-  float* row_sums;   // [padded(rank)] of down_rows
-  float* b_up;       // [padded(width)] b_up_e, zeros without one
-  void* down;        // panels of [width, rank]: x to bottleneck
-  void* up;          // panels of [rank, width]: bottleneck to output
-  void* down_back;   // panels of [rank, width]: gradient of the bottleneck to that of x
-  void* up_back;     // panels of [width, rank]: gradient of the output to that of the bottleneck
+  float* down_rows;    // [rank, padded(width)] w_down_e * gamma
+  float* up_rows;      // [width, padded(rank)] w_up_e
+  float* b_down;       // [padded(rank)] b_down + w_down_e @ beta
+  float* row_sums;     // [padded(rank)] of down_rows
+  float* b_up;         // [padded(width)] b_up_e, zeros without one
+  void* down;          // packed [width, rank]: x to bottleneck
+  void* up;            // packed [rank, width]: bottleneck to output
+  void* down_back;     // packed [rank, width]: gradient of the bottleneck to that of x
+  void* up_back;       // packed [width, rank]: gradient of the output to that of the bottleneck
+  void* owned_memory;  // for pack_owned, or null
+  CpuOwned owned;
 };
 
 // One expert's sums over a run of tiles. Rows stand padded(width) apart.
 struct CpuSums {
-  float* up;       // [rank, padded(width)] a.T @ grad_out
+  float* up;       // [rank, padded(width)] a.T @ grad_out, or [slots, 16] of what the expert owns
   float* down;     // [rank, padded(width)] grad_z.T @ normalised x
   float* b_down;   // [padded(rank)] column sums of grad_z
   float* columns;  // [padded(width)] column sums of grad_out
@@ -58,14 +69,23 @@ struct CpuTileCall {
   bool weights;  // backward: whether the sums over tokens are wanted
 };
 
+struct CpuTile {
+  const int64_t* tokens;  // [n] indices
+  int n;
+  const int64_t* next;  // [next_n] of the tile that the same thread takes next
+  int next_n;
+};
+
 struct CpuKernels {
-  size_t (*panel_bytes)(int64_t k, int64_t n);  // of the panels of a [k, n] matrix
+  size_t (*packed_bytes)(int64_t k, int64_t n);  // of a [k, n] matrix
   size_t (*scratch_bytes)(int64_t width, int64_t rank, bool backward);
-  void (*pack)(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels);             // from [k, n]
-  void (*pack_transposed)(const float* rows, int64_t stride, int64_t k, int64_t n, void* panels);  // from [n, k]
-  // tokens: the indices of the tile's n tokens.
-  void (*forward)(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, void* scratch);
-  void (*backward)(const CpuTileCall& call, const int64_t* tokens, int n, const CpuExpert& expert, const CpuSums& sums,
+  void (*pack)(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed);             // from [k, n]
+  void (*pack_transposed)(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed);  // from [n, k]
+  // Null where owned entries are not multiplied apart from others. False where that would be slower.
+  size_t (*owned_bytes)(int64_t width, int64_t rank);
+  bool (*pack_owned)(const uint8_t* owner, int id, int64_t width, int64_t rank, void* memory, CpuOwned* owned);
+  void (*forward)(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, void* scratch);
+  void (*backward)(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, const CpuSums& sums,
                    void* scratch);
 };
 

@@ -25,6 +25,7 @@ from mosa_kernels.backends import cpu, reference
 from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.backends.arguments import MERGED, AdapterArguments, AdapterGradients, AdapterNeeds
 from mosa_kernels.backends.cpu import backward, compiled, forward, plan
+from mosa_kernels.functional.split import GRANULARITIES, split
 
 EVERYTHING = AdapterNeeds(*(True,) * len(AdapterNeeds._fields))
 SOURCES = {name: "scale_tensor" if name == "scale" else name for name in AdapterNeeds._fields if name != "activity"}
@@ -214,6 +215,38 @@ def test_gradients_lie_in_the_active_entries_and_are_not_small(
         else:
             assert torch.equal(entries.view(torch.int32), torch.zeros_like(entries, dtype=torch.int32))  # +0, not -0
             assert torch.equal(grads.b_up[expert], torch.zeros_like(grads.b_up[expert]))
+
+
+SPARSE_SHAPES = {  # width, bottleneck, experts, tokens: whole groups and chunks, and what is left of them
+    "vit": (768, 64, 4, (2, 197)),
+    "wide": (130, 256, 8, (3, 25)),
+    "odd": (77, 49, 3, (1, 61)),
+    "few rows": (192, 40, 5, (1, 7)),
+    "many experts": (64, 32, 32, (4, 13)),
+}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", SPARSE_SHAPES)
+def test_an_expert_of_many(path: str, shape: str, granularity: str) -> None:
+    d, r, experts, tokens = SPARSE_SHAPES[shape]
+    args = vit_like(tokens, d, r, torch.bfloat16, num_experts=experts)
+    generator = torch.Generator().manual_seed(1)
+    args = args._replace(assignment=split((d, r), experts, granularity, generator, block_size=4))
+    assert_as_accurate_as_eager(path, args._replace(expert=None, expert_id=experts - 1))
+    each = torch.arange(tokens[0]) % experts - 1  # a merged sample first
+    assert_as_accurate_as_eager(path, args._replace(expert=each, dropout_p=0.3))
+
+
+@pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="this CPU or build has no avx512_bf16")
+def test_what_an_expert_does_not_own_is_not_multiplied() -> None:
+    args = vit_like((1, 50), 96, 64, torch.bfloat16, activation="relu")
+    assert args.b_down is not None
+    assert args.assignment is not None
+    b_down = args.b_down.detach().clone()
+    b_down[37] = torch.inf
+    out, _, _ = compiled.adapter_forward(detached(args._replace(b_down=b_down, expert=None, expert_id=2)))
+    assert torch.equal(out.isfinite().all(dim=(0, 1)), args.assignment[:, 37] != 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

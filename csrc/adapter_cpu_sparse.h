@@ -1,0 +1,247 @@
+// Products with what one expert owns, for pairs of bf16.
+//
+// An expert owns entries at random, so no block of its matrix is empty, but every column is short. The rows of B go in
+// chunks, and of each chunk a column lists the rows it owns, in slots. The operands of a chunk fill one register, from
+// which one permutation fetches what 16 columns multiply in a slot. Cycles of a product, of one with a permutation of
+// one register, and of one with a permutation of two: 1.03, 1.53, 2.28 (Zen 4).
+#pragma once
+
+#include "adapter_cpu_product.h"
+
+#if defined(MOSA_BF16_PRODUCTS)
+
+namespace mosa {
+namespace {
+
+static_assert(kLanes == kPad, "a group of columns is a vector");
+
+constexpr int64_t kChunk = 32;      // rows of B, bf16
+constexpr int64_t kPairChunk = 16;  // rows of B, pairs of bf16
+constexpr int64_t kSlotCost = 2;    // of a slot, in dense products; with less of a gain slots are not worth packing
+constexpr int kSparseRows = 8;      // 8 sums and 8 registers of operands
+
+constexpr int64_t kPairElements = 4 * kLanes;  // of a pair of slots: two rows and two weights of each column
+
+constexpr int64_t whole_lines(int64_t bytes) { return parts(bytes, 64) * 64; }
+
+// Where the slots of a [k, n] matrix stand in its memory.
+struct Slots {
+  int32_t* starts;  // [groups * chunks + 1] of the pairs of slots of a group of 16 columns and a chunk
+  uint8_t* counts;  // [chunks, padded(n)] rows that a column lists
+  Operand* pairs;   // [pairs, 2, 16, 2] rows within the chunk, then their weights
+  int64_t chunks;
+  Slots(void* memory, int64_t k, int64_t n)
+      : starts(static_cast<int32_t*>(memory)), counts(), pairs(), chunks(parts(k, kChunk)) {
+    counts = static_cast<uint8_t*>(memory) + whole_lines((padded(n) / kLanes * chunks + 1) * 4);
+    pairs = reinterpret_cast<Operand*>(counts + whole_lines(chunks * padded(n)));
+  }
+};
+
+// What Slots take beyond the panels of the same matrix; they are made only where their pairs take no more than panels.
+size_t slots_bytes_beyond(int64_t k, int64_t n) {
+  const Slots at(nullptr, k, n);
+  return reinterpret_cast<size_t>(at.pairs);
+}
+
+inline uint32_t lanes_of(int64_t given) { return given >= 16 ? 0xffffu : (1u << given) - 1u; }
+
+// body(i, j) for each entry other than zero of rows [height, width].
+template <typename Body>
+inline void each_entry(const float* rows, int64_t stride, int64_t height, int64_t width, const Body& body) {
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t j = 0; j < width; j += 16) {
+      const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes_of(width - j)), rows + i * stride + j);
+      uint32_t mask = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      for (; mask != 0; mask &= mask - 1) body(i, j + __builtin_ctz(mask));
+    }
+  }
+}
+
+// Slots of B [k, n], from its rows or (transposed) those of its transpose. False, with nothing useful in memory, where
+// dense products are faster.
+bool pack_slots(const float* rows, int64_t stride, int64_t k, int64_t n, bool transposed, void* memory) {
+  const Slots slots(memory, k, n);
+  const int64_t wide = padded(n), groups = wide / kLanes, chunks = slots.chunks;
+  const int64_t height = transposed ? n : k, width = transposed ? k : n;
+  __builtin_memset(slots.counts, 0, static_cast<size_t>(chunks * wide));
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t j = 0; j < width; j += 16) {
+      const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes_of(width - j)), rows + i * stride + j);
+      const __mmask16 mask = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      if (transposed) {
+        uint8_t* count = slots.counts + j / kChunk * wide + i;
+        *count = static_cast<uint8_t>(*count + __builtin_popcount(mask));
+      } else {
+        __m128i* to = reinterpret_cast<__m128i*>(slots.counts + i / kChunk * wide + j);
+        _mm_storeu_si128(to, _mm_sub_epi8(_mm_loadu_si128(to), _mm_movm_epi8(mask)));
+      }
+    }
+  }
+  int64_t total = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int most = 0;
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int count = slots.counts[chunk * wide + group * kLanes + i];
+        most = count > most ? count : most;
+      }
+      slots.starts[group * chunks + chunk] = static_cast<int32_t>(total);
+      total += (most + 1) / 2;
+    }
+  }
+  slots.starts[groups * chunks] = static_cast<int32_t>(total);
+  if (total * kSlotCost > groups * even(k) / 2) return false;
+
+  __builtin_memset(slots.pairs, 0, static_cast<size_t>(total) * kPairElements * sizeof(Operand));
+  __builtin_memset(slots.counts, 0, static_cast<size_t>(chunks * wide));
+  each_entry(rows, stride, height, width, [&](int64_t i, int64_t j) {
+    const int64_t row = transposed ? j : i, column = transposed ? i : j, chunk = row / kChunk;
+    const int slot = slots.counts[chunk * wide + column]++;
+    Operand* pair = slots.pairs + (slots.starts[column / kLanes * chunks + chunk] + slot / 2) * kPairElements;
+    const int64_t lane = column % kLanes * 2 + slot % 2;
+    pair[lane] = static_cast<Operand>(row % kChunk);
+    set_operand(pair + 2 * kLanes + lane, rows[i * stride + j]);
+  });
+  return true;
+}
+
+// Of a chunk's operands, those that exist; the others read as zero.
+inline __m512i load_operands(const Operand* from, int64_t given) {
+  const uint32_t mask = given >= 32 ? ~0u : given <= 0 ? 0u : (1u << given) - 1u;
+  return _mm512_maskz_loadu_epi16(mask, from);
+}
+
+template <int Rows>
+void sparse_rows(const Slots& slots, int64_t groups, int64_t k, const Operand* a, int64_t a_stride, float* c,
+                 int64_t c_stride) {
+  const int32_t* starts = slots.starts;
+  const Operand* pair = slots.pairs;
+  for (int64_t group = 0; group < groups; ++group) {
+    __m512 sums[Rows];
+    for (int i = 0; i < Rows; ++i) sums[i] = _mm512_setzero_ps();
+    for (int64_t chunk = 0; chunk < slots.chunks; ++chunk, ++starts) {
+      __m512i operands[Rows];
+      for (int i = 0; i < Rows; ++i) {
+        operands[i] = load_operands(a + i * a_stride + chunk * kChunk, k - chunk * kChunk);
+      }
+      for (int32_t left = starts[1] - starts[0]; left > 0; --left, pair += kPairElements) {
+        const __m512i rows = _mm512_loadu_si512(pair);
+        const __m512i weights = _mm512_loadu_si512(pair + 2 * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) {
+          const __m512i found = _mm512_permutexvar_epi16(rows, operands[i]);
+          sums[i] = _mm512_dpbf16_ps(sums[i], bit_cast<__m512bh>(found), bit_cast<__m512bh>(weights));
+        }
+      }
+    }
+    for (int i = 0; i < Rows; ++i) _mm512_storeu_ps(c + i * c_stride + group * kLanes, sums[i]);
+  }
+}
+
+typedef void (*SparseRows)(const Slots&, int64_t, int64_t, const Operand*, int64_t, float*, int64_t);
+constexpr SparseRows kSparse[kSparseRows] = {sparse_rows<1>, sparse_rows<2>, sparse_rows<3>, sparse_rows<4>,
+                                             sparse_rows<5>, sparse_rows<6>, sparse_rows<7>, sparse_rows<8>};
+
+// C[m, n] = A[m, k] B[k, n]; columns from n to padded(n) become zero.
+void sparse_product(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_stride, const void* memory, float* c,
+                    int64_t c_stride) {
+  const Slots slots(const_cast<void*>(memory), k, n);
+  for (int64_t row = 0; row < m; row += kSparseRows) {
+    const int64_t rows = m - row < kSparseRows ? m - row : kSparseRows;
+    kSparse[rows - 1](slots, padded(n) / kLanes, k, a + row * a_stride, a_stride, c + row * c_stride, c_stride);
+  }
+}
+
+size_t owned_bytes(int64_t width, int64_t rank) {
+  const int64_t groups = padded(width) / kLanes;
+  return static_cast<size_t>(whole_lines((groups * parts(rank, kPairChunk) + 1) * 4) +
+                             groups * padded(rank) / kSlotCost * 64);
+}
+
+bool pack_owned(const uint8_t* owner, int id, int64_t width, int64_t rank, void* memory, CpuOwned* owned) {
+  const int64_t groups = padded(width) / kLanes, chunks = parts(rank, kPairChunk);
+  int32_t* starts = static_cast<int32_t*>(memory);
+  int32_t* units = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + whole_lines((groups * chunks + 1) * 4));
+  const __m128i mine = _mm_set1_epi8(static_cast<char>(id));
+  const auto owns = [&](int64_t column, int64_t chunk) -> uint32_t {
+    const __mmask16 here = static_cast<__mmask16>(column < width ? lanes_of(rank - chunk * kPairChunk) : 0u);
+    const __m128i owners = _mm_maskz_loadu_epi8(here, owner + column * rank + chunk * kPairChunk);
+    return _mm_mask_cmpeq_epi8_mask(here, owners, mine);
+  };
+  int64_t total = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int most = 0;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int count = __builtin_popcount(owns(group * kLanes + lane, chunk));
+        most = count > most ? count : most;
+      }
+      starts[group * chunks + chunk] = static_cast<int32_t>(total);
+      total += most;
+    }
+  }
+  starts[groups * chunks] = static_cast<int32_t>(total);
+  if (total * kSlotCost > groups * padded(rank)) return false;
+
+  __builtin_memset(units, 0xff, static_cast<size_t>(total) * 64);
+  for (int64_t column = 0; column < width; ++column) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int32_t* to = units + starts[column / kLanes * chunks + chunk] * kLanes + column % kLanes;
+      for (uint32_t mask = owns(column, chunk); mask != 0; mask &= mask - 1, to += kLanes) {
+        *to = static_cast<int32_t>(chunk * kPairChunk + __builtin_ctz(mask));
+      }
+    }
+  }
+  *owned = {starts, units, chunks};
+  return true;
+}
+
+// Adds to, or sets, the sums of Count slots over the pairs of rows of a tile.
+template <int Count>
+void sum_slots(int64_t pairs, const Operand* left, int64_t left_stride, const Operand* right, const int32_t* units,
+               float* sums, bool accumulate) {
+  __m512 slots[Count];
+  __m512i chosen[Count];
+  for (int i = 0; i < Count; ++i) {
+    slots[i] = accumulate ? _mm512_loadu_ps(sums + i * kLanes) : _mm512_setzero_ps();
+    chosen[i] = _mm512_loadu_si512(units + i * kLanes);
+  }
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const __m512i operands = _mm512_loadu_si512(left + pair * left_stride);
+    const __m512bh gradient = bit_cast<__m512bh>(_mm512_loadu_si512(right + pair * 2 * kPanel));
+#pragma GCC unroll 12
+    for (int i = 0; i < Count; ++i) {
+      const __m512i found = _mm512_permutexvar_epi32(chosen[i], operands);
+      slots[i] = _mm512_dpbf16_ps(slots[i], bit_cast<__m512bh>(found), gradient);
+    }
+  }
+  for (int i = 0; i < Count; ++i) _mm512_storeu_ps(sums + i * kLanes, slots[i]);
+}
+
+typedef void (*SumSlots)(int64_t, const Operand*, int64_t, const Operand*, const int32_t*, float*, bool);
+constexpr int kMostSlots = 12;  // in registers, with the units of each
+constexpr SumSlots kSumSlots[kMostSlots] = {sum_slots<1>, sum_slots<2>,  sum_slots<3>,  sum_slots<4>,
+                                            sum_slots<5>, sum_slots<6>,  sum_slots<7>,  sum_slots<8>,
+                                            sum_slots<9>, sum_slots<10>, sum_slots<11>, sum_slots<12>};
+
+// The owned entries of left.T @ right, over n rows that stand in pairs: left [n / 2, padded(rank), 2], right as panels
+// of [kTileRows, width].
+void owned_product(int64_t n, int64_t width, int64_t rank, const Operand* left, const Operand* right,
+                   const CpuOwned& owned, float* sums, bool accumulate) {
+  for (int64_t group = 0; group < padded(width) / kLanes; ++group) {
+    const Operand* columns = right + panel_index(kTileRows, 0, group * kLanes);
+    for (int64_t chunk = 0; chunk < owned.chunks; ++chunk) {
+      const int32_t* starts = owned.starts + group * owned.chunks + chunk;
+      for (int32_t slot = starts[0]; slot < starts[1]; slot += kMostSlots) {
+        const int32_t count = starts[1] - slot < kMostSlots ? starts[1] - slot : kMostSlots;
+        kSumSlots[count - 1]((n + 1) / 2, left + chunk * 2 * kPairChunk, 2 * padded(rank), columns,
+                             owned.units + slot * kLanes, sums + slot * kLanes, accumulate);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mosa
+
+#endif
