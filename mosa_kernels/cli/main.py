@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "Measure kernels and whole models on this machine.",
     "check-data": "Say whether a data set is complete, and whether it is the one of the paper.",
     "table": "Run or resume the grid behind one of the paper's tables, and write the table.",
+    "tsne": "Draw the features of trained models side by side.",
     "doctor": "Say which versions and backends are here, and why others are not.",
 }
 

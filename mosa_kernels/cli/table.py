@@ -18,7 +18,7 @@ from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.data.open import open_data
 from mosa_kernels.train.folder import machine, versions, write_json, write_text
 from mosa_kernels.train.table_cells import Cell
-from mosa_kernels.train.table_figure import draw_table
+from mosa_kernels.train.table_figure import draw_sweep, draw_table
 from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, seconds_of
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_runs import missing_cells, run_cells, usual_workers
@@ -191,12 +191,15 @@ def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Consol
     facts = {**facts, "runs_behind_the_table": runs, "seconds_of_these_runs": round(seconds)}
     summaries = summarise_table(grid.table, measured)
     differences = differences_of(grid.table, measured)
-    stem = output / f"table-{grid.table.number}"
+    stem = output / grid.table.name.lower().replace(" ", "-")
     write_json(stem.with_suffix(".json"), table_record(grid, measured, differences, facts))
     write_text(stem.with_suffix(".csv"), table_csv(summaries))
-    title = f"Table {grid.table.number}: {grid.table.title} ({grid.table.scale}, {grid.seeds} seeds)"
+    title = f"{grid.table.name}: {grid.table.title} ({grid.table.scale}, {grid.seeds} seeds)"
     title += " — QUICK" if facts["quick"] else ""
-    draw_table(summaries, title, stem.with_suffix(".png"))
+    if grid.table.sweep is None:
+        draw_table(summaries, title, stem.with_suffix(".png"))
+    else:
+        draw_sweep(summaries, grid.table.sweep, title, stem.with_suffix(".png"))
     write_text(stem.with_suffix(".md"), table_markdown(grid, measured, summaries, differences, facts))
     shown = Shown(title=title, title_justify="left")
     head, *body = rows_of_table(summaries)

@@ -1,4 +1,4 @@
-"""A table as a picture: our means with their spread and every seed, and beside them the paper's."""
+"""A table as a picture: our means with their spread and every seed, and beside them the paper's; a sweep as curves."""
 
 from __future__ import annotations
 
@@ -47,6 +47,42 @@ def draw_table(summaries: Sequence[Summary], title: str, path: Path) -> None:
     for axes in (left, right):
         axes.set_xlabel("%")
         axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)
+
+
+def draw_sweep(summaries: Sequence[Summary], option: str, title: str, path: Path) -> None:
+    """Writes the PNG of a sweep: a curve a method, with the spread over seeds and every seed.
+
+    Args:
+        summaries: of `summarise_table`, of rows with a swept value.
+        option: that is swept.
+        title: over the picture.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    variants = list(dict.fromkeys(summary.row.variant for summary in summaries))
+    for number, variant in enumerate(variants):
+        rows = [s for s in summaries if s.row.variant == variant and s.values[MEAN].by_seed]
+        # a little apart, so that the seeds of one method do not hide another's
+        places = [s.row.swept * 2 ** (0.06 * (number - (len(variants) - 1) / 2)) for s in rows if s.row.swept]
+        values = [s.values[MEAN] for s in rows]
+        label = rows[0].row.title.rpartition(",")[0] if rows else variant
+        dashes = "-" if rows and rows[0].row.origin == "paper" else "--"
+        lines = axes.errorbar(
+            places, [v.mean for v in values], [v.spread for v in values], fmt=f"o{dashes}", capsize=3, label=label
+        )
+        for place, value in zip(places, values, strict=True):
+            axes.plot([place] * len(value.by_seed), value.by_seed, ".", color=lines[0].get_color(), markersize=3)
+    ticks = sorted({s.row.swept for s in summaries if s.row.swept})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel=option, ylabel="test accuracy, %: mean over tasks, ± over seeds", title=title)
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -78,12 +78,13 @@ def table_markdown(
         "real": "the paper's data sets",
         "offline": "offline tasks in place of the paper's data sets: the paper's figures are for orientation only",
     }[table.scale]
-    parts = [f"# Table {table.number}: {table.title}"]
+    given = f"bottleneck {table.bottleneck}" if table.sweep is None else f"{table.sweep} as given"
+    parts = [f"# {table.name}: {table.title}"]
     if facts.get("quick"):
         parts.append("**QUICK: a few steps, to see that everything works. These are not the real figures.**")
     parts.append(
         f"On {where}. Test accuracy in percent, mean ± sample standard deviation over {grid.seeds} seed(s); backbone "
-        f"{table.model}, bottleneck {table.bottleneck}. Learning rates (and dropout of the controls) were chosen by "
+        f"{table.model}, {given}. Learning rates (and dropout of the controls) were chosen by "
         f"mean validation accuracy over {grid.tuning_seeds} other seed(s); each run tests once, after its last epoch."
     )
     if table.note:

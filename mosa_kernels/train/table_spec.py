@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -54,6 +55,7 @@ class Row:
         paper: printed accuracies by column.
         paper_params: printed number of parameters, in millions.
         origin: "paper", or "control" or "ours" for what is added to the paper's rows.
+        swept: the value of the swept option, of a row of a sweep.
     """
 
     variant: str
@@ -63,11 +65,13 @@ class Row:
     paper: Mapping[str, float]
     paper_params: float | None
     origin: str
+    swept: int | None = None
 
     @property
     def key(self) -> str:
         """What claims call it."""
-        return self.variant if self.mechanism is None else f"{self.variant}/{self.mechanism}"
+        part = self.mechanism if self.swept is None else self.swept
+        return self.variant if part is None else f"{self.variant}/{part}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Table:
         rows: the paper's, then the controls.
         columns: the paper's columns.
         claims: pairs of row keys of which the paper says that the first is better.
+        added: pairs of row keys of which the paper says nothing: its method, and what is added to its rows.
+        sweep: the adapter option that runs through several values, or None.
         unavailable: titles of rows that this version cannot train, with the reason.
     """
 
@@ -96,7 +102,15 @@ class Table:
     rows: tuple[Row, ...]
     columns: tuple[str, ...]
     claims: tuple[tuple[str, str], ...]
+    added: tuple[tuple[str, str], ...]
     unavailable: Mapping[str, str]
+    sweep: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As the paper calls it: "Table 9", "Figure 3"."""
+        kind, _, number = self.number.rpartition("-")
+        return f"{kind.capitalize() or 'Table'} {number}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,14 +154,23 @@ def read_table(number: str, root: str | None = None) -> Table:
             f"table {number}: it is about {raw['model']}, and the offline tasks have no such backbone; give the folder "
             "of the data (and the weights, if they are not within reach, with --checkpoint)"
         )
+    option, values = next(iter(raw["sweep"].items())) if "sweep" in raw else (None, (None,))
     rows, unavailable = [], {}
     for entry in [*raw["rows"], *raw.get("controls", spec["controls"])]:
-        row = _row(entry, raw["paper_columns"])
-        reason = why_not(row)
-        if reason is None:
-            rows.append(row)
-        else:
-            unavailable[row.title] = reason
+        for value in values:
+            row = _row(entry, raw["paper_columns"])
+            if option is not None:
+                adapter = {**row.adapter, option: value}
+                row = dataclasses.replace(row, title=f"{row.title}, {option} {value}", adapter=adapter, swept=value)
+            reason = why_not(row)
+            if reason is None:
+                rows.append(row)
+            else:
+                unavailable[row.title] = reason
+    suffixes = [""] if option is None else [f"/{value}" for value in values]
+    pairs = [(better, worse) for better, worse in raw["claims"]]
+    others = list(dict.fromkeys(row.variant for row in rows if row.origin != "paper"))
+    wanted = raw.get("offline_tasks") if root is None else None
     return Table(
         number=number,
         title=raw["title"],
@@ -155,11 +178,15 @@ def read_table(number: str, root: str | None = None) -> Table:
         scale=scale,
         model=numbers["models"][raw["model"]],
         bottleneck=numbers.get("bottleneck", raw["bottleneck"]),
-        tasks=tuple(_task(entry, root) for entry in spec["suites"][suite][scale]),
+        tasks=tuple(
+            _task(entry, root) for entry in spec["suites"][suite][scale] if wanted is None or entry["name"] in wanted
+        ),
         rows=tuple(rows),
         columns=tuple(raw["paper_columns"]),
-        claims=tuple((better, worse) for better, worse in raw["claims"]),
+        claims=tuple((better + end, worse + end) for better, worse in pairs for end in suffixes),
+        added=tuple((pairs[0][0] + end, other + end) for other in others for end in suffixes),
         unavailable=unavailable,
+        sweep=option,
     )
 
 
@@ -202,8 +229,13 @@ def candidates(table: Table, row: Row) -> list[dict[str, float]]:
 
 
 def tuned_row(row: Row) -> Row:
-    """The row whose chosen numbers this one takes over: an ablation takes its method's, as in the paper."""
+    """The row whose chosen numbers this one takes over: an ablation takes its method's, as in the paper.
+
+    The rows of a sweep take over their method's at the table's own value.
+    """
     variant = read_spec()["variants"][row.variant].get("tuned_as", row.variant)
+    if row.swept is not None:
+        return _row({"variant": variant}, [])
     if variant == row.variant:
         return row
     return _row({"variant": variant, "adapter": dict(row.adapter)}, [])

@@ -154,11 +154,12 @@ class Difference:
 def differences_of(table: Table, measured: Mapping[str, Mapping[str, Measured]]) -> list[Difference]:
     """The differences that the paper claims, and those of its method to the controls."""
     rows = {row.key: row for row in table.rows}
-    pairs = [(better, worse, True) for better, worse in table.claims if better in rows and worse in rows]
-    ours = next((better for better, _, _ in pairs), None)
-    if ours is not None:
-        pairs += [(ours, row.key, False) for row in table.rows if row.origin != "paper"]
-    return [_difference(rows[a], rows[b], measured[a], measured[b], claimed) for a, b, claimed in pairs]
+    pairs = [(*pair, True) for pair in table.claims] + [(*pair, False) for pair in table.added]
+    return [
+        _difference(rows[a], rows[b], measured[a], measured[b], claimed)
+        for a, b, claimed in pairs
+        if a in rows and b in rows
+    ]
 
 
 def _difference(

@@ -64,6 +64,23 @@ def test_a_table_is_written_in_every_form(made: Path) -> None:
     assert (made / "table-10.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_sweep_is_drawn_as_curves(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    result = run("figure-3", "--output", str(tmp_path), *SMALL, "--rows", "adaptformer")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "cells",
+        *(f"figure-3.{s}" for s in ("md", "csv", "png", "json")),
+    }
+    record = json.loads((tmp_path / "figure-3.json").read_text())
+    assert list(record["rows"]) == [f"adaptformer/{r}" for r in (4, 8, 16, 32, 64, 128, 256)]
+    assert record["runs_behind_the_table"] == 3 + 7
+    text = (tmp_path / "figure-3.md").read_text()
+    assert text.startswith("# Figure 3: Bottleneck dimension")
+    assert "AdaptFormer, bottleneck 4 |" in text
+    assert (tmp_path / "figure-3.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_what_is_done_is_not_done_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
@@ -148,7 +165,7 @@ def test_plan_runs_nothing(tmp_path: Path) -> None:
     result = run("all", "--output", str(tmp_path / "none"), "--plan")
     assert result.exit_code == 0, result.output
     assert "left out: table 4" in result.output
-    assert "11 table(s)" in result.output
+    assert "12 table(s)" in result.output
     assert not (tmp_path / "none").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ def shapes() -> dict[str, np.ndarray]:
     }
 
 
-def make_pictures(root: Path) -> Path:
-    """Writes train/val/test folders of PNGs and returns their root."""
+def make_pictures(root: Path, counts: Mapping[str, int] = COUNTS) -> Path:
+    """Writes train/val/test folders of PNGs, so many a class, and returns their root."""
     noise = np.random.default_rng(0)
-    for split, count in COUNTS.items():
+    for split, count in counts.items():
         for name, mask in shapes().items():
             folder = root / split / name
             folder.mkdir(parents=True)

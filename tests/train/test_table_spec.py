@@ -9,10 +9,11 @@ import pytest
 from mosa_kernels.data.published import FGVC, GICD, VTAB, names_of
 from mosa_kernels.train.methods import METHODS
 from mosa_kernels.train.recipe import make_recipe
-from mosa_kernels.train.table_grid import FIRST_TUNING_SEED, Grid
+from mosa_kernels.train.table_grid import FIRST_TUNING_SEED, Choice, Grid
 from mosa_kernels.train.table_spec import (
     Changes,
     Row,
+    Task,
     candidates,
     cell_settings,
     read_spec,
@@ -28,7 +29,37 @@ MISPRINTS = {("1", "vpt-shallow"): 84.66, ("2", "vpt-shallow"): 67.82, ("2", "vp
 
 
 def test_all_ten_tables_and_those_of_the_appendix_are_there():
-    assert set(table_numbers()) == {*map(str, range(1, 11)), "13", "14", "15"}
+    assert set(table_numbers()) == {*map(str, range(1, 11)), "13", "14", "15", "figure-3"}
+
+
+def test_the_sweep_gives_every_method_every_bottleneck_at_its_methods_learning_rate():
+    table = read_table("figure-3")
+    values = (4, 8, 16, 32, 64, 128, 256)
+    methods = ("adaptformer", "mosa", "mosa-sample", "dropout", "dropout-two-pass")
+    assert [row.key for row in table.rows] == [f"{method}/{value}" for method in methods for value in values]
+    assert table.claims == tuple((f"mosa/{value}", f"adaptformer/{value}") for value in values)
+    assert ("mosa/8", "dropout/8") in table.added
+    assert len(table.added) == 3 * len(values)
+    assert (table.name, read_table("9").name) == ("Figure 3", "Table 9")
+    for row in table.rows:
+        settings = cell_settings(table, row, table.tasks[0], candidates(table, row)[0], 0, Changes(), tuning=False)
+        assert settings.adapter.bottleneck == row.swept
+        at = tuned_row(row)
+        settings = cell_settings(table, at, table.tasks[0], candidates(table, at)[0], 0, Changes(), tuning=True)
+        assert settings.adapter.bottleneck == 64
+    shared = [
+        {cell.identity for cell in Grid(read_table(number), Changes()).final_cells(*_of(number, key))}
+        for number, key in (("9", "mosa"), ("figure-3", "mosa/64"))
+    ]
+    assert shared[0] == shared[1]
+
+
+def _of(number: str, key: str) -> tuple[Row, Task, Choice]:
+    """A row on the digits with 20 labels a class, with the first candidate."""
+    table = read_table(number)
+    (row,) = (row for row in table.rows if row.key == key)
+    (task,) = (task for task in table.tasks if task.name == "digits, 20 labels a class")
+    return row, task, Choice(candidates(table, tuned_row(row))[0], 0.0, ())
 
 
 @pytest.mark.parametrize("number", ["1", "2", "3", "4", "5", "13", "14"])
@@ -65,7 +96,9 @@ def test_every_claim_and_control_is_about_a_row(number: str):
     assert table.claims
     assert {key for claim in table.claims for key in claim} <= keys
     assert not table.unavailable
-    assert [row.variant for row in table.rows if row.origin == "control"] == ["dropout", "dropout-two-pass"]
+    controls = dict.fromkeys(row.variant for row in table.rows if row.origin == "control")
+    assert list(controls) == ["dropout", "dropout-two-pass"]
+    assert {key for pair in table.added for key in pair} <= keys
     assert all(row.origin == "paper" for row in table.rows if row.paper)
     names = {task.name for task in table.tasks}
     assert all(task.tuned_on in names or number == "3" for task in table.tasks)
@@ -144,7 +177,7 @@ def test_a_row_whose_method_is_missing_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bad_numbers_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"table: expected one of 1, 2, .*, 15 or all, got '11'"):
+    with pytest.raises(ValueError, match=r"table: expected one of 1, 2, .*, figure-3 or all, got '11'"):
         read_table("11")
     with pytest.raises(ValueError, match="table 4: it is about vit-l, and the offline tasks have no such backbone"):
         read_table("4")

@@ -1,0 +1,80 @@
+"""`mosa-kernels tsne`: the features of trained models side by side, as in Figure 4 of the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mosa_kernels.cli.errors import plain_errors
+from mosa_kernels.cli.opened import open_loader
+from mosa_kernels.train.embedding import Embedding, draw_embeddings, embed
+from mosa_kernels.train.folder import versions, write_json
+from mosa_kernels.train.saved import open_saved
+
+
+def tsne(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of saved adapters.")],
+    output: Annotated[Path, typer.Option(help="PNG file; the figures go to a JSON file beside it.")],
+    data: Annotated[str | None, typer.Option(help="As for train; by default the data of each run.")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
+    split: Annotated[str, typer.Option(help="test, or validation.")] = "test",
+    images: Annotated[int, typer.Option(help="Drawn at most, chosen at random.", min=21)] = 2000,
+    classes: Annotated[int, typer.Option(help="The first so many are drawn.", min=2)] = 10,
+    seed: Annotated[int, typer.Option(help="Of the choice and of t-SNE.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    workers: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw the features of trained models by t-SNE, each merged as it was configured."""
+    console = Console()
+    with plain_errors():
+        if output.suffix != ".png":
+            raise ValueError(f"output: expected a file that ends in .png, got {output}")
+        found = [_embedding(path, data, data_root, split, images, classes, seed, batch_size, workers) for path in runs]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw_embeddings(found, output)
+        write_json(
+            output.with_suffix(".json"),
+            {
+                "split": split,
+                "seed": seed,
+                "runs": [
+                    {
+                        "path": str(path),
+                        "title": one.title,
+                        "images": len(one.labels),
+                        "neighbours": one.neighbours,
+                        "silhouette": one.silhouette,
+                    }
+                    for path, one in zip(runs, found, strict=True)
+                ],
+                "versions": versions(),
+            },
+        )
+    shown = Table()
+    for name in ("run", "images", "% by 20 neighbours", "silhouette"):
+        shown.add_column(name, justify="left" if name == "run" else "right")
+    for one in found:
+        shown.add_row(one.title, str(len(one.labels)), f"{one.neighbours:.2f}", f"{one.silhouette:.3f}")
+    console.print(shown)
+    console.print(str(output), highlight=False)
+
+
+def _embedding(
+    path: Path,
+    data: str | None,
+    data_root: str | None,
+    split: str,
+    images: int,
+    classes: int,
+    seed: int,
+    batch_size: int,
+    workers: int,
+) -> Embedding:
+    saved = open_saved(path)
+    _, loader = open_loader(saved, split, data=data, data_root=data_root, batch_size=batch_size, workers=workers)
+    title = f"{path.name} ({saved.settings.method})" if path.name != saved.settings.method else path.name
+    return embed(saved.model, loader, title, images=images, classes=classes, seed=seed)
