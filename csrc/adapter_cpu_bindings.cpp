@@ -2,37 +2,17 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
 
 #include "adapter_cpu.h"
+#include "binding_rows.h"
 #include "status.h"
 
 namespace py = pybind11;
 
 namespace mosa {
 namespace {
-
-// A row of integers from a Python tuple; cheaper than an argument each.
-template <size_t Count>
-std::array<int64_t, Count> integers(const py::tuple& from, const char* name) {
-  if (from.size() != Count) {
-    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(Count) + " integers, got " +
-                                std::to_string(from.size()));
-  }
-  std::array<int64_t, Count> to;
-  for (size_t i = 0; i < Count; ++i) {
-    to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(from.ptr(), static_cast<Py_ssize_t>(i)));
-  }
-  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return to;
-}
-
-template <typename Element>
-Element* address(int64_t value) {
-  return reinterpret_cast<Element*>(static_cast<uintptr_t>(value));
-}
 
 // tensors: (address, dtype code) of x, residual, w_down, w_down_init, b_down, w_up, b_up, gamma, beta; then the
 // addresses of assignment, assignment_down, expert, seed. sizes: tokens, width, rank, experts, expert_groups,

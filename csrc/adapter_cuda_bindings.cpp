@@ -4,12 +4,12 @@
 
 #ifdef MOSA_WITH_CUDA
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 #include "adapter.h"
+#include "binding_rows.h"
 #include "cuda_device.h"
 #include "launch_error.h"
 
@@ -17,26 +17,6 @@ namespace py = pybind11;
 
 namespace mosa {
 namespace {
-
-// A row of numbers from a Python tuple; cheaper than an argument each.
-template <size_t Count>
-std::array<int64_t, Count> integers(const py::tuple& from, const char* name) {
-  if (from.size() != Count) {
-    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(Count) + " integers, got " +
-                                std::to_string(from.size()));
-  }
-  std::array<int64_t, Count> to;
-  for (size_t i = 0; i < Count; ++i) {
-    to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(from.ptr(), static_cast<Py_ssize_t>(i)));
-  }
-  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return to;
-}
-
-template <typename Type>
-Type* address(int64_t value) {
-  return reinterpret_cast<Type*>(static_cast<uintptr_t>(value));
-}
 
 int32_t narrow(int64_t value) {
   return static_cast<int32_t>(std::min<int64_t>(value, std::numeric_limits<int32_t>::max()));
