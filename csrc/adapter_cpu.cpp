@@ -17,9 +17,10 @@ namespace {
 // Multiplications below which waking the other threads costs more than they save. All of them or none: a team of
 // another size than the last makes the OpenMP runtime end threads and start new ones.
 constexpr int64_t kProductsOfOneThread = 8'000'000;
-// Runs of tiles that sum weight gradients on their own: this many, or for few tiles a smaller power of two, which most
-// numbers of threads share evenly. They depend on the call alone, so that results do not depend on the threads.
-constexpr int kMaxRuns = 8;
+// Runs of tiles that sum weight gradients on their own: this many, which most numbers of threads share evenly, for more
+// threads the next power of two, and for few tiles a smaller one. Up to so many threads results do not depend on them.
+constexpr int kRuns = 8;
+constexpr int kMaxRuns = 64;  // their sums are added up in the end
 
 const CpuKernels* kernels_of(InstructionSet set) {
   if (set == kPortable) return cpu_kernels_portable();
@@ -115,7 +116,8 @@ Plan make_plan(const AdapterCpuParams& p) {
     plan.experts.push_back(static_cast<int>(expert));
   }
   const int tiles = static_cast<int>(plan.tiles.size());
-  plan.runs = kMaxRuns;
+  plan.runs = kRuns;
+  while (plan.runs < p.threads && plan.runs < kMaxRuns) plan.runs *= 2;
   while (plan.runs > 1 && plan.runs > tiles / 2) plan.runs /= 2;
   for (int i = 0; i < tiles; ++i) {
     Tile& tile = plan.tiles[static_cast<size_t>(i)];

@@ -370,6 +370,25 @@ def test_declines_with_a_reason() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.skipif(extension().reason is not None, reason=str(extension().reason))
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(bool(extension().reason), reason=extension().reason or "")
+def test_threads_share_the_work_and_change_no_bit_up_to_eight() -> None:
+    args = vit_like((24, 197), 64, 32, torch.bfloat16)._replace(expert=torch.arange(24) % 4, expert_id=MERGED)
+    grad_out = torch.randn_like(args.x)
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 3, 8, 20):
+            torch.set_num_threads(threads)
+            out, grads = run_cpu("compiled", args, grad_out)
+            found[threads] = [out, *(value for value in grads if isinstance(value, Tensor))]
+    finally:
+        torch.set_num_threads(before)
+    for threads in (3, 8):
+        assert all(map(torch.equal, found[threads], found[1]))
+    for many, few in zip(found[20], found[1], strict=True):
+        torch.testing.assert_close(many, few, rtol=1e-2, atol=1e-3)
+
+
 def test_a_forked_process_has_no_threads_of_its_parent() -> None:
     """An OpenMP runtime waits for ever for its threads, which fork leaves behind; plain threads are started anew."""
     generator = torch.Generator().manual_seed(0)
