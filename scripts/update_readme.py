@@ -80,8 +80,8 @@ def cpu_section(reports: Path = REPORTS) -> str:
             "sets `torch.compile`, N copies and a merged adapter beside them, and measures backward alone, merge, "
             "optimizer, alignment, whole models and how cost grows. Our times are the same there. Eager PyTorch's are "
             "not: they depend on what its allocator has at hand, so the ratios do too (64 x 197 in bf16: forward 2.5 "
-            "to 5.4, forward + backward 2.0 to 2.4 in these reports; 2.1 and 1.6 in a loop whose allocations all return "
-            "warm memory to eager PyTorch), and where ours loses, it says so.",
+            "to 5.4, forward + backward 2.0 to 2.4 in these reports; 2.1 and 1.6 in a loop whose allocations all "
+            "return warm memory to eager PyTorch), and where ours loses, it says so.",
         ]
     )
 
