@@ -59,6 +59,7 @@ def train(
     lora_targets: Annotated[str | None, typer.Option(help="For lora: any of q,v,k,proj.")] = None,
     prompt_length: Annotated[int | None, typer.Option(help="Prompt tokens of vpt-shallow and vpt-deep.")] = None,
     expert_per: Annotated[str | None, typer.Option(help="Draw an expert per batch or per sample.")] = None,
+    expert_lr: Annotated[float | None, typer.Option(help="Factor on the learning rate of what experts own.")] = None,
     dropout: Annotated[float | None, typer.Option(help="On the bottleneck.")] = None,
     merge_rule: Annotated[str | None, typer.Option(help="mean or jigsaw.")] = None,
     passes: Annotated[int | None, typer.Option(help="Forward passes of each batch: 1 or 2.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ class Recipe:
         beta_over_depth: divide beta by the number of blocks, as the released code does.
         detach: whether the target of each consistency term is held constant.
         expert_per: an expert per "batch" or per "sample".
+        expert_lr: factor on the learning rate of what experts own. Where one of N is drawn for each batch, it makes an
+            Nth of the steps of everything else; a factor of N lets it go as far.
         dropout: on the adapters' bottleneck.
         merge_rule: "mean" or "jigsaw"; validation runs the adapter merged by it.
         inference: which mechanism of Table 10 the test reports: "merged", "stochastic", "fixed" or "ensemble".
@@ -63,6 +66,7 @@ class Recipe:
     beta_over_depth: bool = False
     detach: bool = False
     expert_per: str = "batch"
+    expert_lr: float = 1.0
     dropout: float = 0.0
     merge_rule: str = "mean"
     inference: str = "merged"
@@ -83,6 +87,8 @@ class Recipe:
         for name in ("base_lr", "weight_decay", "alpha", "beta", "eps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 < self.expert_lr < math.inf:
+            raise ValueError(f"expert_lr: expected a positive number, got {self.expert_lr}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout}")
         if self.clip_norm is not None and not self.clip_norm > 0:

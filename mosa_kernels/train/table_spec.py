@@ -87,7 +87,7 @@ class Table:
         rows: the paper's, then the controls.
         columns: the paper's columns.
         claims: pairs of row keys of which the paper says that the first is better.
-        added: pairs of row keys of which the paper says nothing: its method, and what is added to its rows.
+        added: pairs of row keys of which the paper says nothing, such as its method and what is added to its rows.
         sweep: the adapter option that runs through several values, or None.
         unavailable: titles of rows that this version cannot train, with the reason.
     """
@@ -184,7 +184,11 @@ def read_table(number: str, root: str | None = None) -> Table:
         rows=tuple(rows),
         columns=tuple(raw["paper_columns"]),
         claims=tuple((better + end, worse + end) for better, worse in pairs for end in suffixes),
-        added=tuple((pairs[0][0] + end, other + end) for other in others for end in suffixes),
+        added=tuple(
+            (one + end, other + end)
+            for one, other in raw.get("added", [(pairs[0][0], other) for other in others])
+            for end in suffixes
+        ),
         unavailable=unavailable,
         sweep=option,
     )

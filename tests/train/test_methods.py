@@ -13,11 +13,13 @@ from timm_models import images, make
 
 from mosa_kernels.peft.book import book_of, find_book
 from mosa_kernels.train import job as job_module
+from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.job import Job
-from mosa_kernels.train.methods import METHODS, AdapterOptions, adapt, find_method
+from mosa_kernels.train.methods import METHODS, AdapterOptions, adapt, find_method, make_optimizer
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.saved import open_saved
+from mosa_kernels.train.schedule import Schedule
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.state import trained_state
 
@@ -105,3 +107,27 @@ def test_styles_and_methods() -> None:
 def test_options_survive_json() -> None:
     options = AdapterOptions(num_experts=(2, 3), layers=(0, 1), lora_targets=("k",), prompt_length=4)
     assert AdapterOptions(**json.loads(json.dumps(dataclasses.asdict(options)))) == options
+
+
+def test_experts_have_a_learning_rate_of_their_own() -> None:
+    torch.manual_seed(0)
+    recipe = make_recipe(lr=0.01, epochs=4, warmup_epochs=1, expert_lr=4.0)
+    model = create_backbone("vit_offline_patch8_32", 10)
+    adapt(model, find_method("mosa"), AdapterOptions(bottleneck=8), recipe, seed=0)
+    optimizer = make_optimizer(model, recipe, "mosa")
+    rest, experts = optimizer.param_groups
+    up = {p for name, p in model.named_parameters() if p.requires_grad and ".up." in name}
+    assert set(experts["params"]) == up
+    assert len(up) == 2 * 4  # weight and bias of each of four blocks
+    assert {*rest["params"], *up} == {p for p in model.parameters() if p.requires_grad}
+    schedule = Schedule(optimizer, recipe, updates_per_epoch=5)
+    for update in (3, 5, 11, 19):
+        schedule.set(update)
+        assert experts["lr"] == pytest.approx(4 * rest["lr"])
+    assert rest["lr"] < 0.01
+    assert len(make_optimizer(model, make_recipe(lr=0.01), "mosa").param_groups) == 1
+    for kind, of in (("adamw", model), ("mosa", torch.nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match="expert_lr: needs experts and the optimizer mosa"):
+            make_optimizer(of, recipe, kind)
+    with pytest.raises(ValueError, match="expert_lr: expected a positive number, got 0"):
+        make_recipe(expert_lr=0)
