@@ -94,7 +94,7 @@ def table_markdown(
         parts.append("Not run: " + "; ".join(f"{title} ({why})" for title, why in table.unavailable.items()) + ".")
     for title, claimed in (
         ("Differences that the paper claims", True),
-        ("The paper's method against what is added", False),
+        ("Other differences", False),
     ):
         lines = [f"- {difference}" for difference in differences if difference.claimed == claimed]
         if lines:
