@@ -45,14 +45,13 @@ size_t slots_bytes_beyond(int64_t k, int64_t n) {
 
 inline uint32_t lanes_of(int64_t given) { return given >= 16 ? 0xffffu : (1u << given) - 1u; }
 
-// body(i, j) for each entry other than zero of rows [height, width].
+// body(i, j, mask) for 16 columns at a time of rows [height, width]: which entries are other than zero.
 template <typename Body>
-inline void each_entry(const float* rows, int64_t stride, int64_t height, int64_t width, const Body& body) {
+inline void each_mask(const float* rows, int64_t stride, int64_t height, int64_t width, const Body& body) {
   for (int64_t i = 0; i < height; ++i) {
     for (int64_t j = 0; j < width; j += 16) {
       const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes_of(width - j)), rows + i * stride + j);
-      uint32_t mask = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-      for (; mask != 0; mask &= mask - 1) body(i, j + __builtin_ctz(mask));
+      body(i, j, _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_NEQ_UQ));
     }
   }
 }
@@ -64,19 +63,15 @@ bool pack_slots(const float* rows, int64_t stride, int64_t k, int64_t n, bool tr
   const int64_t wide = padded(n), groups = wide / kLanes, chunks = slots.chunks;
   const int64_t height = transposed ? n : k, width = transposed ? k : n;
   __builtin_memset(slots.counts, 0, static_cast<size_t>(chunks * wide));
-  for (int64_t i = 0; i < height; ++i) {
-    for (int64_t j = 0; j < width; j += 16) {
-      const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes_of(width - j)), rows + i * stride + j);
-      const __mmask16 mask = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-      if (transposed) {
-        uint8_t* count = slots.counts + j / kChunk * wide + i;
-        *count = static_cast<uint8_t>(*count + __builtin_popcount(mask));
-      } else {
-        __m128i* to = reinterpret_cast<__m128i*>(slots.counts + i / kChunk * wide + j);
-        _mm_storeu_si128(to, _mm_sub_epi8(_mm_loadu_si128(to), _mm_movm_epi8(mask)));
-      }
+  each_mask(rows, stride, height, width, [&](int64_t i, int64_t j, __mmask16 mask) {
+    if (transposed) {
+      uint8_t* count = slots.counts + j / kChunk * wide + i;
+      *count = static_cast<uint8_t>(*count + __builtin_popcount(mask));
+    } else {
+      __m128i* to = reinterpret_cast<__m128i*>(slots.counts + i / kChunk * wide + j);
+      _mm_storeu_si128(to, _mm_sub_epi8(_mm_loadu_si128(to), _mm_movm_epi8(mask)));
     }
-  }
+  });
   int64_t total = 0;
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -94,20 +89,23 @@ bool pack_slots(const float* rows, int64_t stride, int64_t k, int64_t n, bool tr
 
   __builtin_memset(slots.pairs, 0, static_cast<size_t>(total) * kPairElements * sizeof(Operand));
   __builtin_memset(slots.counts, 0, static_cast<size_t>(chunks * wide));
-  each_entry(rows, stride, height, width, [&](int64_t i, int64_t j) {
-    const int64_t row = transposed ? j : i, column = transposed ? i : j, chunk = row / kChunk;
-    const int slot = slots.counts[chunk * wide + column]++;
-    Operand* pair = slots.pairs + (slots.starts[column / kLanes * chunks + chunk] + slot / 2) * kPairElements;
-    const int64_t lane = column % kLanes * 2 + slot % 2;
-    pair[lane] = static_cast<Operand>(row % kChunk);
-    set_operand(pair + 2 * kLanes + lane, rows[i * stride + j]);
+  each_mask(rows, stride, height, width, [&](int64_t i, int64_t first, uint32_t mask) {
+    for (; mask != 0; mask &= mask - 1) {
+      const int64_t j = first + __builtin_ctz(mask);
+      const int64_t row = transposed ? j : i, column = transposed ? i : j, chunk = row / kChunk;
+      const int slot = slots.counts[chunk * wide + column]++;
+      Operand* pair = slots.pairs + (slots.starts[column / kLanes * chunks + chunk] + slot / 2) * kPairElements;
+      const int64_t lane = column % kLanes * 2 + slot % 2;
+      pair[lane] = static_cast<Operand>(row % kChunk);
+      set_operand(pair + 2 * kLanes + lane, rows[i * stride + j]);
+    }
   });
   return true;
 }
 
 // Of a chunk's operands, those that exist; the others read as zero.
 inline __m512i load_operands(const Operand* from, int64_t given) {
-  const uint32_t mask = given >= 32 ? ~0u : given <= 0 ? 0u : (1u << given) - 1u;
+  const uint32_t mask = given >= 32 ? ~0u : (1u << given) - 1u;
   return _mm512_maskz_loadu_epi16(mask, from);
 }
 

@@ -38,8 +38,6 @@ constexpr int kSums = 16;  // of a row, side by side
   }
 }
 
-void merge_rows_of_any(const MergeAdapter& a, int64_t first, int64_t last) { merge_rows(a, first, last); }
-
 template <DType Type>
 void merge_rows_of(MergeAdapter a, int64_t first, int64_t last) {
   a.w_down_dtype = a.w_down_init_dtype = a.b_down_dtype = a.gamma_dtype = a.beta_dtype = Type;
@@ -99,7 +97,7 @@ int merge_cpu(const MergeParams& params, int threads) {
     } else if (are_all(a, kBFloat16)) {
       merge_rows_of<kBFloat16>(a, first, last);
     } else {
-      merge_rows_of_any(a, first, last);
+      merge_rows(a, first, last);
     }
   });
   return kOk;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from mosa_kernels.functional.masked_adamw import OPERATOR, masked_adamw
-from mosa_kernels.nn.projection import Projection, projection_of
+from mosa_kernels.nn.projection import Projection, taken_in_turns
 from mosa_kernels.shards import check_sharding, is_sharded, local_part, local_rows
 
 Parameters: TypeAlias = nn.Module | ParamsT
@@ -85,13 +85,11 @@ class MoSAAdamW(Optimizer):
 
     def _watch(self, parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
-            projection = projection_of(parameter)
-            if projection is None or projection.activity is None or parameter in self._histories:
+            projection = taken_in_turns(parameter)
+            if projection is None or parameter in self._histories:
                 continue
-            if parameter is projection.bias and parameter.dim() == 2:
-                self._histories[parameter] = _ActivityHistory(parameter, projection, None)
-            elif parameter is projection.weight and projection.assignment is not None:
-                self._histories[parameter] = _ActivityHistory(parameter, projection, projection)
+            owned = projection if parameter is projection.weight else None
+            self._histories[parameter] = _ActivityHistory(parameter, projection, owned)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mosa_kernels.cli.errors import plain_errors
 from mosa_kernels.cli.opened import open_loader
-from mosa_kernels.train.embedding import Embedding, draw_embeddings, embed
+from mosa_kernels.train.embedding import NEIGHBOURS, draw_embeddings, embed
 from mosa_kernels.train.folder import versions, write_json
 from mosa_kernels.train.saved import open_saved
 
@@ -22,7 +22,7 @@ def tsne(
     data: Annotated[str | None, typer.Option(help="As for train; by default the data of each run.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
     split: Annotated[str, typer.Option(help="test, or validation.")] = "test",
-    images: Annotated[int, typer.Option(help="Drawn at most, chosen at random.", min=21)] = 2000,
+    images: Annotated[int, typer.Option(help="Drawn at most, chosen at random.", min=NEIGHBOURS + 1)] = 2000,
     classes: Annotated[int, typer.Option(help="The first so many are drawn.", min=2)] = 10,
     seed: Annotated[int, typer.Option(help="Of the choice and of t-SNE.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
@@ -33,7 +33,15 @@ def tsne(
     with plain_errors():
         if output.suffix != ".png":
             raise ValueError(f"output: expected a file that ends in .png, got {output}")
-        found = [_embedding(path, data, data_root, split, images, classes, seed, batch_size, workers) for path in runs]
+        found = []
+        for path in runs:
+            saved = open_saved(path)
+            _, loader = open_loader(
+                saved, split, data=data, data_root=data_root, batch_size=batch_size, workers=workers
+            )
+            method = saved.settings.method
+            title = path.name if path.name == method else f"{path.name} ({method})"
+            found.append(embed(saved.model, loader, title, images=images, classes=classes, seed=seed))
         output.parent.mkdir(parents=True, exist_ok=True)
         draw_embeddings(found, output)
         write_json(
@@ -61,20 +69,3 @@ def tsne(
         shown.add_row(one.title, str(len(one.labels)), f"{one.neighbours:.2f}", f"{one.silhouette:.3f}")
     console.print(shown)
     console.print(str(output), highlight=False)
-
-
-def _embedding(
-    path: Path,
-    data: str | None,
-    data_root: str | None,
-    split: str,
-    images: int,
-    classes: int,
-    seed: int,
-    batch_size: int,
-    workers: int,
-) -> Embedding:
-    saved = open_saved(path)
-    _, loader = open_loader(saved, split, data=data, data_root=data_root, batch_size=batch_size, workers=workers)
-    title = f"{path.name} ({saved.settings.method})" if path.name != saved.settings.method else path.name
-    return embed(saved.model, loader, title, images=images, classes=classes, seed=seed)

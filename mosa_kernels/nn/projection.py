@@ -100,6 +100,16 @@ class Projection(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {owners}, bias={bias}"
 
 
+def taken_in_turns(parameter: Tensor) -> Projection | None:
+    """The projection whose experts own this weight's entries or this bias's rows; None where no experts take turns."""
+    projection = projection_of(parameter)
+    if projection is None or projection.activity is None:
+        return None
+    rows = parameter is projection.bias and parameter.dim() == 2
+    entries = parameter is projection.weight and projection.assignment is not None
+    return projection if rows or entries else None
+
+
 def projection_of(parameter: Tensor) -> Projection | None:
     """The projection that a weight or bias belongs to, or None for a parameter of another kind."""
     found = _PROJECTIONS.get(parameter)

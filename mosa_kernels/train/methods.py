@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mosa_kernels.nn.projection import projection_of
+from mosa_kernels.nn.projection import taken_in_turns
 from mosa_kernels.optim import MoSAAdamW
 from mosa_kernels.peft import MoSAConfig, inject_adapter
 from mosa_kernels.train.recipe import Recipe
@@ -182,10 +182,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe, kind: str) -> torch.optim.O
         "weight_decay": recipe.weight_decay,
     }
     if recipe.expert_lr != 1.0:
-        turns = [p for p in model.parameters() if p.requires_grad and _takes_turns(p)]
+        rest: list[torch.Tensor] = []
+        turns: list[torch.Tensor] = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                (rest if taken_in_turns(parameter) is None else turns).append(parameter)
         if kind != "mosa" or not turns:
             raise ValueError(f"expert_lr: needs experts and the optimizer mosa, got {recipe.expert_lr} without them")
-        rest = [p for p in model.parameters() if p.requires_grad and not _takes_turns(p)]
         groups: list[dict[str, Any]] = [{"params": rest}, {"params": turns, "lr": recipe.lr * recipe.expert_lr}]
         return MoSAAdamW(groups, **options)
     if kind == "mosa":
@@ -193,12 +196,3 @@ def make_optimizer(model: nn.Module, recipe: Recipe, kind: str) -> torch.optim.O
     if kind == "adamw":
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
     raise ValueError(f"optimizer: expected mosa or adamw, got {kind!r}")
-
-
-def _takes_turns(parameter: torch.Tensor) -> bool:
-    """Whether experts own its entries and only those that ran move."""
-    projection = projection_of(parameter)
-    if projection is None or projection.activity is None:
-        return False
-    of_experts = parameter is projection.bias and parameter.dim() == 2
-    return of_experts or (parameter is projection.weight and projection.assignment is not None)

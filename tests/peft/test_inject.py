@@ -25,9 +25,12 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(family: Family) 
     keys, before = list(model.state_dict()), model(x)
     for style in family.styles:
         inject_adapter(model, MoSAConfig(style=style, bottleneck=4), style)
-        # Not bit by bit: a ViT without a class token passes transposed tokens on, an adapter contiguous ones, and sums
-        # over those may run in another order (torch 2.9).
-        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
+        if "siglip" in family.name and torch.__version__.startswith("2.9."):
+            # A ViT without a class token passes transposed tokens on, an adapter contiguous ones, and torch 2.9 adds up
+            # those in another order.
+            torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(model(x), before)
         assert set(keys) <= set(model.state_dict())
         train_a_little(model, style)
         assert not torch.allclose(model(x), before, atol=1e-4)
