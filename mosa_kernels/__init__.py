@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mosa_kernels.nn.adapter import FusedMoSAAdapter
     from mosa_kernels.nn.dense import DenseAdapter
     from mosa_kernels.nn.lora import FusedMoSALoRA
-    from mosa_kernels.nn.sampler import inference_experts
+    from mosa_kernels.nn.sampler import experts_per_sample, inference_experts
     from mosa_kernels.optim import MoSAAdamW
     from mosa_kernels.peft import (
         FoldLoss,
@@ -52,6 +52,7 @@ _HOME = {
     "merge_adapter": "peft",
     "unmerge_adapter": "peft",
     "DenseAdapter": "nn.dense",
+    "experts_per_sample": "nn.sampler",
     "inference_experts": "nn.sampler",
     "MoSAAdamW": "optim",
     "MoSAConfig": "peft",
@@ -77,6 +78,7 @@ __all__ = [
     "adapters_per_sample",
     "available_backends",
     "disable_adapter",
+    "experts_per_sample",
     "inference_experts",
     "inject_adapter",
     "load_adapter",

@@ -222,26 +222,32 @@ class FusedMoSAAdapter(nn.Module):
         """
         return None if self._activity is None else self._activity.track(self.up.weight.device)
 
-    def merge_input(self, rule: str | None = None) -> MergeInput:
+    def merge_input(self, rule: str | None = None, expert: int | None = None) -> MergeInput:
         """What the merge kernel needs of this layer, for several layers to be merged in one launch.
 
         Raises:
-            ValueError: `rule` is neither "mean" nor "jigsaw".
+            ValueError: `rule` is neither "mean" nor "jigsaw", or there is no such expert.
         """
         rule = self.merge_rule if rule is None else rule
         if rule not in MERGE_RULES:
             raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
+        if expert is not None and not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert: expected a number from 0 to {self.num_experts - 1}, got {expert}")
         w_down: Tensor = self.down.weight
         w_up: Tensor = self.up.weight
+        b_up: Tensor | None = self.up.bias
         initial, factor = self.down.initial, self._merged_scale(rule)
-        if self.sampler.fixed is not None:
-            w_down, w_up = self._pruned(self.down), self._pruned(self.up)
-            initial, factor = None, 1.0
+        alone = expert if self.sampler.fixed is None else self.sampler.fixed
+        if alone is not None and self.num_experts > 1:
+            w_down = self._owned(self.down, alone)
+            w_up = self._owned(self.up, alone)
+            b_up = b_up[alone] if b_up is not None and b_up.dim() == 2 else b_up
+            factor = self.expert_scale
         return MergeInput(
             w_down,
             self.down.bias,
             w_up,
-            self.up.bias,
+            b_up,
             None if self.norm is None else self.norm.weight,
             None if self.norm is None else self.norm.bias,
             self.scale,
@@ -250,21 +256,25 @@ class FusedMoSAAdapter(nn.Module):
             factor,
         )
 
-    def _pruned(self, projection: Projection) -> Tensor:
-        assert projection.assignment is not None
-        return torch.where(projection.assignment.eq(self.sampler.fixed or 0), projection.weight, 0)
+    def _owned(self, projection: Projection, expert: int) -> Tensor:
+        """The weight where the expert owns it, elsewhere what the projection started from."""
+        if projection.assignment is None:
+            return projection.weight
+        initial = 0 if projection.initial is None else projection.initial
+        return torch.where(projection.assignment.eq(expert), projection.weight, initial)
 
     @torch.no_grad()
-    def merge(self, rule: str | None = None) -> DenseAdapter:
+    def merge(self, rule: str | None = None, *, expert: int | None = None) -> DenseAdapter:
         """The dense adapter for inference (Eq. 7 and 8), in plain PyTorch.
 
         Args:
             rule: "mean" or "jigsaw"; None is the layer's `merge_rule`, which evaluation mode computes too.
+            expert: only this one, as it runs by itself, in place of all by a rule.
 
         Raises:
-            ValueError: `rule` is neither.
+            ValueError: `rule` is neither, or there is no such expert.
         """
-        return self.dense_from(merge_adapters([self.merge_input(rule)])[0])
+        return self.dense_from(merge_adapters([self.merge_input(rule, expert)])[0])
 
     def dense_from(self, merged: MergedWeights) -> DenseAdapter:
         """A plain adapter shaped like this layer that holds merged weights."""

@@ -131,18 +131,19 @@ class FusedMoSALoRA(FusedMoSAAdapter):
         return out if residual is None else residual + out
 
     @torch.no_grad()
-    def delta(self, rule: str | None = None) -> Tensor:
+    def delta(self, rule: str | None = None, expert: int | None = None) -> Tensor:
         """What merging adds to the frozen weight (Eq. 7 and 8), float32 [out_features, in_features].
 
         float64 for a layer in float64. Sums and products are in that dtype whatever the layer's own.
 
         Args:
             rule: "mean" or "jigsaw"; None is the layer's `merge_rule`, which evaluation mode computes too.
+            expert: only this one, as it runs by itself, in place of all by a rule.
 
         Raises:
-            ValueError: `rule` is neither.
+            ValueError: `rule` is neither, or there is no such expert.
         """
-        given = self.merge_input(rule)
+        given = self.merge_input(rule, expert)
         working = torch.float64 if given.w_down.dtype == torch.float64 else torch.float32
         down, up = given.w_down.to(working), given.w_up.to(working)
         if given.w_down_init is not None:
@@ -153,12 +154,14 @@ class FusedMoSALoRA(FusedMoSAAdapter):
             return (scale * given.up_factor * up) @ down
 
     @torch.no_grad()
-    def merge(self, rule: str | None = None) -> nn.Linear:  # type: ignore[override]  # no dense adapter is left
+    def merge(  # type: ignore[override]  # no dense adapter is left
+        self, rule: str | None = None, *, expert: int | None = None
+    ) -> nn.Linear:
         """`delta` as a plain linear layer without a bias, in the layer's dtype, for those who do not fold it.
 
         Raises:
-            ValueError: `rule` is neither "mean" nor "jigsaw".
+            ValueError: `rule` is neither "mean" nor "jigsaw", or there is no such expert.
         """
         linear = nn.Linear(self.dim, self.out_dim, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.delta(rule).to(self.up.weight.dtype))
+        linear.weight = nn.Parameter(self.delta(rule, expert).to(self.up.weight.dtype))
         return linear.train(self.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -39,6 +39,8 @@ class ExpertSampler(nn.Module):
         index: the number of this adapter among those of a model, by which its draws differ from theirs in `two_pass`.
         anchored: whether the first pass of `two_pass` runs the merged adapter.
         inference: in evaluation mode, None for the merged adapter, "stochastic", or the number of an expert.
+        assigned: experts that run whatever would be drawn, integers [] or one a sample, or None (see
+            `experts_per_sample`).
     """
 
     def __init__(self, num_experts: int, expert_per: str = "sample", fixed: int | None = None) -> None:
@@ -52,13 +54,28 @@ class ExpertSampler(nn.Module):
         self.index = 0
         self.anchored = False
         self.inference: str | int | None = None
+        self.assigned: Tensor | None = None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is anything to draw."""
+        return self.fixed is None and self.num_experts > 1
+
+    def _assigned(self, samples: int) -> Tensor | None:
+        """`assigned`, where it fits the batch."""
+        experts = self.assigned
+        if experts is not None and experts.dim() and experts.shape[0] != samples:
+            raise ValueError(f"experts: expected one for each of the batch's {samples} samples, got {len(experts)}")
+        return experts
 
     def draw(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
         """Draws for one forward pass over `batch_size` samples."""
         expert: Tensor | int | None = self.fixed
-        if expert is None and self.num_experts > 1:
-            shape = (batch_size,) if self.expert_per == "sample" else ()
-            expert = torch.randint(self.num_experts, shape, device=device)
+        if self.chooses:
+            expert = self._assigned(batch_size)
+            if expert is None:
+                shape = (batch_size,) if self.expert_per == "sample" else ()
+                expert = torch.randint(self.num_experts, shape, device=device)
         seed = torch.randint(2**63 - 1, (), device=device) if dropout else None
         return Draw(expert, seed)
 
@@ -70,16 +87,19 @@ class ExpertSampler(nn.Module):
         What pass h draws does not depend on whether the other one runs beside it.
         """
         samples = batch_size // len(passes)
-        shape = (samples,) if self.expert_per == "sample" else (1,)
+        assigned = self._assigned(samples)
+        shape = (1,) if self.expert_per == "batch" and (assigned is None or assigned.dim() == 0) else (samples,)
         experts, seeds = [], []
         for number in passes:
             generator = torch.Generator(device).manual_seed(derived_seed(stream, number, self.index))
             if self.anchored and number == 0:
                 experts.append(torch.full(shape, MERGED, device=device))
+            elif assigned is not None:
+                experts.append(assigned.expand(shape))
             else:
                 experts.append(torch.randint(self.num_experts, shape, device=device, generator=generator))
             seeds.append(torch.randint(2**63 - 1, (1,), device=device, generator=generator))
-        expert = self.fixed if self.fixed is not None or self.num_experts == 1 else torch.cat(experts)
+        expert = torch.cat(experts) if self.chooses else self.fixed
         return Draw(expert, torch.cat(seeds) if dropout else None)
 
     def forward(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
@@ -91,7 +111,7 @@ class ExpertSampler(nn.Module):
             if mark is not None:  # activation checkpointing runs a block of `two_pass` again
                 return self.draw_passes(*mark, batch_size, device, dropout)
             return self.draw(batch_size, device, dropout)
-        if self.inference == "stochastic":
+        if self.inference == "stochastic" or (self.assigned is not None and self.chooses):
             return self.draw(batch_size, device, dropout=False)
         if isinstance(self.inference, int) and self.fixed is None:
             return Draw(self.inference, None)
@@ -130,3 +150,52 @@ def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator
     finally:
         for sampler, value in zip(found, before, strict=True):
             sampler.inference = value
+
+
+@contextmanager
+def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) -> Iterator[nn.Module]:
+    """Within the context each sample of a batch runs the expert that is named for it, in every adapter, in training as
+    in evaluation: an expert for each task, domain or class in place of one drawn at random.
+
+    Experts share the down-projection and own disjoint entries of the up-projection, so N tasks fit into one adapter and
+    do not move each other's entries; `merge_and_unload(model, expert=n)` makes the plain adapter of one of them. Both
+    passes of `two_pass` run these experts (the first of an anchored adapter runs it merged). With activation
+    checkpointing the backward pass belongs into the context too, since it runs the blocks again.
+
+    Args:
+        model: with adapters of more than one expert.
+        experts: the number of an expert for each sample, integers [B], or one for all; -1 is the merged adapter.
+
+    Raises:
+        TypeError: `experts` holds no integers.
+        ValueError: an expert does not exist, `experts` is not one-dimensional, or the model has no adapters with
+            experts. In the context: the batch has another size.
+    """
+    found = [sampler for sampler in samplers(model) if sampler.chooses]
+    if not found:
+        raise ValueError("model: expected adapters with more than one expert, got none")
+    device = next(model.parameters()).device
+    given = experts
+    if not isinstance(given, Tensor):
+        numbers: object = [given] if isinstance(given, int) else given
+        if not isinstance(numbers, Sequence) or isinstance(numbers, str):
+            raise TypeError(f"experts: expected integers, got {experts!r}")
+        given = torch.tensor(experts)
+    if given.dtype not in (torch.int64, torch.int32) and given.numel():
+        raise TypeError(f"experts: expected integers, got {experts!r}")
+    if given.dim() > 1 or given.numel() == 0:
+        raise ValueError(f"experts: expected one number or one for each sample, got shape {list(given.shape)}")
+    fewest = min(sampler.num_experts for sampler in found)
+    if given.device.type == "cpu" and not (
+        given.ge(MERGED).all() and given.lt(fewest).all()
+    ):  # a GPU is not waited for
+        raise ValueError(f"experts: expected numbers from 0 to {fewest - 1}, or -1, got {experts!r}")
+    before = [sampler.assigned for sampler in found]
+    given = given.to(device, non_blocking=True)
+    for sampler in found:
+        sampler.assigned = given
+    try:
+        yield model
+    finally:
+        for sampler, value in zip(found, before, strict=True):
+            sampler.assigned = value

@@ -39,7 +39,7 @@ class FoldLoss:
         )
 
 
-def merge_adapter(model: nn.Module, rule: str | None = None) -> FoldLoss:
+def merge_adapter(model: nn.Module, rule: str | None = None, *, expert: int | None = None) -> FoldLoss:
     """Adds the active adapter to the frozen weights, in place; `unmerge_adapter` brings them back bit by bit.
 
     For style "lora" (MoSL, arXiv 2312.02923, section 4.3). The sums are in float32 (float64 for weights in it) and
@@ -49,17 +49,19 @@ def merge_adapter(model: nn.Module, rule: str | None = None) -> FoldLoss:
     Args:
         model: with adapters of style "lora".
         rule: "mean" or "jigsaw"; None: the `merge_rule` of the adapter's configuration.
+        expert: only this one, as it runs by itself, in place of all by a rule.
 
     Returns:
         What rounding lost; it prints as a sentence. In half precision it is a warning too: small updates of large
         weights can vanish, and merging in float32 before converting loses less.
 
     Raises:
-        ValueError: the model has no adapters, the active one does not fold, is merged already, or the rule is neither.
+        ValueError: the model has no adapters, the active one does not fold, is merged already, the rule is neither,
+            or there is no such expert.
     """
     book = book_of(model)
     check_settled(book)
-    check_rule(rule)
+    check_rule(rule, expert)
     if book.active is None:
         raise ValueError("model: expected an active adapter, got one within disable_adapter")
     config = book.configs[book.active]
@@ -67,7 +69,7 @@ def merge_adapter(model: nn.Module, rule: str | None = None) -> FoldLoss:
         what = config.method if config.method != "adapter" else config.style
         raise ValueError(f"model: expected an active adapter of style 'lora', which folds into weights, got {what!r}")
     model = unwrap(model)
-    updates = low_rank_updates(book, book.active, rule)
+    updates = low_rank_updates(book, book.active, rule, expert)
     originals = {path: model.get_parameter(path).detach().clone() for path, _, _ in updates}
     loss = fold(model, updates)
     book.folded = originals
@@ -98,26 +100,28 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_rule(rule: str | None) -> None:
+def check_rule(rule: str | None, expert: int | None = None) -> None:
     """
     Raises:
-        ValueError: the merge rule is unknown.
+        ValueError: the merge rule is unknown, or comes with an expert, who has no use for it.
     """
     if rule is not None and rule not in MERGE_RULES:
         raise ValueError(f"rule: expected None or one of {', '.join(MERGE_RULES)}, got {rule!r}")
+    if rule is not None and expert is not None:
+        raise ValueError(f"rule, expert: expected one of them, got {rule!r} and {expert}")
 
 
 Update = tuple[str, int, Tensor]
 """Name of a weight in the model, the first row that changes, and what is added to the rows from there on."""
 
 
-def low_rank_updates(book: AdapterBook, name: str, rule: str | None) -> list[Update]:
+def low_rank_updates(book: AdapterBook, name: str, rule: str | None, expert: int | None) -> list[Update]:
     """What the low-rank adapters of a name add to the model's weights."""
     updates = []
     for path, site, adapter in book.adapters(name):
         if isinstance(adapter, FusedMoSALoRA):
             place = projected(find_attention(book.model.get_submodule(path)), site)
-            updates.append((f"{path}.attn.{place.layer}.weight", place.start, adapter.delta(rule)))
+            updates.append((f"{path}.attn.{place.layer}.weight", place.start, adapter.delta(rule, expert)))
     return updates
 
 

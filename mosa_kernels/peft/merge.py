@@ -20,7 +20,9 @@ from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
 from mosa_kernels.peft.switch import set_adapter
 
 
-def merge_and_unload(model: nn.Module, rule: str | None = None, *, adapter_name: str | None = None) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module, rule: str | None = None, *, adapter_name: str | None = None, expert: int | None = None
+) -> nn.Module:
     """Merges the experts of an adapter and leaves plain modules in the model, in place; other adapters are dropped.
 
     What evaluation mode computed is what the merged model computes, where the rule is the configuration's. Sums are in
@@ -34,15 +36,17 @@ def merge_and_unload(model: nn.Module, rule: str | None = None, *, adapter_name:
         model: with adapters.
         rule: "mean" or "jigsaw"; None: the `merge_rule` of the adapter's configuration.
         adapter_name: which adapter; None: the active one.
+        expert: only this one, as it runs by itself, in place of all by a rule (see `experts_per_sample`).
 
     Returns:
         The model, with the adapter's head, and every parameter trainable that was before adapters came.
 
     Raises:
         ValueError: the model has no adapters, none of this name, one is merged already (see `unmerge_adapter`), the
-            rule is neither, or it is a baseline with prompts, which are tokens that no weight can take in.
+            rule is neither, there is no such expert, or it is a baseline with prompts, which are tokens that no
+            weight can take in.
     """
-    check_rule(rule)
+    check_rule(rule, expert)
     book = book_of(model)
     check_settled(book)
     name = book.active if adapter_name is None else adapter_name
@@ -55,13 +59,13 @@ def merge_and_unload(model: nn.Module, rule: str | None = None, *, adapter_name:
     model = unwrap(model)
     set_adapter(model, name)
 
-    updates = low_rank_updates(book, name, rule)
+    updates = low_rank_updates(book, name, rule, expert)
     if updates:
         fold(model, updates)
     placed = [each for each in book.adapters(name) if not isinstance(each[2], FusedMoSALoRA)]
     if not placed:
         return remove_all(model, keep_head=True)
-    inputs = [adapter.merge_input(rule) for _, _, adapter in placed]
+    inputs = [adapter.merge_input(rule, expert) for _, _, adapter in placed]
     exact = merge_adapters(inputs, dtype=_working_dtype(inputs[0].w_down.dtype))
     merged = [
         _rounded(weights, adapter.down.weight.dtype) for weights, (_, _, adapter) in zip(exact, placed, strict=True)

@@ -7,67 +7,13 @@ import io
 
 import pytest
 import torch
-from oracle import double, oracle_adapter
+from layers import OPTIONS, D, R, layer_oracle, trained_layer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mosa_kernels as mk
-from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.nn.projection import projection_of
 from mosa_kernels.nn.sampler import samplers
-
-D, R = 20, 6
-
-
-def _trained(**options: object) -> mk.FusedMoSAAdapter:
-    """A layer whose parameters have all left their initial values, in the entries that its experts own."""
-    layer = mk.FusedMoSAAdapter(D, R, **options)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return layer
-
-
-def _oracle(layer: mk.FusedMoSAAdapter, x: Tensor, expert: int, merged_scale: float) -> Tensor:
-    return oracle_adapter(
-        double(
-            AdapterArguments(
-                x,
-                None,
-                layer.down.weight,
-                layer.down.bias,
-                layer.up.weight,
-                layer.up.bias,
-                layer.up.assignment,
-                layer.down.assignment,
-                layer.down.initial,
-                None,
-                None if layer.norm is None else layer.norm.weight,
-                None if layer.norm is None else layer.norm.bias,
-                layer.scale if isinstance(layer.scale, Tensor) else None,
-                None,
-                None,
-                expert_id=expert,
-                activation=layer.activation,
-                scale=1.0 if isinstance(layer.scale, Tensor) else layer.scale,
-                expert_scale=layer.expert_scale,
-                merged_scale=merged_scale,
-            )
-        )
-    )
-
-
-OPTIONS = [
-    {},
-    {"num_experts": 1},
-    {"num_experts": 3, "sparse": "down"},
-    {"sparse": "both", "expert_bias": False, "norm": False},
-    {"granularity": "row", "activation": "relu", "expert_scale": "N"},
-    {"granularity": "block", "bottleneck": R, "num_experts": 2, "learnable_scale": True},
-    {"merge_rule": "jigsaw", "activation": "silu", "scale": 1.0},
-    {"pruned": True},
-    {"pruned": True, "num_experts": 2, "expert_scale": "N"},
-]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -84,7 +30,7 @@ def test_fresh_layer_adds_nothing(options: dict) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_merged_is_what_evaluation_computes(options: dict, rule: str) -> None:
     options = {key: value for key, value in options.items() if key != "bottleneck"}
-    layer = _trained(**{**options, "merge_rule": rule}).eval()
+    layer = trained_layer(**{**options, "merge_rule": rule}).eval()
     x, residual = torch.randn(4, 7, D), torch.randn(4, 7, D)
     merged = layer.merge()
     assert isinstance(merged, mk.DenseAdapter)
@@ -93,26 +39,26 @@ def test_merged_is_what_evaluation_computes(options: dict, rule: str) -> None:
 
     n = layer.num_experts
     factor = layer.expert_scale / n if rule == "mean" else 1.0
-    expected = _oracle(layer, x, 0 if layer.pruned else -1, factor)
+    expected = layer_oracle(layer, x, 0 if layer.pruned else -1, factor)
     torch.testing.assert_close(merged(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rules_agree_when_experts_are_scaled_by_their_number() -> None:
-    layer = _trained(expert_scale="N").eval()
+    layer = trained_layer(expert_scale="N").eval()
     x = torch.randn(3, 5, D)
     torch.testing.assert_close(layer.merge("mean")(x), layer.merge("jigsaw")(x))
 
 
 def test_mean_rule_is_the_expectation_of_a_drawn_expert() -> None:
     for options in ({}, {"sparse": "down", "activation": "identity"}, {"expert_scale": 2.0}):
-        layer = _trained(**options).eval()
+        layer = trained_layer(**options).eval()
         x = torch.randn(3, 5, D)
         mean = torch.stack([layer(x, expert=e) for e in range(layer.num_experts)]).mean(0)
         torch.testing.assert_close(layer(x), mean, rtol=1e-5, atol=1e-5)
 
 
 def test_training_draws_experts_uniformly_and_from_the_seed() -> None:
-    layer = _trained(num_experts=3).train()
+    layer = trained_layer(num_experts=3).train()
     x = torch.randn(3000, 1, D)
     torch.manual_seed(5)
     out = layer(x)
@@ -123,7 +69,7 @@ def test_training_draws_experts_uniformly_and_from_the_seed() -> None:
     assert ((single[chosen, torch.arange(3000)] - out).abs() < 1e-5).all()
     assert (chosen.bincount(minlength=3) - 1000).abs().max() < 5 * (3000 * 2 / 9) ** 0.5
 
-    layer = _trained(num_experts=3, expert_per="batch").train()
+    layer = trained_layer(num_experts=3, expert_per="batch").train()
     single = torch.stack([layer(x, expert=e) for e in range(3)])
     seen = {int((single - layer(x)).abs().amax((1, 2, 3)).argmin()) for _ in range(30)}
     assert seen == {0, 1, 2}
@@ -132,7 +78,7 @@ def test_training_draws_experts_uniformly_and_from_the_seed() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_checkpointing_replays_expert_and_dropout(use_reentrant: bool, per: str) -> None:
-    layers = nn.ModuleList(_trained(dropout=0.4, expert_per=per, seed=seed) for seed in range(3)).train()
+    layers = nn.ModuleList(trained_layer(dropout=0.4, expert_per=per, seed=seed) for seed in range(3)).train()
     x = torch.randn(8, 5, D, requires_grad=True)
     weight = torch.randn_like(x)
 
@@ -152,7 +98,7 @@ def test_checkpointing_replays_expert_and_dropout(use_reentrant: bool, per: str)
 
 @pytest.mark.parametrize("sparse", ["up", "down", "both"])
 def test_only_the_running_experts_entries_get_gradients(sparse: str) -> None:
-    layer = _trained(sparse=sparse).train()
+    layer = trained_layer(sparse=sparse).train()
     layer(torch.randn(4, 5, D), expert=torch.tensor([1, 3, 1, 3])).square().sum().backward()
     split = {"up": [layer.up], "down": [layer.down], "both": [layer.up, layer.down]}[sparse]
     for projection in (layer.up, layer.down):
@@ -172,7 +118,7 @@ def test_only_the_running_experts_entries_get_gradients(sparse: str) -> None:
 
 
 def test_pruned_layer_keeps_one_fixed_expert() -> None:
-    layer = _trained(pruned=True).train()
+    layer = trained_layer(pruned=True).train()
     x = torch.randn(4, 5, D)
     out = layer(x)
     layer.eval()
@@ -196,7 +142,7 @@ def test_same_seed_same_split_other_seed_other_split() -> None:
 
 
 def test_inference_mechanisms() -> None:
-    layer = _trained().eval()
+    layer = trained_layer().eval()
     x = torch.randn(64, 2, D)
     merged = layer(x)
     with mk.inference_experts(layer, 2):
@@ -210,7 +156,7 @@ def test_inference_mechanisms() -> None:
 
 
 def test_copies_and_moves_keep_what_the_optimizer_needs() -> None:
-    layer = _trained()
+    layer = trained_layer()
     for again in (layer, copy.deepcopy(layer), _through_pickle(layer), copy.deepcopy(layer).to(torch.float64)):
         assert projection_of(again.up.weight) is again.up
         assert projection_of(again.down.bias) is again.down
@@ -229,7 +175,7 @@ def _through_pickle(layer: nn.Module) -> mk.FusedMoSAAdapter:
 
 
 def test_compiled_layer_is_one_graph_and_draws_anew() -> None:
-    layer = _trained().train()
+    layer = trained_layer().train()
     step = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(32, 3, D)
     single = torch.stack([layer(x, expert=e) for e in range(4)])  # [N, B, T, D]
@@ -265,4 +211,4 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 
 def test_bad_rule_is_named() -> None:
     with pytest.raises(ValueError, match="rule: expected one of mean, jigsaw, got 'median'"):
-        _trained().merge("median")
+        trained_layer().merge("median")
