@@ -1,8 +1,9 @@
-"""Which backend runs the adapter: the first in order that can, or the one asked for by name."""
+"""Which backend runs the adapter: the one asked for by name, else the fastest that can."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -10,9 +11,11 @@ from mosa_kernels.backends import cpu, reference
 from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.cuda import backend as cuda
 from mosa_kernels.backends.lookup import Backend, Operator, preferred_backends
+from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
 
 _WIDE_BOTTLENECK, _LARGE_CALL = 192, 2_400_000  # r, and entries of x
+_TENSORS = AdapterArguments._fields.index("expert_id")  # the tensors come first, then the options
 
 
 def _pays_off(name: str, args: AdapterArguments) -> bool:
@@ -34,6 +37,19 @@ def _pays_off(name: str, args: AdapterArguments) -> bool:
     return args.bottleneck < _WIDE_BOTTLENECK or args.x.numel() >= _LARGE_CALL
 
 
+def _kind(args: AdapterArguments) -> Kind:
+    """With gradients, a backend is chosen for both passes."""
+    x = args.x
+    r, d = args.w_down.shape
+    name = "adapter" if torch.is_grad_enabled() and _has_gradients(args) else "adapter_forward"
+    return name, x.device, args.compute_dtype or x.dtype, d, r, x.numel() // (d or 1)
+
+
+def _has_gradients(args: AdapterArguments) -> bool:
+    tensors: Any = args[:_TENSORS]
+    return args.w_down.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 ADAPTER = Operator(
     "adapter",
     {
@@ -44,12 +60,13 @@ ADAPTER = Operator(
     },
     {"cpu": ("cpu",)},
     _pays_off,
+    _kind,
 )
-"""CPU: see `_pays_off` and benchmarks/reports.
+"""What holds where no table of the device was measured (`backends.measured`). CPU: `_pays_off` and benchmarks/reports.
 
 CUDA: the kernels of both languages pass their tests on the host, in Triton's interpreter and behind a stand-in for the
-CUDA runtime, and compile for what they serve. No GPU has run or timed them yet, so on CUDA devices every operator runs
-them when asked, by `backend=` or `prefer_backends`, and not by itself.
+CUDA runtime, and compile for what they serve. No GPU has run or timed them yet, so on a CUDA device without a table
+every operator runs its definition, and says so once.
 """
 
 

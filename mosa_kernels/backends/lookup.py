@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
+
+from mosa_kernels.backends import measured
+from mosa_kernels.backends.measured import Kind
+
 NAMES = ("cpu", "triton", "cuda", "reference")
 _VARIABLE = "MOSA_CUDA_BACKENDS"
+_MEASURED = ("cpu", "cuda")  # device types
 
 
 class Backend(NamedTuple):
@@ -30,6 +36,7 @@ class Operator:
     backends: Mapping[str, Backend]
     order: Mapping[str, tuple[str, ...]]  # by device type: what is tried before the reference
     pays_off: Callable[..., bool] = lambda backend, *call: True  # whether a backend of the order is the faster one
+    kind: Callable[..., Kind] | None = None  # what of a call a table is asked by; None: there is no table
 
     def check_name(self, backend: str | None) -> None:
         """Raises ValueError where there is no backend of this name."""
@@ -38,6 +45,9 @@ class Operator:
 
     def choose(self, device_type: str, backend: str | None, *call: Any) -> str:
         """The name of the backend for a call, the arguments of which `supports_<name>` judges.
+
+        That is the one asked for; else the first that takes the call of those preferred (`prefer_backends`), else of
+        those that were measured to be faster (`measured.ranked`), else of the order; else the reference.
 
         Raises:
             ValueError: the backend asked for does not exist or does not take this call; the message says why.
@@ -48,16 +58,31 @@ class Operator:
             if not ok:
                 raise ValueError(f"backend: {backend!r} does not take this call: {reason}")
             return backend
-        preferred = _preferred.get(device_type)
-        if preferred is not None:
-            for name in preferred:
-                if name in self.backends and self._takes(name, call)[0]:
-                    return name
-            return "reference"
-        for name in self.order.get(device_type, ()):
-            if self.pays_off(name, *call) and self._takes(name, call)[0]:
+        for name in self._candidates(device_type, call):
+            if name in self.backends and self._takes(name, call)[0]:
                 return name
         return "reference"
+
+    def _candidates(self, device_type: str, call: tuple[Any, ...]) -> Sequence[str]:
+        preferred = _preferred.get(device_type)
+        if preferred is not None:
+            return preferred
+        order = self.order.get(device_type, ())
+        if self.kind is not None and device_type in _MEASURED:
+            kind = self.kind(*call)
+            ranked = measured.ranked(kind)
+            if ranked is not None:
+                return ranked
+            if device_type == "cuda" and not order:
+                self._tell_of_idle_kernels(kind, call)
+        return [name for name in order if self.pays_off(name, *call)]
+
+    def _tell_of_idle_kernels(self, kind: Kind, call: tuple[Any, ...]) -> None:
+        # What is traced reads no variable that changes, or it would be traced again.
+        if torch.compiler.is_compiling() or not measured.told:
+            idle = [name for name in self.backends if name != "reference" and self._takes(name, call)[0]]
+            if idle:
+                measured.tell_of_idle_kernels(kind[1], ", ".join(idle))
 
     def run(self, backend: str, *call: Any) -> Any:
         """Runs the operator on a backend that `choose` chose."""

@@ -310,8 +310,7 @@ class AdapterCase:
         for name in BACKENDS:
             answer = answers.get(name, "this version has no such backend")
             if answer is True:
-                run = partial(adapter.function_run, by_backend(name))
-                found.append(self._provider(name, run, ours=True))
+                found.append(self.by_backend(name, name))
             else:
                 found.append(unavailable(name, str(answer), ours=True))
         if self.direction == "forward":
@@ -319,6 +318,10 @@ class AdapterCase:
         else:
             found.append(unavailable(MERGED_DENSE, "it is for inference"))
         return found
+
+    def by_backend(self, name: str, backend: str) -> Provider:
+        """The public function with this backend. "reference" has its host time on top of eager PyTorch's."""
+        return self._provider(name, partial(self._adapter.function_run, by_backend(backend)), ours=name != EAGER)
 
     def _provider(self, name: str, make: Callable[[], Run], ours: bool = False) -> Provider:
         return Provider(name, lambda: self._prepared(name, make()), ours)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mosa_kernels._extension import extension
-from mosa_kernels.train.folder import available_cores, machine, versions
+from mosa_kernels._machine import available_cores, machine
+from mosa_kernels.train.folder import versions
 
 COMMIT_VARIABLE = "MOSA_COMMIT"
 _GPU_FIELDS = {

@@ -115,7 +115,7 @@ def measure_case(case: Case, device: torch.device, limits: Limits, effort: Effor
         prepared = admit(case, provider, row)
         if prepared is not None:
             ready[provider.name] = prepared
-    cold = case.working_set >= _LARGE * cache_bytes(device)
+    cold = is_cold(case, device)
     if ready:
         times = in_turn(
             {name: prepared.run for name, prepared in ready.items()},
@@ -140,6 +140,11 @@ def measure_case(case: Case, device: torch.device, limits: Limits, effort: Effor
         "floor": _floor(case, limits),
         "rows": list(rows.values()),
     }
+
+
+def is_cold(case: Case, device: torch.device) -> bool:
+    """Whether the cache is flushed before each call."""
+    return case.working_set >= _LARGE * cache_bytes(device)
 
 
 def admit(case: Case, provider: Provider, row: dict[str, Any]) -> Prepared | None:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from math import nan
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from mosa_kernels.backends import measured
+from mosa_kernels.backends.measured import REFERENCE
+from mosa_kernels.bench.choose import BACKENDS, DeviceLostError, choose
 from mosa_kernels.bench.commits import measure_commits
 from mosa_kernels.bench.compare import compare, markdown, regressions
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.kernels import PROVIDERS
 from mosa_kernels.bench.records import Record, failures, losses
-from mosa_kernels.bench.run import JSON, PARTS, Request, measure, read, write
+from mosa_kernels.bench.run import JSON, PARTS, Request, Say, measure, read, write
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
-from mosa_kernels.cli.errors import plain_errors
+from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.train.folder import write_json, write_text
 
 _KERNELS, _WHICH = "Shapes of the kernels", "What to measure"
+_TABLE_WIDTH = 120
 
 
 def bench(
-    output: Annotated[Path, typer.Option(help="Folder for report.json, report.md and pictures.")] = Path("mosa-bench"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.json, report.md and pictures (mosa-bench); with --choose its file."),
+    ] = None,
     preset: Annotated[
         str, typer.Option(help=f"{', '.join(PRESETS)}: seconds, minutes, or an hour.", rich_help_panel=_WHICH)
     ] = "quick",
@@ -60,6 +71,14 @@ def bench(
     ] = None,
     tuning: Annotated[
         bool, typer.Option("--tune", help="Measure the table of the Triton kernels' tile sizes anew and print it.")
+    ] = False,
+    choosing: Annotated[
+        bool,
+        typer.Option(
+            "--choose",
+            help="Measure which backend is the fastest for which call on this device, and use that from now on: "
+            "about two minutes, a table in the user's cache (or --output).",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --tune: list what would be measured.")] = False,
 ) -> None:
@@ -98,6 +117,10 @@ def bench(
             return
         if dry_run:
             raise ValueError("dry-run: expected together with --tune")
+        if choosing:
+            _choose(request, output, console, say)
+            return
+        output = Path("mosa-bench") if output is None else output
         if against is not None:
             bad = _compare(against, request, console, output)
             raise typer.Exit(1 if bad else 0)
@@ -118,6 +141,35 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         return None if text is None else tuple(int(word) for word in _words(text) or ())
     except ValueError as error:
         raise ValueError(f"{name}: expected whole numbers with commas, got {text!r}") from error
+
+
+def _choose(request: Request, output: Path | None, console: Console, say: Say) -> None:
+    try:
+        record, file = choose(request, output, say)
+    except DeviceLostError as error:
+        raise MendableError(str(error)) from error
+    measured.forget()
+    backends = [REFERENCE, *BACKENDS[record["device_type"]]]
+    table = Table("operator", "dtype", "sizes", *(f"{name}, ms" for name in backends), "runs", box=None)
+    for cell in record["cells"]:
+        sizes = ", ".join(f"{name} {size}" for name, size in cell["sizes"].items())
+        times = [f"{cell['ms'][name]:.3g}" if name in cell["ms"] else "-" for name in backends]
+        runs = f"[yellow]{REFERENCE}[/yellow]"
+        if cell["backend"] != REFERENCE:
+            gain = cell["ms"].get(REFERENCE, nan) / cell["ms"][cell["backend"]]
+            runs = f"[green]{cell['backend']}[/green], {gain:.2f} times as fast"
+        table.add_row(cell["operator"], cell["dtype"], sizes, *times, runs)
+    Console(width=max(_TABLE_WIDTH, console.width), highlight=False).print(table)
+    for name, reason in record["unavailable"].items():
+        console.print(f"{name} is not available: {reason}", markup=False)
+    left_out = [(name, why) for cell in record["cells"] for name, why in cell["left_out"].items()]
+    for (name, reason), count in Counter(left_out).items():
+        console.print(f"[yellow]{name} is left out of {count} call(s)[/yellow]: {escape(reason)}")
+    if record["not_measured"]:
+        console.print(f"{len(record['not_measured'])} call(s) were left out for lack of time", style="yellow")
+    console.print(f"{record['seconds']:.0f} s; wrote {file}", markup=False)
+    if output is not None:
+        console.print(f"Used once it lies in {measured.user_folder()}", style="dim")
 
 
 def _conclude(report: Record, console: Console) -> None:

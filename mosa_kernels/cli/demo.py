@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mosa_kernels._machine import available_cores, machine
 from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.train.comparison import (
     CHOSEN,
@@ -34,7 +35,7 @@ from mosa_kernels.train.comparison_report import (
     verdict,
 )
 from mosa_kernels.train.comparison_runs import Step, Task, run_tasks
-from mosa_kernels.train.folder import available_cores, machine, versions, write_json, write_text
+from mosa_kernels.train.folder import versions, write_json, write_text
 
 SEEDS = (10, 11, 12)  # 0 to 2 were looked at before the settings were final
 QUICK_EPOCHS = 3

@@ -6,12 +6,16 @@ import importlib
 import json
 import platform
 from importlib import metadata
-from typing import Annotated, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mosa_kernels._extension import extension, has_code_for
 from mosa_kernels.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "accelerate", "safetensors", "numpy")
 
@@ -29,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 def examine() -> dict[str, Any]:
     """The report: versions, GPUs, what `_C` was built for, True or a reason for each kind of kernel, and what is tried
-    in which order where a call names none.
+    in which order where a call names none ("automatic": without a table; "choice": where that comes from, by device).
 
     "problems" lists what makes the package unusable; it is empty on a healthy machine.
     """
@@ -40,6 +44,7 @@ def examine() -> dict[str, Any]:
         "compiled": _examine_extension(),
         "backends": {},
         "automatic": {},
+        "choice": {},
         "problems": [],
     }
     for package in PACKAGES:
@@ -56,6 +61,7 @@ def examine() -> dict[str, Any]:
     for name, answer in choice.available_backends().items():
         report["backends"][name] = answer
     report["automatic"] = {device: list(choice.automatic_backends(device)) for device in ("cpu", "cuda")}
+    report["choice"] = _examine_choice(choice)
     if report["backends"].get("reference") is not True:
         report["problems"].append(f"the reference backend does not work: {report['backends'].get('reference')}")
     return report
@@ -105,6 +111,43 @@ def _examine_gpus(compiled: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _examine_choice(choice: ModuleType) -> dict[str, Any]:
+    """By device, where the automatic choice comes from, and what it is for each operator."""
+    import torch
+
+    devices = {"cpu": torch.device("cpu")}
+    devices |= {f"cuda:{index}": torch.device("cuda", index) for index in range(torch.cuda.device_count())}
+    return {name: _examine_choice_on(device, choice) for name, device in devices.items()}
+
+
+def _examine_choice_on(device: torch.device, choice: ModuleType) -> dict[str, Any]:
+    from mosa_kernels.backends import measured
+    from mosa_kernels.backends.lookup import preferred_backends
+    from mosa_kernels.functional.operators import OPERATORS
+
+    found: dict[str, Any] = {"file": None, "made": None, "ignored": [], "advice": None}
+    preferred = preferred_backends(device.type)
+    if preferred is not None:
+        runs = {"every operator": ", then ".join(choice.automatic_backends(device.type))}
+        return {**found, "source": f"request: {', '.join(preferred)}", "operators": runs}
+    orders = {name: (*operator.order.get(device.type, ()), "reference") for name, operator in OPERATORS.items()}
+    runs = {name: ", then ".join(order) for name, order in orders.items()}
+    table, ignored = measured.search(device)
+    found["ignored"] = list(ignored)
+    if table is not None:
+        made = table.record.get("made")
+        unfinished = "" if table.record.get("complete") else ", not finished"
+        found |= {"file": str(table.file), "made": made}
+        return {**found, "source": f"{table.file}, measured {made}{unfinished}", "operators": runs | table.summary()}
+    idle = device.type == "cuda" and any(choice.available_backends()[name] is True for name in ("triton", "cuda"))
+    return {
+        **found,
+        "source": "the built-in order; nothing was measured on this device",
+        "operators": runs,
+        "advice": measured.ADVICE if idle else None,
+    }
+
+
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -147,8 +190,15 @@ def _print(report: dict[str, Any]) -> None:
     console.print("[bold]Backends[/bold]")
     for name, answer in report["backends"].items():
         available(name, answer)
-    for device, names in report["automatic"].items():
-        line(f"{device} tensors go to", ", then ".join(names))
+    for device, found in report["choice"].items():
+        console.print(f"[bold]What runs on {escape(device)}[/bold]")
+        line("chosen by", found["source"])
+        for sentence in found["ignored"]:
+            console.print(f"  [yellow]{escape(sentence)}[/yellow]")
+        for operator, runs in found["operators"].items():
+            line(operator, runs)
+        if found["advice"]:
+            console.print(f"  [yellow]{escape(found['advice'])}[/yellow]")
 
     if report["problems"]:
         console.print("[bold red]Not usable[/bold red]")

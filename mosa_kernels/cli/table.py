@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mosa_kernels._machine import machine
 from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.data.open import open_data
-from mosa_kernels.train.folder import machine, versions, write_json, write_text
+from mosa_kernels.train.folder import versions, write_json, write_text
 from mosa_kernels.train.table_cells import Cell
 from mosa_kernels.train.table_figure import draw_sweep, draw_table
 from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, seconds_of

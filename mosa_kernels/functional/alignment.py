@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from mosa_kernels.backends import alignment as reference
 from mosa_kernels.backends.lookup import Backend, Operator
+from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
 
 LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
@@ -28,6 +29,11 @@ def _triton() -> ModuleType:
     return kernels
 
 
+def _kind(features1: Sequence[Tensor], features2: Sequence[Tensor]) -> Kind:
+    first = features1[0]
+    return "feature_alignment", first.device, first.dtype, len(features1), first.numel()
+
+
 OPERATOR = Operator(
     "feature_alignment",
     {
@@ -35,9 +41,10 @@ OPERATOR = Operator(
         "triton": Backend(triton.available, _triton),
     },
     {},
+    kind=_kind,
 )
-"""On CUDA one launch each way, where the reference makes some seven a layer; it runs when asked for, since no GPU has
-run it yet (see `backends.choice.ADAPTER`)."""
+"""On CUDA one launch each way, where the reference makes some seven a layer; it runs where it was measured to be
+faster, or when asked for (see `backends.choice.ADAPTER`)."""
 
 
 def _forward_kernel(features1: list[Tensor], features2: list[Tensor], backend: str) -> Tensor:

@@ -13,6 +13,7 @@ from mosa_kernels.backends.cpu import masked_adamw as cpu
 from mosa_kernels.backends.cuda import masked_adamw as cuda
 from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
+from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
 
 
@@ -20,6 +21,11 @@ def _triton() -> ModuleType:
     from mosa_kernels.backends.triton import masked_adamw as kernels
 
     return kernels
+
+
+def _kind(tensors: AdamWTensors, options: AdamWOptions) -> Kind:
+    params = tensors.params
+    return "masked_adamw", params[0].device, params[0].dtype, len(params), sum(p.numel() for p in params)
 
 
 OPERATOR = Operator(
@@ -31,9 +37,10 @@ OPERATOR = Operator(
         "cuda": Backend(cuda.available, lambda: cuda),
     },
     {"cpu": ("cpu",)},
+    kind=_kind,
 )
-"""On CUDA each kernel is one launch where the reference makes some fifteen a parameter; they run when asked for, since
-no GPU has run them yet (see `backends.choice.ADAPTER`)."""
+"""On CUDA each kernel is one launch where the reference makes some fifteen a parameter; they run where they were
+measured to be faster, or when asked for (see `backends.choice.ADAPTER`)."""
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from mosa_kernels.backends import merge as reference
 from mosa_kernels.backends.cpu import merge as cpu
 from mosa_kernels.backends.cuda import merge as cuda
 from mosa_kernels.backends.lookup import Backend, Operator
+from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.backends.triton import backend as triton
 
@@ -20,6 +21,11 @@ def _triton() -> ModuleType:
     from mosa_kernels.backends.triton import merge as kernels
 
     return kernels
+
+
+def _kind(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | None) -> Kind:
+    w_down = adapters[0].w_down
+    return "merge", w_down.device, w_down.dtype, w_down.shape[1], w_down.shape[0], len(adapters)
 
 
 OPERATOR = Operator(
@@ -31,8 +37,9 @@ OPERATOR = Operator(
         "cuda": Backend(cuda.available, lambda: cuda),
     },
     {"cpu": ("cpu",)},
+    kind=_kind,
 )
-"""The kernels on CUDA run when asked for, since no GPU has run them yet (see `backends.choice.ADAPTER`)."""
+"""On CUDA the kernels run where they were measured to be faster, or when asked for (see `backends.choice.ADAPTER`)."""
 
 
 @torch.no_grad()

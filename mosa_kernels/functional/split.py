@@ -11,12 +11,18 @@ from mosa_kernels.backends import split as reference
 from mosa_kernels.backends.cpu import split as cpu
 from mosa_kernels.backends.cuda import split as cuda
 from mosa_kernels.backends.lookup import Backend, Operator
+from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.split import SplitLayout
 
 Granularity = Literal["element", "row", "column", "block", "even_rows", "even_columns"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 MAX_EXPERTS = 255
 MAX_UNITS = 2**31 - 1
+
+
+def _kind(layout: SplitLayout, seed: Tensor, device: torch.device) -> Kind:
+    return "split", device, torch.uint8, layout.rows * layout.columns
+
 
 OPERATOR = Operator(
     "split",
@@ -26,6 +32,7 @@ OPERATOR = Operator(
         "cuda": Backend(cuda.available, lambda: cuda),
     },
     {"cpu": ("cpu",)},
+    kind=_kind,
 )
 """768 x 64 entries on one core: 3.3 ms compiled, 18 ms in PyTorch (ranking as many scores took 4.4 ms)."""
 

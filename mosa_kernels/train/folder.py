@@ -75,23 +75,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> str:
-    """The processor and how many cores of it this process may use, in words."""
-    name = platform.processor() or platform.machine()
-    described = Path("/proc/cpuinfo")
-    if described.is_file():
-        for line in described.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {available_cores()} core(s)"
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class RunFolder:
     """The files of one run.
 

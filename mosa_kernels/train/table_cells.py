@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels._machine import machine
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import MECHANISMS, evaluate, number_of_experts
-from mosa_kernels.train.folder import machine, read_json, versions, write_json
+from mosa_kernels.train.folder import read_json, versions, write_json
 from mosa_kernels.train.loop import NonFiniteError
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import FREE, Settings

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from mosa_kernels._machine import available_cores
 from mosa_kernels.train.comparison_runs import one_thread_each
-from mosa_kernels.train.folder import available_cores
 from mosa_kernels.train.orphans import end_with_parent
 from mosa_kernels.train.table_cells import Cell, find_result, run_and_keep
 

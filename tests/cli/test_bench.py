@@ -10,6 +10,9 @@ import pytest
 import torch
 from reports import record, report, row
 
+from mosa_kernels.backends import measured
+from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.choice import choose_adapter_backend
 from mosa_kernels.bench.kernels import OPERATOR_NAMES
 from mosa_kernels.bench.run import PARTS
 from mosa_kernels.train.folder import write_json
@@ -124,6 +127,38 @@ def test_tune_lists_what_it_would_run(command) -> None:
     assert result.exit_code == 0, result.output
     assert "r 64, bf16" in result.stdout
     assert "Config(" in result.stdout
+
+
+def test_choose_measures_a_table_that_is_used_and_shown(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSA_CACHE", str(tmp_path))
+    words = ("--device", "cpu", "--shapes", "vit_ti", "--images", "1", "--bottlenecks", "8", "--dtypes", "fp32")
+    try:
+        result = command("bench", "--choose", *words, "--threads", "1", "--rounds", "3")
+        assert result.exit_code == 0, result.output
+        (file,) = (tmp_path / "choice").iterdir()
+        made = json.loads(file.read_text())
+        assert str(file) in result.stdout.replace("\n", "")
+        assert made["complete"]
+        assert {cell["operator"] for cell in made["cells"]} == {
+            "adapter_forward", "adapter", "merge", "masked_adamw", "split",
+        }  # fmt: skip
+        for cell in made["cells"]:
+            assert cell["ms"].keys() | cell["left_out"].keys() == {"reference", "cpu"}
+            assert cell["backend"] == min(cell["ms"], key=cell["ms"].get)
+            assert cell["operator"] in result.stdout
+        weights = (torch.zeros(8, 192), None, torch.zeros(192, 8))
+        call = AdapterArguments(torch.zeros(197, 192), None, *weights, *(None,) * 10)
+        chosen = {cell["operator"]: cell["backend"] for cell in made["cells"]}
+        assert choose_adapter_backend(call) == chosen["adapter_forward"]
+        shown = json.loads(command("doctor", "--json").stdout)["choice"]["cpu"]
+        assert shown["file"] == str(file)
+        assert shown["made"] == made["made"]
+        assert shown["operators"]["adapter"].startswith(f"{chosen['adapter']} in 1 of 1 measured calls")
+        assert str(file) in command("doctor").stdout
+    finally:
+        measured.forget()
 
 
 @pytest.mark.parametrize(
