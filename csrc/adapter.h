@@ -19,6 +19,8 @@
 // in the entries that the tokens' experts own. The gradient of the scale is <h, dout w_up_e>, which the launch over
 // tokens has before h is rounded, and <b_up, sum dout>. Every block writes its own float32 part, which a third launch
 // adds up in fixed order: no atomics, the same bits on every run.
+//
+// What an expert owns nothing of is left out where the assignment is such that this pays (AdapterOwned).
 #pragma once
 
 #include <cstdint>
@@ -57,6 +59,26 @@ struct AdapterGroups {
   bool is_int64;   // else int32
 };
 
+// What the experts own anything of, read off the assignment by the caller; at most one of the tables is given.
+//
+// units: an expert that owns nothing of a unit of the bottleneck gets nothing from it and gives it no gradient. Kernels
+// for a smaller bottleneck multiply the listed units alone, in both projections; merged tokens, which need all units,
+// take a second launch over tokens. Of the products of a pass, 1 / N is left where an expert owns whole units.
+// tiles: of w_up's products (half of the forward pass, two fifths of the backward pass), the kernels for r above
+// kNarrowRank leave out those of 16 x 16 tiles of which the expert owns nothing.
+// Output features that experts own whole are in neither: every tile has some of each expert, and products count in
+// tiles.
+struct AdapterOwned {
+  const int16_t* units;   // [experts, listed] of each expert, filled up with rank or more; null: all in order
+  const uint16_t* tiles;  // [experts, ceil(width / 16)]: bit u of entry c for columns 16 c and units 16 u on; null: all
+  int32_t experts;        // ids beyond own nothing
+  int32_t listed;         // a padded rank below that of the whole
+};
+constexpr int kNarrowRank = 64;  // up to here the memory's bandwidth sets the time (counted)
+
+// Whose tokens a launch serves.
+enum AdapterServed : uint8_t { kServeAll = 0, kServeExperts = 1, kServeMerged = 2 };
+
 struct AdapterParams {
   AdapterTensor x;                 // [tokens, width]
   AdapterTensor residual;          // like x, or null
@@ -72,6 +94,7 @@ struct AdapterParams {
   const uint8_t* assignment_down;  // [rank, width] or null: dense
   AdapterGroups expert;            // kMergedExpert: the merged adapter
   AdapterGroups seed;              // of the dropout mask
+  AdapterOwned owned;
 
   int32_t tokens;
   int32_t width;
@@ -90,6 +113,7 @@ struct AdapterParams {
   bool add_input;
   bool tf32;  // float32 products by one TF32 product in place of three
 
+  AdapterServed served;  // set by the launchers
   bool wide_assignment;  // rows begin at multiples of 8 bytes; set by the launchers
   bool wide_assignment_down;
 };
@@ -145,12 +169,13 @@ struct AdapterParts {
 };
 AdapterParts adapter_parts(const AdapterParams& params, const AdapterBackward& backward);
 
-// What the launch over tokens leaves for the one over weights, [tokens, padded rank] each in the products' dtype; null:
-// not wanted.
+// What the launches over tokens leave for the one over weights, [tokens, padded rank] each in the products' dtype;
+// null: not wanted. With lists of units, a token's row begins with the units listed for its expert.
 struct TokenBuffers {
   void* h;
   void* da;
-  float* scale;  // [blocks], a block's <h, dout w_up_e>
+  float* scale;    // [blocks], a block's <h, dout w_up_e>
+  int32_t stride;  // elements in a row
 };
 
 // Bytes that adapter_backward needs; 0 where no gradient of a weight is wanted.

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "adapter_backward_weights_kernel.h"
-#include "adapter_launch.h"
+#include "adapter_served.h"
 
 namespace mosa {
 
@@ -100,19 +100,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename E>
-struct TokensOfBlock {
-  template <int kRank>
-  int at() const {
-    return Step<E, kRank>::kTokens;
-  }
-};
-
-// Blocks of the launch over tokens.
+// Blocks of the launches over tokens.
 int token_blocks(const AdapterParams& p) {
-  const int tokens = p.product_dtype == kFloat32 ? for_rank(p.rank, TokensOfBlock<float>())
-                                                 : for_rank(p.rank, TokensOfBlock<__half>());
-  return static_cast<int>(divide_up(p.tokens, tokens));
+  const int blocks = token_blocks_of(p, kernel_rank(p));
+  return lists_units(p) && p.expert.data != nullptr ? blocks + token_blocks_of(p, padded_rank(p.rank)) : blocks;
 }
 
 int launch_reduce(const AdapterParams& p, const AdapterBackward& b, const AdapterParts& parts, const float* all_parts,
@@ -125,6 +116,28 @@ int launch_reduce(const AdapterParams& p, const AdapterBackward& b, const Adapte
                        all_parts, token_scale, token_blocks(p));
 }
 
+struct Products {
+  const AdapterBackward& backward;
+  const TokenBuffers& buffers;
+  const AdapterParts& parts;
+  float* all_parts;
+  void* stream;
+
+  template <bool kListed>
+  int at(const AdapterParams& p) const {
+    TokenBuffers own = buffers;  // the blocks of merged tokens come after those of the others
+    if (p.served == kServeMerged && own.scale != nullptr) own.scale += token_blocks_of(p, kernel_rank(p));
+    switch (p.product_dtype) {
+      case kFloat16:
+        return adapter_backward_in<__half, kListed>(p, backward, own, parts, all_parts, stream);
+      case kBFloat16:
+        return adapter_backward_in<__nv_bfloat16, kListed>(p, backward, own, parts, all_parts, stream);
+      default:
+        return adapter_backward_in<float, kListed>(p, backward, own, parts, all_parts, stream);
+    }
+  }
+};
+
 int64_t token_buffer_bytes(const AdapterParams& p) {
   return static_cast<int64_t>(p.tokens) * padded_rank(p.rank) * (p.product_dtype == kFloat32 ? 4 : 2);
 }
@@ -136,9 +149,9 @@ AdapterParts adapter_parts(const AdapterParams& p, const AdapterBackward& b) {
   parts.down =
       b.w_down.data != nullptr || b.b_down.data != nullptr || b.gamma.data != nullptr || b.beta.data != nullptr;
   parts.up = b.w_up.data != nullptr || b.b_up.data != nullptr || b.scale.data != nullptr;
-  const int64_t step = p.product_dtype == kFloat32 ? weight_tokens<float>(padded_rank(p.rank))
-                                                   : weight_tokens<__half>(padded_rank(p.rank));
-  parts.column_blocks = static_cast<int32_t>(divide_up(p.width, weight_columns(padded_rank(p.rank))));
+  const int64_t step =
+      p.product_dtype == kFloat32 ? weight_tokens<float>(kernel_rank(p)) : weight_tokens<__half>(kernel_rank(p));
+  parts.column_blocks = static_cast<int32_t>(divide_up(p.width, weight_columns(kernel_rank(p))));
   const int64_t runs = divide_up(p.tokens, step);
   const int64_t blocks = static_cast<int64_t>(kBlocksPerMultiprocessor) * std::max(b.multiprocessors, 1);
   const int64_t per_part = static_cast<int64_t>(parts.column_blocks) * std::max(1, int{parts.down} + int{parts.up});
@@ -185,18 +198,9 @@ int adapter_backward(const AdapterParams& params, const AdapterBackward& backwar
     buffers.da = static_cast<char*>(b.workspace) + token_buffer_bytes(p);
     all_parts = reinterpret_cast<float*>(static_cast<char*>(b.workspace) + 2 * token_buffer_bytes(p));
     buffers.scale = all_parts + parts.number * parts.length;
+    buffers.stride = padded_rank(p.rank);
   }
-  int code = kOk;
-  switch (p.product_dtype) {
-    case kFloat16:
-      code = adapter_backward_in<__half>(p, b, buffers, parts, all_parts, stream);
-      break;
-    case kBFloat16:
-      code = adapter_backward_in<__nv_bfloat16>(p, b, buffers, parts, all_parts, stream);
-      break;
-    default:
-      code = adapter_backward_in<float>(p, b, buffers, parts, all_parts, stream);
-  }
+  const int code = for_served(p, Products{b, buffers, parts, all_parts, stream});
   if (code != kOk || all_parts == nullptr) return code;
   return launch_reduce(p, b, parts, all_parts, buffers.scale, stream);
 }

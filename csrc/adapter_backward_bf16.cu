@@ -2,7 +2,7 @@
 
 namespace mosa {
 
-template int adapter_backward_in<__nv_bfloat16>(const AdapterParams&, const AdapterBackward&, const TokenBuffers&,
-                                                const AdapterParts&, float*, void*);
+template int adapter_backward_in<__nv_bfloat16, false>(const AdapterParams&, const AdapterBackward&,
+                                                       const TokenBuffers&, const AdapterParts&, float*, void*);
 
 }  // namespace mosa

@@ -2,7 +2,7 @@
 
 namespace mosa {
 
-template int adapter_backward_in<__half>(const AdapterParams&, const AdapterBackward&, const TokenBuffers&,
-                                         const AdapterParts&, float*, void*);
+template int adapter_backward_in<__half, false>(const AdapterParams&, const AdapterBackward&, const TokenBuffers&,
+                                                const AdapterParts&, float*, void*);
 
 }  // namespace mosa

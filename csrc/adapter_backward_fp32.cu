@@ -2,7 +2,7 @@
 
 namespace mosa {
 
-template int adapter_backward_in<float>(const AdapterParams&, const AdapterBackward&, const TokenBuffers&,
-                                        const AdapterParts&, float*, void*);
+template int adapter_backward_in<float, false>(const AdapterParams&, const AdapterBackward&, const TokenBuffers&,
+                                               const AdapterParts&, float*, void*);
 
 }  // namespace mosa

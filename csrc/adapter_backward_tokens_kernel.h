@@ -7,15 +7,15 @@
 
 namespace mosa {
 
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed = false>
 struct TokensShared {
   using S = Step<E, kRank>;
   using Grad = RowTile<E, S::kTokens, S::kColumns>;
-  using Up = UpTile<E, kRank, S::kColumns>;
-  using Down = DownTile<E, kRank, S::kColumns>;
+  using Up = UpTile<E, kRank, S::kColumns, kListed>;
+  using Down = DownTile<E, kRank, S::kColumns, kListed>;
   using First = WarpTiles<S::kTokens, kRank>;
   using Second = WarpTiles<S::kTokens, S::kColumns>;
-  static constexpr int kPatchTiles = First::kTiles > 1 && sizeof(ProjectTiles<E, kRank>) > 20000 ? 2 : 1;
+  static constexpr int kPatchTiles = First::kTiles > 1 && sizeof(ProjectTiles<E, kRank, kListed>) > 20000 ? 2 : 1;
   using FirstPatch = Patch<kPatchTiles>;
   using SecondPatch = Patch<Second::kTiles>;
   static constexpr int kRow = padded_row<E>(kRank);
@@ -29,7 +29,7 @@ struct TokensShared {
     alignas(128) float patch[kWarps][SecondPatch::kSize];
   };
   union {
-    ProjectTiles<E, kRank> project;
+    ProjectTiles<E, kRank, kListed> project;
     Pull pull;
     alignas(128) float patch[kWarps][FirstPatch::kSize];
     Output output;
@@ -43,10 +43,10 @@ struct TokensShared {
 };
 
 // dh += dout w_up_e for the rows of expert e, without scale and factor. Begins and ends with a barrier.
-template <typename E, int kRank, typename Accumulators>
+template <typename E, int kRank, bool kListed, typename Accumulators>
 __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& grad_out, int first, int e,
-                                 TokensShared<E, kRank>& shared, Accumulators& dh) {
-  using T = TokensShared<E, kRank>;
+                                 TokensShared<E, kRank, kListed>& shared, Accumulators& dh) {
+  using T = TokensShared<E, kRank, kListed>;
   using Grad = typename T::Grad;
   using Up = typename T::Up;
   constexpr int kColumns = T::S::kColumns;
@@ -57,6 +57,7 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
 
   Grad grad;
   Up up;
+  up.open(p, e);
   const typename T::First warp;
   __syncthreads();
 #pragma unroll 1
@@ -66,9 +67,14 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
       up.begin(p, next);
     }
     if (next > 0) {
-      dh.template multiply<false, false>(pull.grad[buffer ^ 1] + warp.row() * Grad::kRow, Grad::kRow,
-                                         pull.up[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column(), Up::kRow, kUnit,
-                                         kColumns, p.tf32);
+      const E* const dout = pull.grad[buffer ^ 1] + warp.row() * Grad::kRow;
+      const E* const w = pull.up[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column();
+      if (leaves_out_tiles<kRank, kListed>(p, e)) {
+        const TilesByColumn<T::First::kTiles> tiles = {OwnedTiles(p, e, next - kColumns), warp.column() / kUnit};
+        dh.template multiply<false, false>(dout, Grad::kRow, w, Up::kRow, kUnit, kColumns, p.tf32, tiles);
+      } else {
+        dh.template multiply<false, false>(dout, Grad::kRow, w, Up::kRow, kUnit, kColumns, p.tf32);
+      }
     }
     if (next >= p.width) break;
     if (kBuffers == 1) __syncthreads();
@@ -81,14 +87,16 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
 
 // From z and dh: h and da of the rows that take(row), into the buffers, da into shared memory too, with c1 and c2 from
 // the rounded da, so that what LayerNorm projects out is gone exactly. Ends with a barrier.
-template <typename E, int kRank, typename Accumulators, typename Take>
-__device__ inline void through_activation(const AdapterParams& p, const TokenBuffers& buffers, int first, float scale,
-                                          const Take& take, const Accumulators& z, const Accumulators& dh,
-                                          TokensShared<E, kRank>& shared) {
-  using T = TokensShared<E, kRank>;
+template <typename E, int kRank, bool kListed, typename Accumulators, typename Take>
+__device__ inline void through_activation(const AdapterParams& p, const TokenBuffers& buffers, int first, int group,
+                                          float scale, const Take& take, const Accumulators& z, const Accumulators& dh,
+                                          TokensShared<E, kRank, kListed>& shared) {
+  using T = TokensShared<E, kRank, kListed>;
   using P = typename T::FirstPatch;
   const auto& tokens = shared.tokens;
   const auto& units = shared.units;
+  const UnitsOf<kListed> drawn(p, group);
+  const int stride = kListed ? buffers.stride : kRank;
   const typename T::First warp;
   const P patch(shared.patch[warp.warp]);
   float c1[P::kCount] = {};
@@ -112,7 +120,7 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
       for (int n = 0; n < kVector; ++n) {
         const float normed = tokens.rstd[row] * (active[i][n] - tokens.seen[row] * units.s[unit + n]);
         const float input = normed + units.bias[unit + n];
-        const float kept = dropout.factor(unit + n);
+        const float kept = dropout.factor(drawn, unit + n);
         active[i][n] = kept == 0.0f ? 0.0f : kept * activate(input, p.activation);
         const float dh = factor * slope[i][n];
         if (take(row)) dscale += active[i][n] * dh;
@@ -126,7 +134,7 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
         c2[i] += slope[i][n] * pre[n];
       }
       if (buffers.h != nullptr && take(row)) {
-        const int64_t at = (static_cast<int64_t>(first) + row) * kRank + unit;
+        const int64_t at = (static_cast<int64_t>(first) + row) * stride + unit;
         put_vector(static_cast<E*>(buffers.h) + at, active[i]);
         put_vector(static_cast<E*>(buffers.da) + at, slope[i]);
       }
@@ -147,10 +155,10 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
 }
 
 // dx = [dout] + rstd (da Wg - c1 - xhat c2), or [dout] + da w_down without LayerNorm, for the rows that take(row).
-template <typename E, int kRank, typename Take>
+template <typename E, int kRank, bool kListed, typename Take>
 __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b, int first, int e, const Take& take,
-                                TokensShared<E, kRank>& shared) {
-  using T = TokensShared<E, kRank>;
+                                TokensShared<E, kRank, kListed>& shared) {
+  using T = TokensShared<E, kRank, kListed>;
   using P = typename T::SecondPatch;
   using Warp = typename T::Second;
   using Down = typename T::Down;
@@ -174,7 +182,7 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
       }
     }
   }
-  down.clear();
+  down.open(p, e);
 #pragma unroll 1
   for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
     const int column = next - kColumns;
@@ -230,12 +238,12 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
   }
 }
 
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     adapter_backward_tokens_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterBackward b,
                                    const __grid_constant__ TokenBuffers buffers) {
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  using T = TokensShared<E, kRank>;
+  using T = TokensShared<E, kRank, kListed>;
   auto& shared = *reinterpret_cast<T*>(dynamic_shared);
   auto& tokens = shared.tokens;
   const int first = static_cast<int>(blockIdx.x) * T::S::kTokens;
@@ -250,8 +258,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
   }
-  // A sparse down-projection makes z a matter of the expert; else all tokens of the block go through it together.
-  const bool together = p.assignment_down == nullptr;
+  // A sparse down-projection makes z a matter of the expert, and so do lists of units; else all tokens of the block go
+  // through it together.
+  const bool together = !kListed && p.assignment_down == nullptr;
   int e = tokens.next_expert(kMergedExpert - 1);
   while (e != kNoExpert) {
     const int group = e;
@@ -264,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       pull_back(p, b.grad_out, first, e, shared, dh);
       e = tokens.next_expert(e);
     } while (together && e != kNoExpert);
-    through_activation(p, buffers, first, scale, take, z, dh, shared);
+    through_activation(p, buffers, first, group, scale, take, z, dh, shared);
     if (b.x.data != nullptr) write_dx(p, b, first, group, take, shared);
     __syncthreads();
   }

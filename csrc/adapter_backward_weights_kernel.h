@@ -54,6 +54,7 @@ struct WeightWork {
   int column;
   float* part;
   AdapterTensor left;
+  int slot;  // of `left`, where the kernel's units begin
 };
 
 __device__ inline bool belongs(const AdapterParams& p, const WeightWork& work, int e, int token) {
@@ -91,7 +92,7 @@ __device__ inline int next_expert_of(const AdapterParams& p, const WeightWork& w
 }
 
 // products[batch] = left^T right, and `shared.sums`, over the tokens of expert e. Ends with a barrier.
-template <typename E, int kRank, typename Accumulators>
+template <bool kListed = false, typename E, int kRank, typename Accumulators>
 __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward& b, const WeightWork& work, int e,
                                   WeightsShared<E, kRank>& shared, Accumulators* products) {
   using W = WeightsShared<E, kRank>;
@@ -117,7 +118,8 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
     const int token = next;
     const auto take = [&](int row) { return belongs(p, work, e, token + row); };
     if (token < work.end) {
-      left.begin(work.left, true, token, take, 0, kRank, operands.left[buffer]);
+      const int slot = kListed ? work.slot : 0;
+      left.begin(work.left, true, token, take, slot, slot + kRank, operands.left[buffer]);
       right.begin(from, direct, token, take, work.column, p.width, operands.right[buffer]);
       next = next_run<kTokens>(p, work, e, token + kTokens);
     }
@@ -129,9 +131,16 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
       }
 #pragma unroll
       for (int batch = 0; batch < W::kBatches; ++batch) {
-        products[batch].template multiply<true, false>(operands.left[buffer ^ 1] + batch * W::kBatchRows + warp.row(),
-                                                       W::Left::kRow, operands.right[buffer ^ 1] + warp.column(),
-                                                       W::Right::kRow, kUnit, kTokens, p.tf32);
+        const E* const a = operands.left[buffer ^ 1] + batch * W::kBatchRows + warp.row();
+        const E* const c = operands.right[buffer ^ 1] + warp.column();
+        if (leaves_out_tiles<kRank, kListed>(p, work.up ? e : kMergedExpert)) {
+          const OwnedTiles owned(p, e, work.column + warp.column());
+          const TilesOfResult<W::Warp::kTiles> tiles(owned, (batch * W::kBatchRows + warp.row()) / kUnit);
+          products[batch].template multiply<true, false>(a, W::Left::kRow, c, W::Right::kRow, kUnit, kTokens, p.tf32,
+                                                         tiles);
+        } else {
+          products[batch].template multiply<true, false>(a, W::Left::kRow, c, W::Right::kRow, kUnit, kTokens, p.tf32);
+        }
       }
     }
     if (token >= work.end) break;
@@ -182,7 +191,7 @@ __device__ inline void sum_rows(float (&value)[kVector]) {
 }
 
 // The gradients of w_down, b_down, gamma and beta from the tokens of expert e.
-template <typename E, int kRank, typename Accumulators>
+template <bool kListed = false, typename E, int kRank, typename Accumulators>
 __device__ inline void put_down(const AdapterParams& p, const AdapterParts& parts, const WeightWork& work, int e,
                                 bool add, WeightsShared<E, kRank>& shared, const Accumulators* products) {
   using W = WeightsShared<E, kRank>;
@@ -192,13 +201,14 @@ __device__ inline void put_down(const AdapterParams& p, const AdapterParts& part
   const float factor = factor_of(p, e);
   const typename W::Warp warp;
   const P patch(shared.results.patch[warp.warp]);
+  const UnitsOf<kListed> units(p, e, work.slot);
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) {
 #pragma unroll
     for (int tile = 0; tile < W::Warp::kTiles; tile += W::kPatchTiles) {
       float product[P::kCount][kVector];
       patch.spread(products[batch], tile, product);
-      const int first_unit = batch * W::kBatchRows + warp.row();
+      const int first_slot = batch * W::kBatchRows + warp.row();
       const int first_column = warp.column() + tile * kUnit + patch.column(0);
       const int at = work.column + first_column;
       float gamma[kVector];
@@ -209,10 +219,11 @@ __device__ inline void put_down(const AdapterParams& p, const AdapterParts& part
       load_vector(p.beta, at, p.beta.data != nullptr ? p.width - at : 0, beta);
 #pragma unroll
       for (int i = 0; i < P::kCount; ++i) {
-        const int unit = first_unit + patch.row(i);
+        const int slot = first_slot + patch.row(i);
+        const int unit = units.of(slot);
         const int count = unit < p.rank ? p.width - at : 0;
         const int64_t index = static_cast<int64_t>(unit) * p.width + at;
-        const float db = shared.sums[unit];
+        const float db = shared.sums[slot];
         if (norm) {
           float w[kVector];
           load_vector(p.w_down, index, count, w);
@@ -229,15 +240,15 @@ __device__ inline void put_down(const AdapterParams& p, const AdapterParts& part
             product[i][n] = e < 0 || owners.of(n) == e ? factor * product[i][n] : 0.0f;
           }
         }
-        put_part(work.part, p.width, index, count, add, product[i]);
+        put_part(work.part, p.width, index, count, kListed || add, product[i]);
       }
       if (norm) {
         sum_rows<P>(dgamma);
         sum_rows<P>(dbeta);
         if (patch.lane < P::kPerRow) {
           for (int n = 0; n < kVector; ++n) {
-            shared.results.gamma[first_unit / kUnit][first_column + n] = dgamma[n];
-            shared.results.beta[first_unit / kUnit][first_column + n] = dbeta[n];
+            shared.results.gamma[first_slot / kUnit][first_column + n] = dgamma[n];
+            shared.results.beta[first_slot / kUnit][first_column + n] = dbeta[n];
           }
         }
       }
@@ -256,7 +267,10 @@ __device__ inline void put_down(const AdapterParams& p, const AdapterParts& part
     put_part(work.part, parts.begin_gamma + at, add, dgamma);
     put_part(work.part, parts.begin_beta + at, add, dbeta);
   }
-  if (work.column == 0 && thread < p.rank) put_part(work.part, parts.begin_b_down + thread, add, shared.sums[thread]);
+  if (work.column == 0 && thread < kRank) {
+    const int unit = units.of(thread);
+    if (unit < p.rank) put_part(work.part, parts.begin_b_down + unit, kListed || add, shared.sums[thread]);
+  }
 }
 
 // The gradients of b_up from the tokens of expert e; returns the thread's share of <b_up, sum dout>.
@@ -277,7 +291,7 @@ __device__ inline float put_up_bias(const AdapterParams& p, const AdapterParts& 
 }
 
 // The gradients of w_up and b_up, and the bias's part of that of the scale, from the tokens of expert e.
-template <typename E, int kRank, typename Accumulators>
+template <bool kListed = false, typename E, int kRank, typename Accumulators>
 __device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts, const AdapterBackward& b,
                               const WeightWork& work, int e, bool add, float scale, WeightsShared<E, kRank>& shared,
                               const Accumulators* products) {
@@ -288,7 +302,9 @@ __device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts,
   float* gradient = work.part + parts.begin_up;
   const typename W::Warp warp;
   const P patch(shared.results.patch[warp.warp]);
-  const float dscale = put_up_bias(p, parts, work, e, add, scale, shared);
+  const UnitsOf<kListed> units(p, e, work.slot);
+  const bool first_units = !kListed || work.slot == 0;
+  const float dscale = first_units ? put_up_bias(p, parts, work, e, add, scale, shared) : 0.0f;
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) {
 #pragma unroll
@@ -297,7 +313,7 @@ __device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts,
       patch.spread(products[batch], tile, product);
 #pragma unroll
       for (int i = 0; i < P::kCount; ++i) {
-        const int unit = batch * W::kBatchRows + warp.row() + patch.row(i);
+        const int unit = units.of(batch * W::kBatchRows + warp.row() + patch.row(i));
         const int at = work.column + warp.column() + tile * kUnit + patch.column(i);
         const int count = unit < p.rank ? p.width - at : 0;
 #pragma unroll
@@ -306,11 +322,11 @@ __device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts,
           const bool seen = n < count && (!masked || p.assignment[entry] == e);
           product[i][n] = seen ? gain * product[i][n] : 0.0f;
         }
-        put_part(gradient, p.width, static_cast<int64_t>(unit) * p.width + at, count, add, product[i]);
+        put_part(gradient, p.width, static_cast<int64_t>(unit) * p.width + at, count, kListed || add, product[i]);
       }
     }
   }
-  if (b.scale.data == nullptr) return;
+  if (b.scale.data == nullptr || !first_units) return;
   const int thread = thread_of_block();
   __syncthreads();
   shared.shares[thread] = dscale;
@@ -322,8 +338,20 @@ __device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts,
   }
 }
 
+// Zeros in the block's part of a projection, to which experts then add what their units receive.
+template <int kColumns>
+__device__ inline void clear_units(const AdapterParams& p, const AdapterParts& parts, const WeightWork& work) {
+  float* gradient = work.part + (work.up ? parts.begin_up : 0) + work.column;
+  const int columns = min(kColumns, p.width - work.column);
+  for (int i = thread_of_block(); i < p.rank * columns; i += kThreads) {
+    gradient[static_cast<int64_t>(i / columns) * p.width + i % columns] = 0.0f;
+  }
+  if (work.up || work.column != 0) return;
+  for (int unit = thread_of_block(); unit < p.rank; unit += kThreads) work.part[parts.begin_b_down + unit] = 0.0f;
+}
+
 // blockIdx: the columns, the part, and the projection where both are wanted.
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     adapter_backward_weights_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterBackward b,
                                     const __grid_constant__ TokenBuffers buffers,
@@ -334,26 +362,31 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float scale = p.scale.data != nullptr ? load_number(p.scale, 0) : p.scale_value;
   WeightWork work = {};
   work.up = parts.up && blockIdx.z == gridDim.z - 1;
-  work.varied =
-      p.expert.groups > 1 && (work.up ? p.assignment != nullptr || p.bias_rows > 0 : p.assignment_down != nullptr);
+  work.varied = p.expert.groups > 1 &&
+                (kListed || (work.up ? p.assignment != nullptr || p.bias_rows > 0 : p.assignment_down != nullptr));
   work.begin = static_cast<int>(blockIdx.y) * parts.tokens;
   work.end = min(work.begin + parts.tokens, p.tokens);
   work.column = static_cast<int>(blockIdx.x) * W::kColumns;
   work.part = all_parts + blockIdx.y * parts.length;
-  work.left = {work.up ? buffers.h : buffers.da, kRank, Element<E>::kDType, true};
+  work.left = {work.up ? buffers.h : buffers.da, kListed ? buffers.stride : kRank, Element<E>::kDType, true};
 
+  if (kListed) clear_units<W::kColumns>(p, parts, work);
   bool add = false;
   for (int e = next_expert_of(p, work, kMergedExpert - 1, shared.shares); e != kNoExpert;
        e = next_expert_of(p, work, e, shared.shares)) {
-    Accumulator<E, W::Warp::kTiles> products[W::kBatches];
-    sum_tokens(p, b, work, e, shared, products);
-    if (work.up) {
-      put_up(p, parts, b, work, e, add, scale, shared, products);
-    } else {
-      put_down(p, parts, work, e, add, shared, products);
+    // The merged adapter's units come kRank at a time, an expert's all at once.
+    const int end = kListed && e < 0 ? p.rank : 1;
+    for (work.slot = 0; work.slot < end; work.slot += kRank) {
+      Accumulator<E, W::Warp::kTiles> products[W::kBatches];
+      sum_tokens<kListed>(p, b, work, e, shared, products);
+      if (work.up) {
+        put_up<kListed>(p, parts, b, work, e, add, scale, shared, products);
+      } else {
+        put_down<kListed>(p, parts, work, e, add, shared, products);
+      }
+      add = true;
+      __syncthreads();
     }
-    add = true;
-    __syncthreads();
   }
 }
 

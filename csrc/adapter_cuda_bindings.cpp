@@ -27,11 +27,12 @@ uint32_t drop_threshold(double p) {
 }
 
 // tensors: (address, stride, dtype code) of x, residual, w_down, w_down_init, b_down, w_up, b_up, gamma, beta, scale;
-// the addresses of assignment and assignment_down; (address, value, groups, is int64) of expert and seed.
+// the addresses of assignment and assignment_down; (address, value, groups, is int64) of expert and seed; the addresses
+// of the tables of units and tiles, their experts, and the units listed for each.
 // sizes: tokens, width, rank, bias_rows, activation, product dtype, add_input, tf32.
 // factors: scale, expert_scale, merged_scale, norm_eps, dropout_p.
 AdapterParams adapter_params(const py::tuple& tensors, const py::tuple& sizes, const py::tuple& factors) {
-  const auto t = integers<40>(tensors, "tensors");
+  const auto t = integers<44>(tensors, "tensors");
   const auto s = integers<8>(sizes, "sizes");
   AdapterParams p = {};
   AdapterTensor* const described[] = {&p.x,    &p.residual, &p.w_down, &p.w_down_init, &p.b_down,
@@ -53,6 +54,8 @@ AdapterParams adapter_params(const py::tuple& tensors, const py::tuple& sizes, c
     groups->is_int64 = t[next + 3] != 0;
     next += 4;
   }
+  p.owned = {address<const int16_t>(t[next]), address<const uint16_t>(t[next + 1]), narrow(t[next + 2]),
+             narrow(t[next + 3])};
   p.tokens = narrow(s[0]);
   p.width = narrow(s[1]);
   p.rank = narrow(s[2]);

@@ -1,6 +1,27 @@
-#include "adapter_launch.h"
+#include "adapter_served.h"
 
 namespace mosa {
+
+namespace {
+
+struct Forward {
+  const AdapterForward& out;
+  void* stream;
+
+  template <bool kListed>
+  int at(const AdapterParams& p) const {
+    switch (p.product_dtype) {
+      case kFloat16:
+        return adapter_forward_in<__half, kListed>(p, out, stream);
+      case kBFloat16:
+        return adapter_forward_in<__nv_bfloat16, kListed>(p, out, stream);
+      default:
+        return adapter_forward_in<float, kListed>(p, out, stream);
+    }
+  }
+};
+
+}  // namespace
 
 int prepare_adapter(AdapterParams* params) {
   AdapterParams& p = *params;
@@ -24,6 +45,13 @@ int prepare_adapter(AdapterParams* params) {
   const auto wide_owners = [](const uint8_t* data, int row) {
     return reinterpret_cast<uintptr_t>(data) % kVector == 0 && row % kVector == 0;
   };
+  if (p.assignment == nullptr) p.owned = {};
+  if (p.owned.experts < 0) return kNegativeSize;
+  if (lists_units(p)) {
+    const int listed = p.owned.listed;
+    if ((listed != kFewListed && listed != kMostListed) || listed > padded_rank(p.rank)) return kTooLarge;
+  }
+  p.served = kServeAll;
   p.wide_assignment = wide_owners(p.assignment, p.rank);
   p.wide_assignment_down = wide_owners(p.assignment_down, p.width);
   return kOk;
@@ -37,14 +65,7 @@ int adapter_forward(const AdapterParams& params, const AdapterForward& forward, 
   if (p.gamma.data != nullptr && (forward.mean == nullptr || forward.rstd == nullptr)) return kMissingPointer;
   AdapterForward out = forward;
   out.wide_out = is_wide(out.out, p.width, p.x.dtype);
-  switch (p.product_dtype) {
-    case kFloat16:
-      return adapter_forward_in<__half>(p, out, stream);
-    case kBFloat16:
-      return adapter_forward_in<__nv_bfloat16>(p, out, stream);
-    default:
-      return adapter_forward_in<float>(p, out, stream);
-  }
+  return for_served(p, Forward{out, stream});
 }
 
 }  // namespace mosa

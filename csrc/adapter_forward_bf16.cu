@@ -2,6 +2,6 @@
 
 namespace mosa {
 
-template int adapter_forward_in<__nv_bfloat16>(const AdapterParams&, const AdapterForward&, void*);
+template int adapter_forward_in<__nv_bfloat16, false>(const AdapterParams&, const AdapterForward&, void*);
 
 }  // namespace mosa

@@ -2,6 +2,6 @@
 
 namespace mosa {
 
-template int adapter_forward_in<__half>(const AdapterParams&, const AdapterForward&, void*);
+template int adapter_forward_in<__half, false>(const AdapterParams&, const AdapterForward&, void*);
 
 }  // namespace mosa

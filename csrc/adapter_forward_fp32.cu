@@ -2,6 +2,6 @@
 
 namespace mosa {
 
-template int adapter_forward_in<float>(const AdapterParams&, const AdapterForward&, void*);
+template int adapter_forward_in<float, false>(const AdapterParams&, const AdapterForward&, void*);
 
 }  // namespace mosa

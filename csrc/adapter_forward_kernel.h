@@ -7,10 +7,10 @@
 
 namespace mosa {
 
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed = false>
 struct ForwardShared {
   using S = Step<E, kRank>;
-  using Up = UpTile<E, kRank, S::kColumns>;
+  using Up = UpTile<E, kRank, S::kColumns, kListed>;
   using First = WarpTiles<S::kTokens, kRank>;
   using Second = WarpTiles<S::kTokens, S::kColumns>;
   static constexpr int kPatchTiles = First::kTiles > 1 ? 2 : 1;
@@ -24,7 +24,7 @@ struct ForwardShared {
     alignas(128) float patch[kWarps][kPatch];
   };
   union {
-    ProjectTiles<E, kRank> project;
+    ProjectTiles<E, kRank, kListed> project;
     Output output;
   };
   alignas(128) E h[S::kTokens * kRow];
@@ -34,10 +34,10 @@ struct ForwardShared {
 };
 
 // h = dropout(act(z)) as the second product takes it; stores mean and rstd. Ends with a barrier.
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed>
 __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& out, int first, int e,
-                                  ForwardShared<E, kRank>& shared) {
-  using F = ForwardShared<E, kRank>;
+                                  ForwardShared<E, kRank, kListed>& shared) {
+  using F = ForwardShared<E, kRank, kListed>;
   using Warp = typename F::First;
   using P = typename F::FirstPatch;
   auto& tokens = shared.tokens;
@@ -52,6 +52,7 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
   }
   const Warp warp;
   const P patch(shared.output.patch[warp.warp]);
+  const UnitsOf<kListed> units(p, e);
 #pragma unroll
   for (int tile = 0; tile < Warp::kTiles; tile += F::kPatchTiles) {
     float value[P::kCount][kVector];
@@ -63,7 +64,7 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
       const Dropout dropout(p, tokens.valid(row) ? first + row : 0);
       for (int n = 0; n < kVector; ++n) {
         const float normed = tokens.rstd[row] * (value[i][n] - tokens.seen[row] * shared.units.s[unit + n]);
-        const float kept = dropout.factor(unit + n);
+        const float kept = dropout.factor(units, unit + n);
         const float active = activate(normed + shared.units.bias[unit + n], p.activation);
         value[i][n] = kept == 0.0f ? 0.0f : kept * active;
       }
@@ -74,10 +75,10 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
 }
 
 // [x] + [residual] + scale * (h w_up_e^T + b_up_e) for the tokens of expert e.
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed>
 __device__ inline void write_output(const AdapterParams& p, const AdapterForward& out, int first, int e, float scale,
-                                    ForwardShared<E, kRank>& shared) {
-  using F = ForwardShared<E, kRank>;
+                                    ForwardShared<E, kRank, kListed>& shared) {
+  using F = ForwardShared<E, kRank, kListed>;
   using Warp = typename F::Second;
   using P = typename F::SecondPatch;
   using Up = typename F::Up;
@@ -87,6 +88,7 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
   const auto& tokens = shared.tokens;
 
   Up up;
+  up.open(p, e);
   const Warp warp;
   const P patch(shared.output.patch[warp.warp]);
   const int thread = thread_of_block();
@@ -111,9 +113,14 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
       }
       Accumulator<E, Warp::kTiles> y;
       y.clear();
-      y.template multiply<false, true>(shared.h + warp.row() * F::kRow, F::kRow,
-                                       shared.output.up[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column() * Up::kRow,
-                                       Up::kRow, kUnit * Up::kRow, kRank, p.tf32);
+      const E* const h = shared.h + warp.row() * F::kRow;
+      const E* const w = shared.output.up[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column() * Up::kRow;
+      if (leaves_out_tiles<kRank, kListed>(p, e)) {
+        const TilesByUnit<Warp::kTiles> tiles(OwnedTiles(p, e, column + warp.column()));
+        y.template multiply<false, true>(h, F::kRow, w, Up::kRow, kUnit * Up::kRow, kRank, p.tf32, tiles);
+      } else {
+        y.template multiply<false, true>(h, F::kRow, w, Up::kRow, kUnit * Up::kRow, kRank, p.tf32);
+      }
       float value[P::kCount][kVector];
       patch.spread(y, 0, value);
 #pragma unroll
@@ -143,17 +150,17 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
   }
 }
 
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     adapter_forward_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterForward out) {
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  auto& shared = *reinterpret_cast<ForwardShared<E, kRank>*>(dynamic_shared);
+  auto& shared = *reinterpret_cast<ForwardShared<E, kRank, kListed>*>(dynamic_shared);
   const int first = static_cast<int>(blockIdx.x) * Step<E, kRank>::kTokens;
   shared.tokens.load(p, first);
   const float scale = p.scale.data != nullptr ? load_number(p.scale, 0) : p.scale_value;
   bool fresh = true;
   for (int e = shared.tokens.next_expert(kMergedExpert - 1); e != kNoExpert; e = shared.tokens.next_expert(e)) {
-    if (fresh || p.assignment_down != nullptr) bottleneck(p, out, first, e, shared);
+    if (fresh || kListed || p.assignment_down != nullptr) bottleneck(p, out, first, e, shared);
     fresh = false;
     write_output(p, out, first, e, scale, shared);
     __syncthreads();

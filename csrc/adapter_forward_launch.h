@@ -2,11 +2,11 @@
 #pragma once
 
 #include "adapter_forward_kernel.h"
-#include "adapter_launch.h"
+#include "adapter_served.h"
 
 namespace mosa {
 
-template <typename E>
+template <typename E, bool kListed>
 struct LaunchForward {
   const AdapterParams& params;
   const AdapterForward& forward;
@@ -16,14 +16,14 @@ struct LaunchForward {
   int at() const {
     constexpr int kTokens = Step<E, kRank>::kTokens;
     const dim3 blocks(static_cast<unsigned>((params.tokens + kTokens - 1) / kTokens));
-    return launch_blocks(adapter_forward_kernel<E, kRank>, blocks, sizeof(ForwardShared<E, kRank>), stream, params,
-                         forward);
+    return launch_blocks(adapter_forward_kernel<E, kRank, kListed>, blocks, sizeof(ForwardShared<E, kRank, kListed>),
+                         stream, params, forward);
   }
 };
 
-template <typename E>
+template <typename E, bool kListed>
 int adapter_forward_in(const AdapterParams& params, const AdapterForward& forward, void* stream) {
-  return for_rank(params.rank, LaunchForward<E>{params, forward, stream});
+  return for_units<kListed>(params, LaunchForward<E, kListed>{params, forward, stream});
 }
 
 }  // namespace mosa

@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "adapter.h"
-#include "adapter_tiles.h"
+#include "adapter_project.h"
 #include "status.h"
 
 namespace mosa {
@@ -25,6 +25,21 @@ int for_rank(int rank, const Launch& launch) {
     default:
       return launch.template at<256>();
   }
+}
+
+template <typename E>
+struct TokensOfBlock {
+  template <int kRank>
+  int at() const {
+    return Step<E, kRank>::kTokens;
+  }
+};
+
+// Blocks of a launch over tokens with kernels of this rank.
+inline int token_blocks_of(const AdapterParams& p, int rank) {
+  const int tokens =
+      p.product_dtype == kFloat32 ? for_rank(rank, TokensOfBlock<float>()) : for_rank(rank, TokensOfBlock<__half>());
+  return (p.tokens + tokens - 1) / tokens;
 }
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes; above, a kernel has to ask
@@ -51,9 +66,9 @@ inline bool is_wide(const void* data, int64_t stride, uint8_t dtype) {
 }
 
 // For one type of the products' operands; each is instantiated in a file of its own.
-template <typename E>
+template <typename E, bool kListed>
 int adapter_forward_in(const AdapterParams& params, const AdapterForward& forward, void* stream);
-template <typename E>
+template <typename E, bool kListed>
 int adapter_backward_in(const AdapterParams& params, const AdapterBackward& backward, const TokenBuffers& buffers,
                         const AdapterParts& parts, float* all_parts, void* stream);
 

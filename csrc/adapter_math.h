@@ -82,6 +82,10 @@ struct Dropout {
   __device__ float factor(int unit) const {
     return threshold == 0 || draw(key, first + static_cast<uint32_t>(unit)) >= threshold ? scale : 0.0f;
   }
+  template <typename Units>
+  __device__ float factor(const Units& units, int slot) const {
+    return threshold == 0 ? scale : factor(units.of(slot));
+  }
 };
 
 // What the entries are multiplied with that an expert sees.

@@ -95,6 +95,21 @@ struct EarlyVector {
       load_vector(from, index, count, value);
     }
   }
+
+  // The same of eight units of a row (adapter_owned.h).
+  template <typename Units>
+  __device__ void begin(const AdapterTensor& from, const Units& units, int64_t row, int column, int rank) {
+    if (early(from)) raw = units.template load<kWords>(from, row, column, rank);
+  }
+  template <typename Units>
+  __device__ void finish(const AdapterTensor& from, const Units& units, int64_t row, int column, int rank,
+                         float (&value)[kVector]) const {
+    if (early(from)) {
+      unpack(raw, from.dtype, value);
+    } else {
+      unpack(units.template load<8>(from, row, column, rank), from.dtype, value);
+    }
+  }
 };
 
 __device__ inline float load_number(const AdapterTensor& from, int64_t index) {

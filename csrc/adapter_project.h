@@ -38,7 +38,7 @@ struct Step<float, 256> : StepOf<16, 16, 1> {};
 // What a block knows of its tokens, in shared memory.
 template <int kTokens>
 struct TokenTable {
-  int expert[kTokens];  // kNoExpert beyond the last token
+  int expert[kTokens];  // kNoExpert beyond the last token, and for tokens that another launch serves
   float mean[kTokens];
   float rstd[kTokens];
   float seen[kTokens];  // the mean of what the matrix units saw of the row
@@ -48,7 +48,9 @@ struct TokenTable {
   // Ends with a barrier.
   __device__ void load(const AdapterParams& p, int first) {
     for (int row = thread_of_block(); row < kTokens; row += kThreads) {
-      expert[row] = first + row < p.tokens ? expert_of(p, first + row) : kNoExpert;
+      const int e = first + row < p.tokens ? expert_of(p, first + row) : kNoExpert;
+      const bool served = p.served == kServeAll || (p.served == kServeMerged) == (e < 0);
+      expert[row] = served ? e : kNoExpert;
       mean[row] = seen[row] = 0.0f;
       rstd[row] = 1.0f;
     }
@@ -66,11 +68,11 @@ struct TokenTable {
 };
 
 // Shared memory of the first product.
-template <typename E, int kRank>
+template <typename E, int kRank, bool kListed = false>
 struct ProjectTiles {
   static constexpr int kColumns = Step<E, kRank>::kColumns;
   using X = RowTile<E, Step<E, kRank>::kTokens, kColumns>;
-  using Down = DownTile<E, kRank, kColumns>;
+  using Down = DownTile<E, kRank, kColumns, kListed>;
   alignas(128) E x[2][X::kSize];
   alignas(128) E down[Step<E, kRank>::kBuffers][Down::kSize];
 };
@@ -84,10 +86,11 @@ struct UnitTable {
 
 // accumulators = x Wg^T for expert e, or (x - shift) Wg^T where x is converted on its way; fills `units`. With
 // kStatistics it finds mean and rstd, else they are in the table. Ends with a barrier.
-template <bool kStatistics, typename E, int kRank, typename Accumulators>
+template <bool kStatistics, typename E, int kRank, bool kListed, typename Accumulators>
 __device__ inline void project(const AdapterParams& p, int first, int e, TokenTable<Step<E, kRank>::kTokens>& tokens,
-                               ProjectTiles<E, kRank>& shared, UnitTable<kRank>& units, Accumulators& accumulators) {
-  using Tiles = ProjectTiles<E, kRank>;
+                               ProjectTiles<E, kRank, kListed>& shared, UnitTable<kRank>& units,
+                               Accumulators& accumulators) {
+  using Tiles = ProjectTiles<E, kRank, kListed>;
   using X = typename Tiles::X;
   using Down = typename Tiles::Down;
   using Warp = WarpTiles<Step<E, kRank>::kTokens, kRank>;
@@ -101,7 +104,7 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
   X x;
   const Warp warp;
   Down down;
-  down.clear();
+  down.open(p, e);
   accumulators.clear();
   float shift[X::S::kCount] = {};
   float total[X::S::kCount] = {};

@@ -8,6 +8,7 @@
 
 #include "adapter_math.h"
 #include "adapter_memory.h"
+#include "adapter_owned.h"
 #include "adapter_units.h"
 
 namespace mosa {
@@ -121,7 +122,7 @@ struct RowTile : Spread<kRows, kColumns> {
 };
 
 // Wg = gamma o w_down_e, [kRank, kColumns] with a unit in each row; zeros beyond r and d.
-template <typename E, int kRank, int kColumns>
+template <typename E, int kRank, int kColumns, bool kListed = false>
 struct DownTile : Spread<kRank, kColumns> {
   using S = Spread<kRank, kColumns>;
   static constexpr int kRow = padded_row<E>(kColumns);
@@ -129,9 +130,15 @@ struct DownTile : Spread<kRank, kColumns> {
   EarlyVector<E> early[S::kCount];
   float sums[S::kCount];    // of the rows of the rounded Wg, over this thread's columns
   float biases[S::kCount];  // w_down_e beta, likewise
+  RowUnits<kListed, S::kCount> units;
 
   __device__ void clear() {
     for (int j = 0; j < S::kCount; ++j) sums[j] = biases[j] = 0.0f;
+  }
+  // Before the first step of an expert's tiles.
+  __device__ void open(const AdapterParams& p, int e) {
+    clear();
+    units.find(*this, UnitsOf<kListed>(p, e));
   }
 
   __device__ static int index_of(const AdapterParams& p, int unit, int at) { return unit * p.width + at; }
@@ -141,7 +148,7 @@ struct DownTile : Spread<kRank, kColumns> {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
-      const int unit = this->row(j);
+      const int unit = units.of(j, this->row(j));
       const int at = column + this->column();
       early[j].begin(p.w_down, index_of(p, unit, at), count_of(p, unit, at));
     }
@@ -156,7 +163,7 @@ struct DownTile : Spread<kRank, kColumns> {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
-      const int unit = this->row(j);
+      const int unit = units.of(j, this->row(j));
       float value[kVector];
       early[j].finish(p.w_down, index_of(p, unit, at), count_of(p, unit, at), value);
       if (p.assignment_down != nullptr) see(p, e, unit, at, value);
@@ -166,7 +173,7 @@ struct DownTile : Spread<kRank, kColumns> {
       if (p.gamma.data != nullptr) {
         for (int i = 0; i < kVector; ++i) value[i] *= gamma[i];
       }
-      put_rounded(tile + unit * kRow + this->column(), value);
+      put_rounded(tile + this->row(j) * kRow + this->column(), value);
       for (int i = 0; i < kVector; ++i) sums[j] += value[i];
     }
   }
@@ -190,37 +197,38 @@ struct DownTile : Spread<kRank, kColumns> {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
-      const int unit = this->row(j);
+      const int unit = units.of(j, this->row(j));
       const float total = sum_lanes<S::kPerRow>(sums[j]);
       float at_zero = sum_lanes<S::kPerRow>(biases[j]);
       if (this->column() != 0) continue;
       if (p.b_down.data != nullptr && unit < p.rank) at_zero += load_number(p.b_down, unit);
-      s[unit] = total;
-      bias[unit] = at_zero;
+      s[this->row(j)] = total;
+      bias[this->row(j)] = at_zero;
     }
   }
 };
 
 // w_up_e without its factor, [kColumns, kRank] with a column of x in each row; zeros beyond d and r.
-template <typename E, int kRank, int kColumns>
+template <typename E, int kRank, int kColumns, bool kListed = false>
 struct UpTile : Spread<kColumns, kRank> {
   using S = Spread<kColumns, kRank>;
   static constexpr int kRow = padded_row<E>(kRank);
   static constexpr int kSize = kColumns * kRow;
   EarlyVector<E> early[S::kCount];
   Owners owners[S::kCount];
+  VectorUnits<kListed> units;
 
-  __device__ int index_of(const AdapterParams& p, int at) const { return at * p.rank + this->column(); }
-  __device__ int count_of(const AdapterParams& p, int at) const { return at < p.width ? p.rank - this->column() : 0; }
+  __device__ void open(const AdapterParams& p, int e) { units.find(UnitsOf<kListed>(p, e), this->column()); }
+  __device__ static int rank_of(const AdapterParams& p, int at) { return at < p.width ? p.rank : 0; }
 
   __device__ void begin(const AdapterParams& p, int column) {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
       const int at = column + this->row(j);
-      early[j].begin(p.w_up, index_of(p, at), count_of(p, at));
+      early[j].begin(p.w_up, units, at * p.rank, this->column(), rank_of(p, at));
       if (p.assignment != nullptr) {
-        owners[j] = load_owners(p.assignment, p.wide_assignment, index_of(p, at), count_of(p, at));
+        owners[j] = units.load(p.assignment, p.wide_assignment, at * p.rank, this->column(), rank_of(p, at));
       }
     }
   }
@@ -243,7 +251,7 @@ struct UpTile : Spread<kColumns, kRank> {
         continue;
       }
       float value[kVector];
-      early[j].finish(p.w_up, index_of(p, at), count_of(p, at), value);
+      early[j].finish(p.w_up, units, at * p.rank, this->column(), rank_of(p, at), value);
       if (masked) {
         for (int i = 0; i < kVector; ++i) value[i] = owners[j].of(i) == e ? value[i] : 0.0f;
       }

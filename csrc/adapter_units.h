@@ -55,6 +55,12 @@ struct Layout<true> {
   using Type = nvcuda::wmma::col_major;
 };
 
+// Which tiles of B a product has to look at: bit j of of(k) for the tile at depth 16 k of B_j. The same in every lane.
+struct AllTiles {
+  static constexpr bool kSome = false;
+  __device__ uint32_t of(int) const { return ~0u; }
+};
+
 // Accumulators of kTiles neighbouring tiles in a row.
 template <typename E, int kTiles, bool kOnUnits = Element<E>::kOnUnits>
 struct Accumulator;
@@ -70,14 +76,18 @@ struct Accumulator<E, kTiles, true> {
 
   // tile[j] += A B_j with A [16, depth] and B_j [depth, 16]; B_j begins `step` elements after B_(j-1). The whole warp
   // takes part.
-  template <bool kTransposedA, bool kTransposedB>
-  __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool) {
+  template <bool kTransposedA, bool kTransposedB, typename Tiles = AllTiles>
+  __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool,
+                           const Tiles& tiles = Tiles()) {
 #pragma unroll 1
     for (int k = 0; k < depth; k += kUnit) {
+      const uint32_t marked = tiles.of(k / kUnit);
+      if (Tiles::kSome && marked == 0) continue;
       nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, kUnit, kUnit, kUnit, E, typename Layout<kTransposedA>::Type> left;
       nvcuda::wmma::load_matrix_sync(left, a + k * (kTransposedA ? lda : 1), static_cast<unsigned>(lda));
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
+        if (Tiles::kSome && (marked >> j & 1u) == 0) continue;
         nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, kUnit, kUnit, kUnit, E, typename Layout<kTransposedB>::Type>
             right;
         nvcuda::wmma::load_matrix_sync(right, b + j * step + k * (kTransposedB ? 1 : ldb), static_cast<unsigned>(ldb));
@@ -112,17 +122,21 @@ struct Accumulator<float, kTiles, true> {
     }
   }
 
-  template <bool kTransposedA, bool kTransposedB>
-  __device__ void multiply(const float* a, int lda, const float* b, int ldb, int step, int depth, bool tf32) {
+  template <bool kTransposedA, bool kTransposedB, typename Tiles = AllTiles>
+  __device__ void multiply(const float* a, int lda, const float* b, int ldb, int step, int depth, bool tf32,
+                           const Tiles& tiles = Tiles()) {
     using TF32 = nvcuda::wmma::precision::tf32;
 #pragma unroll 1
     for (int k = 0; k < depth; k += kDepth) {
+      const uint32_t marked = tiles.of(k / kUnit);
+      if (Tiles::kSome && marked == 0) continue;
       nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, kUnit, kUnit, kDepth, TF32, typename Layout<kTransposedA>::Type>
           left, left_rest;
       nvcuda::wmma::load_matrix_sync(left, a + k * (kTransposedA ? lda : 1), static_cast<unsigned>(lda));
       split(left, left_rest);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
+        if (Tiles::kSome && (marked >> j & 1u) == 0) continue;
         nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, kUnit, kUnit, kDepth, TF32, typename Layout<kTransposedB>::Type>
             right, right_rest;
         nvcuda::wmma::load_matrix_sync(right, b + j * step + k * (kTransposedB ? 1 : ldb), static_cast<unsigned>(ldb));
@@ -157,15 +171,19 @@ struct Accumulator<E, kTiles, false> {
     }
   }
 
-  template <bool kTransposedA, bool kTransposedB>
-  __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool) {
+  template <bool kTransposedA, bool kTransposedB, typename Tiles = AllTiles>
+  __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool,
+                           const Tiles& tiles = Tiles()) {
     const E* own_row = a + row() * (kTransposedA ? 1 : lda);
     const E* own_columns = b + column() * (kTransposedB ? ldb : 1);
 #pragma unroll 2
     for (int k = 0; k < depth; ++k) {
+      const uint32_t marked = tiles.of(k / kUnit);
+      if (Tiles::kSome && marked == 0) continue;
       const float left = to_float(own_row[k * (kTransposedA ? lda : 1)]);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
+        if (Tiles::kSome && (marked >> j & 1u) == 0) continue;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           const float right =

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import MERGED, AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
+from mosa_kernels.backends.cuda.owned import owned_for
 from mosa_kernels.backends.element_types import DTYPE_CODES
 
 _ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "identity": 4}
@@ -35,6 +36,7 @@ class _Call:
         self.tokens = args.x.numel() // args.width
         self.kept: list[Tensor] = []
         expert = args.expert if args.has_experts else None
+        owned = owned_for(args)
         self.tensors = (
             *self.rows("x", args.x),
             *self.rows("residual", args.residual),
@@ -50,6 +52,7 @@ class _Call:
             _address(args.assignment_down),
             *self.ids(expert, args.expert_id if args.has_experts else MERGED),
             *self.ids(args.seed if args.dropout_p > 0 else None, args.seed_id),
+            *((0, 0, 0, 0) if owned is None else owned.described()),
         )
         b_up = args.b_up
         tf32 = args.matmul_dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -15,65 +15,29 @@ granularities scatter an expert's entries over all units, and the kernels run as
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from mosa_kernels.backends.arguments import MERGED, AdapterArguments
+from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.per_assignment import PerAssignment, of_experts, owned_units, unit_lists
 from mosa_kernels.backends.triton.configs import padded
 
 _NARROW = 64  # up to here the memory's bandwidth sets the time, and fewer products save none (counted, not measured)
 
 
-class _Entry(NamedTuple):
-    source: weakref.ref[Tensor]
-    version: int
-    address: int
-    lists: Tensor | None
-
-
-_found: dict[int, _Entry] = {}  # by the id of the assignment
-
-
 def lists_for(args: AdapterArguments) -> Tensor | None:
     """The units of each expert, int16 [experts, padded size] filled up with r; None where that saves nothing.
 
-    The first call for an assignment waits for the device, later ones look the answer up. While a CUDA graph is being
-    captured nothing may wait: an assignment that is met for the first time then goes without lists.
+    The first call for an assignment waits for the device (`PerAssignment`).
     """
-    assignment = args.assignment
-    if assignment is None or args.bottleneck <= _NARROW or (args.expert is None and args.expert_id == MERGED):
-        return None
-    if assignment.is_inference():  # whose changes leave no trace
-        return None
-    entry = _found.get(id(assignment))
-    if (
-        entry is not None
-        and entry.source() is assignment
-        and entry.version == assignment._version
-        and entry.address == assignment.data_ptr()
-    ):
-        return entry.lists
-    if assignment.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    key = id(assignment)
-    lists = make_lists(assignment)
-    source = weakref.ref(assignment, lambda _: _found.pop(key, None))
-    _found[key] = _Entry(source, assignment._version, assignment.data_ptr(), lists)
-    return lists
+    assignment = of_experts(args)
+    return None if assignment is None or args.bottleneck <= _NARROW else _lists.of(assignment)
 
 
 def make_lists(assignment: Tensor) -> Tensor | None:
     """`lists_for` of an assignment, uint8 [d, r]. Waits for the device."""
-    r = assignment.shape[1]
-    owned = torch.zeros(256, r, dtype=torch.bool, device=assignment.device)
-    owned[assignment.long(), torch.arange(r, device=assignment.device)] = True
-    owned = owned.cpu()
+    owned = owned_units(assignment)
     size = padded(int(owned.sum(1).max()))
-    if size >= padded(r):
-        return None
-    experts = int(owned.any(1).nonzero().max()) + 1
-    units = torch.where(owned[:experts], torch.arange(r), r).sort(1).values[:, :size]  # [experts, size]
-    return units.to(device=assignment.device, dtype=torch.int16)
+    return None if size >= padded(assignment.shape[1]) else unit_lists(owned, size).to(assignment.device)
+
+
+_lists = PerAssignment(make_lists)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 
 import cuda_on_host
 import pytest
@@ -13,21 +12,17 @@ import torch
 from accuracy import Expected, all_needs, argument, on, well_conditioned
 from calls import full_call, sparse_down
 from cases import adapter_calls
+from cuda_machine import Changes, Machine, needs_compiler, needs_gpu, on_machines, tensors_of
 from hypothesis import Phase, assume, given, settings
-from poison import poisoned_memory
 from torch import Tensor
 
-from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter, backend
+from mosa_kernels.functional.split import split
 
-UNITS = ("adapter_forward*.cu", "adapter_backward*.cu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MULTIPROCESSORS = 8  # on the host, so that the weight gradients come in several parts
-needs_compiler = pytest.mark.skipif(cuda_on_host.find_compiler() is None, reason="no C++ compiler")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = pytest.mark.filterwarnings("ignore:mosa_kernels, CUDA backend")
 
-Changes = Mapping[str, tuple[str, str]]
 FMA_UNITS: Changes = {
     f"adapter_{direction}_{dtype}.cu": (
         f'#include "adapter_{direction}_launch.h"',
@@ -37,51 +32,6 @@ FMA_UNITS: Changes = {
     for dtype in ("fp32", "bf16")
 }
 """The products of a GPU whose matrix units take neither TF32 nor bf16."""
-
-
-class Machine:
-    """Where the kernels run."""
-
-    def __init__(self, device: str, changes: Changes | None = None) -> None:
-        self.device, self.changes = device, changes
-
-    def launch(self) -> adapter.Launch:
-        if self.device == "cuda":
-            return backend._launch_on(torch.device("cuda", torch.cuda.current_device()))
-        return adapter.Launch(cuda_on_host.build("adapter_cuda", self.changes, units=UNITS), 0, 0, MULTIPROCESSORS)
-
-    def run(
-        self, args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None
-    ) -> tuple[Tensor, AdapterGradients]:
-        ok, reason = backend.takes(args)
-        assert ok, reason
-        launch = self.launch()
-        tokens = args.x.numel() // args.width if args.norm_weight is not None else 0
-        with poisoned_memory():
-            out, mean, rstd = adapter.adapter_forward(args, launch)
-            assert out.is_contiguous()
-            assert mean.shape == rstd.shape == (tokens,)
-            gradients = adapter.adapter_backward(args, grad_out, mean, rstd, needs or all_needs(args), launch)
-        return out, gradients
-
-    def check(self, args: AdapterArguments, grad_out: Tensor | None = None) -> AdapterGradients:
-        args = on(args, self.device)
-        if grad_out is None:
-            generator = torch.Generator().manual_seed(1)
-            grad_out = torch.randn(args.x.shape, generator=generator).to(args.x)
-        expected = Expected(args, grad_out)
-        out, gradients = self.run(args, grad_out)
-        expected.check_out(out)
-        expected.check_gradients(gradients)
-        if args.activity is not None:
-            assert gradients.activity is not None
-            assert torch.equal(gradients.activity, expert_activity(args))
-        return gradients
-
-
-HOST = pytest.param(Machine("cpu"), id="cuda_on_host", marks=needs_compiler)
-GPU = pytest.param(Machine("cuda"), id="gpu", marks=[pytest.mark.gpu, needs_gpu])
-on_machines = pytest.mark.parametrize("machine", [HOST, GPU])
 
 
 @on_machines
@@ -375,7 +325,11 @@ TWO_RANKS: Changes = {
         """    case 64:
       return launch.template at<64>();
 """,
-    )
+    ),
+    "adapter_served.h": (
+        "p.owned.listed == kFewListed ? launch.template at<kFewListed>() : launch.template at<kMostListed>()",
+        "launch.template at<kMostListed>()",
+    ),
 }
 """Without the kernels of two of the padded ranks, 64 and 256 being left: half the time to compile."""
 
@@ -388,6 +342,9 @@ def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
     machine.check(full_call(3, 23, 100, 33, dtype, expert=torch.tensor([0, -1, 2]), **sparse_down(100, 33)))
     machine.check(full_call(1, 67, 136, 64, dtype, expert=torch.tensor(1), dropout_p=0.3))
     machine.check(full_call(1, 9, 23, 200, dtype, assignment=None))
+    for granularity in ("column", "block"):  # 50 listed units, and tiles beyond both ends
+        assignment = split((23, 200), 4, granularity, torch.Generator().manual_seed(2))
+        machine.check(full_call(3, 9, 23, 200, dtype, assignment=assignment, expert=torch.tensor([0, -1, 2])))
     args = full_call(1, 9, 28, 40, dtype, norm_weight=None, norm_bias=None)
     x = torch.randn(8 * 32 + 28).to(dtype).as_strided((1, 9, 28), (1, 32, 1))  # ends with its last row
     out, _ = machine.run(args._replace(x=x.requires_grad_()), torch.zeros_like(x))
@@ -403,10 +360,6 @@ def test_under_the_address_sanitizer() -> None:
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
     assert "3 passed" in answer.stdout
-
-
-def tensors_of(out: Tensor, gradients: AdapterGradients) -> list[Tensor]:
-    return [out, *(gradient for gradient in gradients if gradient is not None)]
 
 
 @pytest.mark.gpu

@@ -273,9 +273,9 @@ def test_lists_of_units_follow_the_assignment() -> None:
         assignment.copy_(split((160, 80), 2, granularity))
         assert adapter_units.lists_for(args) is None, granularity
     key = id(assignment)
-    assert key in adapter_units._found
+    assert key in adapter_units._lists.entries
     del args, assignment
-    assert key not in adapter_units._found
+    assert key not in adapter_units._lists.entries
 
 
 def test_ids_and_seeds_that_are_columns_of_a_table() -> None:

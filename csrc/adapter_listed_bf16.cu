@@ -1,0 +1,11 @@
+// Kernels with lists of units, apart from the others, which change more often.
+#include "adapter_backward_launch.h"
+#include "adapter_forward_launch.h"
+
+namespace mosa {
+
+template int adapter_forward_in<__nv_bfloat16, true>(const AdapterParams&, const AdapterForward&, void*);
+template int adapter_backward_in<__nv_bfloat16, true>(const AdapterParams&, const AdapterBackward&, const TokenBuffers&,
+                                                      const AdapterParts&, float*, void*);
+
+}  // namespace mosa

@@ -1,0 +1,71 @@
+"""Where tests of the adapter's CUDA kernels run them: compiled for the host, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import cuda_on_host
+import pytest
+import torch
+from accuracy import Expected, all_needs, on
+from poison import poisoned_memory
+from torch import Tensor
+
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
+from mosa_kernels.backends.cuda import adapter, backend
+
+UNITS = ("adapter_forward*.cu", "adapter_backward*.cu", "adapter_listed*.cu")
+MULTIPROCESSORS = 8  # on the host, so that the weight gradients come in several parts
+needs_compiler = pytest.mark.skipif(cuda_on_host.find_compiler() is None, reason="no C++ compiler")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+Changes = Mapping[str, tuple[str, str]]
+
+
+class Machine:
+    """Where the kernels run."""
+
+    def __init__(self, device: str, changes: Changes | None = None) -> None:
+        self.device, self.changes = device, changes
+
+    def launch(self) -> adapter.Launch:
+        if self.device == "cuda":
+            return backend._launch_on(torch.device("cuda", torch.cuda.current_device()))
+        return adapter.Launch(cuda_on_host.build("adapter_cuda", self.changes, units=UNITS), 0, 0, MULTIPROCESSORS)
+
+    def run(
+        self, args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None
+    ) -> tuple[Tensor, AdapterGradients]:
+        ok, reason = backend.takes(args)
+        assert ok, reason
+        launch = self.launch()
+        tokens = args.x.numel() // args.width if args.norm_weight is not None else 0
+        with poisoned_memory():
+            out, mean, rstd = adapter.adapter_forward(args, launch)
+            assert out.is_contiguous()
+            assert mean.shape == rstd.shape == (tokens,)
+            gradients = adapter.adapter_backward(args, grad_out, mean, rstd, needs or all_needs(args), launch)
+        return out, gradients
+
+    def check(self, args: AdapterArguments, grad_out: Tensor | None = None) -> AdapterGradients:
+        args = on(args, self.device)
+        if grad_out is None:
+            generator = torch.Generator().manual_seed(1)
+            grad_out = torch.randn(args.x.shape, generator=generator).to(args.x)
+        expected = Expected(args, grad_out)
+        out, gradients = self.run(args, grad_out)
+        expected.check_out(out)
+        expected.check_gradients(gradients)
+        if args.activity is not None:
+            assert gradients.activity is not None
+            assert torch.equal(gradients.activity, expert_activity(args))
+        return gradients
+
+
+HOST = pytest.param(Machine("cpu"), id="cuda_on_host", marks=needs_compiler)
+GPU = pytest.param(Machine("cuda"), id="gpu", marks=[pytest.mark.gpu, needs_gpu])
+on_machines = pytest.mark.parametrize("machine", [HOST, GPU])
+
+
+def tensors_of(out: Tensor, gradients: AdapterGradients) -> list[Tensor]:
+    return [out, *(gradient for gradient in gradients if gradient is not None)]
