@@ -3,9 +3,11 @@
 #
 #     benchmarks/gpu.sh OUT
 #
-# builds the package in place, runs the tests marked gpu, measures (mosa-kernels bench), and runs compute-sanitizer
-# over small calls of every kernel. Each phase has its own limit, and what one breaks leaves the others: OUT gets
-# summary.md, phases.json, report.json, report.md, pictures, and all output in logs.tar.gz.
+# builds the package in place, runs the tests marked gpu, measures (mosa-kernels bench, first with --choose), and runs
+# compute-sanitizer over small calls of every kernel. Each phase has its own limit, and what one breaks leaves the
+# others: OUT gets summary.md, phases.json, report.json, report.md, pictures, choice/DEVICE.json (which backend is the
+# fastest for which call; in mosa_kernels/assets/choice it is what the package uses on such a device), and all output
+# in logs.tar.gz.
 #
 # MOSA_GPU_SECONDS    what all phases together may take (570)
 # MOSA_GPU_PHASES     some of "build tests bench sanitizers" (all)
@@ -68,6 +70,12 @@ fi
 
 phase doctor 40 "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' doctor
 wanted tests && phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 "${selected[@]}"
+
+if wanted bench; then
+  chosen="--device cuda --deadline 130"
+  [ "$DRY" = 1 ] && chosen="--device cpu --threads 1 --shapes vit_ti --images 1 --bottlenecks 8 --dtypes fp32 --rounds 3"
+  phase choose 150 bash -c "bench --choose $chosen --output '$OUT/choice'"
+fi
 
 if [ "$DRY" = 1 ]; then
   seconds=240

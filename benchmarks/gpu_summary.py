@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels.backends.measured import Table
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.records import name_of
 from mosa_kernels.bench.report import goals_section, table
@@ -86,6 +87,10 @@ def main() -> None:
             write(report, out)
         parts.append(f"Figures: [{MARKDOWN}]({MARKDOWN}), on {report['machine']['device']}.")
         parts += [goals_section(report)] if answers(report) else []
+    for table_file in sorted((out / "choice").glob("*.json")):
+        operators = Table(table_file, json.loads(table_file.read_text())).summary()
+        title = f"## The fastest backend ([choice/{table_file.name}](choice/{table_file.name}))"
+        parts.append(title + "\n\n" + table(("operator", "runs"), list(operators.items()), left=2))
     moved = out / "logs" / "dram_bytes.json"
     if moved.is_file():
         parts.append(moved_section(json.loads(moved.read_text())))

@@ -90,7 +90,8 @@ def cpu_section(reports: Path = REPORTS) -> str:
             table(head, rows),
             "Where ours is slower (a wide bottleneck on few tokens, whose intermediates stay in the cache), the "
             "automatic choice is eager PyTorch; the threshold and its figures are in "
-            "`mosa_kernels/backends/choice.py`. "
+            "`mosa_kernels/backends/choice.py`, and `mosa-kernels bench --choose --device cpu` puts a table measured "
+            "on your machine in its place. "
             f"[This report](benchmarks/reports/{CPU}/report.md). A [longer one](benchmarks/reports/cpu_all/report.md) "
             "sets `torch.compile`, N copies and a merged adapter beside them, and measures backward alone, merge, "
             "optimizer, alignment, whole models and how cost grows. Our times are the same there. Eager PyTorch's are "
@@ -127,7 +128,9 @@ def gpu_section(reports: Path = REPORTS) -> str:
     ]
     parts.append(
         "You have one that is missing? `benchmarks/gpu.sh benchmarks/reports/NAME` builds, tests and measures in under "
-        "ten minutes; `python scripts/update_readme.py` fills in the column; then open a pull request with the folder."
+        "ten minutes; `python scripts/update_readme.py` fills in the column; "
+        "`mkdir -p mosa_kernels/assets/choice && mv benchmarks/reports/NAME/choice/*.json mosa_kernels/assets/choice/` "
+        "has everybody with such a GPU run what was the fastest on yours; then open a pull request."
     )
     return "\n\n".join(parts)
 

@@ -46,8 +46,8 @@ SIZES = {
 """The sizes of each operator's cells. A compiled graph serves every value of the last one, and takes the largest."""
 
 ADVICE = (
-    "`mosa-kernels bench --choose` measures once, in about two minutes, where the fused kernels are faster than the "
-    "PyTorch definitions on this device, and there they run from then on; MOSA_CUDA_BACKENDS=triton,cuda (in Python: "
+    "`mosa-kernels bench --choose` measures once, in minutes, where the fused kernels are faster than the PyTorch "
+    "definitions on this device, and there they run from then on; MOSA_CUDA_BACKENDS=triton,cuda (in Python: "
     'mk.prefer_backends("cuda", "triton", "cuda")) runs them unmeasured'
 )
 
@@ -165,7 +165,10 @@ def file_name(device_name: str) -> str:
 
 def device_name(device: torch.device) -> str:
     """What distinguishes one kind of device from another: a GPU's name, a CPU's with the cores of this process."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    if device.type != "cuda":
+        return machine()
+    # Fake tensors may be on a device that is not there.
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no CUDA device"
 
 
 def search(device: torch.device) -> Search:

@@ -24,7 +24,7 @@ from mosa_kernels.bench.kernels import is_cold
 from mosa_kernels.bench.records import Record
 from mosa_kernels.bench.run import Request, Say
 from mosa_kernels.bench.shapes import Axes, Point
-from mosa_kernels.bench.timing import in_turn, warm_up
+from mosa_kernels.bench.timing import Timing, in_turn, warm_up
 from mosa_kernels.functional.operators import OPERATORS
 from mosa_kernels.train.folder import write_json
 
@@ -34,6 +34,7 @@ _IMAGES, _FEATURES_OF = (64, 8, 1), (16, 1)
 _CLASSES, _BATCHES = (100, 1000), (32, 256)
 _DEPTH = 12
 _ROUNDS, _SECONDS = 11, 1.5  # of a cell
+_DISTURBED = 1.5  # the 80th percentile over the 20th: about 1.1 on a machine that does nothing else
 
 
 class DeviceLostError(RuntimeError):
@@ -87,18 +88,21 @@ def choose(request: Request, output: Path | None, say: Say) -> tuple[Record, Pat
     """Measures the table and writes it, cell by cell.
 
     Args:
-        request: its device, axes, threads, rounds and deadline hold here too.
+        request: its device, axes, threads, rounds, processor_time and deadline hold here too.
         output: see `table_file`.
         say: told what is done.
 
     Raises:
         DeviceLostError: a call left the device unusable. What was measured until then is in the file.
-        ValueError: the device is not there.
+        ValueError: the device is not there, or the request asks for what is no part of this.
     """
+    for name in ("only", "providers", "models", "batch"):
+        if getattr(request, name):
+            raise ValueError(f"{name}: expected without --choose, which measures all that it needs")
     began = time.perf_counter()
     device = choose_device(request.device)
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+    if request.processor_time or request.threads is not None:
+        torch.set_num_threads(1 if request.processor_time else request.threads or 1)
     file = table_file(output, device)
     answers = available_backends()
     names = [name for name in BACKENDS[device.type] if answers[name] is True]
@@ -114,7 +118,7 @@ def choose(request: Request, output: Path | None, say: Say) -> tuple[Record, Pat
                 continue
             say(cell.name)
             mine = {name: reasons[name, cell] for name in names if (name, cell) in reasons}
-            record["cells"].append(_measure(cell, case, mine, device, request.rounds or _ROUNDS))
+            record["cells"].append(_measure(cell, case, mine, device, request))
             record["seconds"] = round(time.perf_counter() - began, 1)
             write_json(file, record)
     except DeviceLostError as error:
@@ -164,7 +168,7 @@ def _gate(
 
 
 def _measure(
-    cell: Cell, case: Case, reasons: dict[str, str | None], device: torch.device, rounds: int
+    cell: Cell, case: Case, reasons: dict[str, str | None], device: torch.device, request: Request
 ) -> dict[str, Any]:
     left_out = {name: reason for name, reason in reasons.items() if reason is not None}
     calls: dict[str, Callable[[], object]] = {}
@@ -177,7 +181,9 @@ def _measure(
         except Exception as error:  # memory ran out, say: the others may still be measured
             calls.pop(name, None)
             left_out[name] = _failure(name, cell, error, device)
-    times = _timed(cell, calls, left_out, device, rounds, is_cold(case, device))
+    cold = is_cold(case, device)
+    timings = _timed(cell, calls, left_out, device, request, cold)
+    times = {name: timing.median for name, timing in timings.items()}
     return {
         "operator": cell.operator,
         "dtype": cell.dtype,
@@ -185,6 +191,7 @@ def _measure(
         "backend": next(iter(ranked_by_time(times)), REFERENCE),
         "ms": times,
         "left_out": left_out,
+        "disturbed": any(timing.p80 > _DISTURBED * timing.p20 for timing in timings.values()),
     }
 
 
@@ -193,10 +200,10 @@ def _timed(
     calls: dict[str, Callable[[], object]],
     left_out: dict[str, str],
     device: torch.device,
-    rounds: int,
+    request: Request,
     cold: bool,
-) -> dict[str, float]:
-    """Median milliseconds of each. One that raises after all is left out, and the others are timed without it."""
+) -> dict[str, Timing]:
+    """The times of each. One that raises after all is left out, and the others are timed without it."""
     running = REFERENCE
 
     def noted(name: str) -> object:
@@ -207,8 +214,14 @@ def _timed(
     while calls:
         try:
             noting = {name: partial(noted, name) for name in calls}
-            timings = in_turn(noting, device, rounds=rounds, seconds=_SECONDS, cold=cold)
-            return {name: timing.median for name, timing in timings.items()}
+            return in_turn(
+                noting,
+                device,
+                rounds=request.rounds or _ROUNDS,
+                seconds=_SECONDS,
+                cold=cold,
+                processor_time=request.processor_time,
+            )
         except Exception as error:
             left_out[running] = _failure(running, cell, error, device)
             del calls[running]

@@ -77,7 +77,7 @@ def bench(
         typer.Option(
             "--choose",
             help="Measure which backend is the fastest for which call on this device, and use that from now on: "
-            "about two minutes, a table in the user's cache (or --output).",
+            "minutes, and a table in the user's cache (or --output, a .json file or a folder).",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --tune: list what would be measured.")] = False,
@@ -167,6 +167,12 @@ def _choose(request: Request, output: Path | None, console: Console, say: Say) -
         console.print(f"[yellow]{name} is left out of {count} call(s)[/yellow]: {escape(reason)}")
     if record["not_measured"]:
         console.print(f"{len(record['not_measured'])} call(s) were left out for lack of time", style="yellow")
+    disturbed = sum(cell["disturbed"] for cell in record["cells"])
+    if disturbed:
+        console.print(
+            f"[yellow]{disturbed} call(s) took now more, now less time: the machine had other work, and the choice may "
+            "be wrong there. Measure again when it has none.[/yellow]"
+        )
     console.print(f"{record['seconds']:.0f} s; wrote {file}", markup=False)
     if output is not None:
         console.print(f"Used once it lies in {measured.user_folder()}", style="dim")

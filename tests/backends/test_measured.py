@@ -326,6 +326,8 @@ def test_where_tables_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         monkeypatch.setenv("XDG_CACHE_HOME", unusable)
         assert measured.user_folder() == tmp_path / "home" / ".cache" / "mosa_kernels" / "choice"
     assert measured.file_name("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb.json"
+    if not torch.cuda.is_available():
+        assert measured.device_name(CUDA) == "no CUDA device"
 
 
 def test_tables_that_are_shipped_can_be_read() -> None:

@@ -69,17 +69,22 @@ def test_the_gpu_script_goes_through_its_phases(tmp_path: Path) -> None:
     done = subprocess.run([BENCHMARKS / "gpu.sh", output], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {phase["phase"]: phase for phase in json.loads((output / "phases.json").read_text())["phases"]}
-    assert list(found) == ["doctor", "tests", "bench", "small_calls"]
-    for name in ("doctor", "bench", "small_calls"):
+    assert list(found) == ["doctor", "tests", "choose", "bench", "small_calls"]
+    for name in ("doctor", "choose", "bench", "small_calls"):
         assert found[name]["ended"] == "passed", found[name]
     assert found["tests"]["ended"] in ("passed", "no tests")
     assert found["small_calls"]["said"].endswith(", 0 failed")
     files = {path.name for path in output.iterdir()}
-    assert {"summary.md", "phases.json", "report.json", "report.md", "kernels.png", "logs.tar.gz"} <= files
+    assert {"summary.md", "phases.json", "report.json", "report.md", "kernels.png", "choice", "logs.tar.gz"} <= files
     assert len(files) <= 8
     with tarfile.open(output / "logs.tar.gz") as archive:
         assert "logs/bench.log" in archive.getnames()
-    assert "## Goals" not in (output / "summary.md").read_text()  # the smallest shapes decide none
+    summary = (output / "summary.md").read_text()
+    assert "## Goals" not in summary  # the smallest shapes decide none
+    (table,) = (output / "choice").iterdir()
+    assert json.loads(table.read_text())["complete"]
+    assert f"choice/{table.name}" in summary
+    assert "| masked_adamw | " in summary
 
 
 def test_the_gpu_script_outlives_phases_that_run_out_of_time(tmp_path: Path) -> None:
@@ -87,7 +92,7 @@ def test_the_gpu_script_outlives_phases_that_run_out_of_time(tmp_path: Path) -> 
     done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     phases = json.loads((tmp_path / "phases.json").read_text())["phases"]
-    assert len(phases) == 4
+    assert len(phases) == 5
     assert {phase["ended"] for phase in phases} == {"out of time"}
     assert all(phase["limit"] == 1 for phase in phases)
 

@@ -172,6 +172,8 @@ def test_choose_measures_a_table_that_is_used_and_shown(
         (("--threads", "0"), "threads: expected at least 1, got 0"),
         (("--models", "vit_b"), "models: expected names of timm models, got 'vit_b'"),
         (("--dry-run",), "dry-run: expected together with --tune"),
+        (("--choose", "--only", "merge"), "only: expected without --choose"),
+        (("--choose", "--device", "tpu"), "device: expected cpu or cuda, got 'tpu'"),
         (("--compare", "nowhere", "neither"), "got 'nowhere'"),
     ],
 )
