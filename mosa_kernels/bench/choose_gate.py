@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +33,7 @@ _DIRECTIONS = {"adapter_forward": "forward", "adapter": "both"}
 _SECONDS = 300  # for all cells of a process
 _MOST_DEATHS = 3
 _LOST = 9  # exit status of a process whose device takes no calls any more
+_LOST_DEVICE = "it left the device unusable"
 
 
 class Cell(NamedTuple):
@@ -109,25 +112,30 @@ def is_lost(device: torch.device) -> bool:
 
 
 def gate_apart(backend: str, cells: Sequence[Cell], device: torch.device) -> list[str | None]:
-    """For each cell None, if the backend is right there, or the reason why it may not run."""
+    """For each cell None, if the backend is right there, or the reason why it may not run.
+
+    After a cell that ends the process, another one goes on with the next, a few times.
+    """
     reasons: list[str | None] = []
-    deaths = 0
-    while len(reasons) < len(cells):
-        answers, ended = _ask(backend, cells[len(reasons) :], device)
+    until = time.monotonic() + _SECONDS
+    for _ in range(_MOST_DEATHS):
+        answers, ended = _ask(backend, cells[len(reasons) :], device, max(1.0, until - time.monotonic()))
         reasons += answers
-        if ended is None or len(reasons) == len(cells):
-            continue
-        deaths += 1
-        if ended:
-            reasons.append(ended)
-        if deaths == _MOST_DEATHS or not answers:
-            rest = len(cells) - len(reasons)
-            reasons += [f"not tried after {deaths} process(es) ended early: {ended or answers[-1]}"] * rest
-    return reasons
+        if len(reasons) < len(cells) and ended != _LOST_DEVICE:
+            reasons.append(ended or "its process gave no answer")
+        if len(reasons) == len(cells):
+            return reasons
+        if time.monotonic() > until:
+            break
+    return reasons + [f"not tried, after others ended their processes, such as: {reasons[-1]}"] * (
+        len(cells) - len(reasons)
+    )
 
 
-def _ask(backend: str, cells: Sequence[Cell], device: torch.device) -> tuple[list[str | None], str | None]:
-    """The answers of one process, and how it ended: None in good order, "" because it lost the device."""
+def _ask(
+    backend: str, cells: Sequence[Cell], device: torch.device, seconds: float
+) -> tuple[list[str | None], str | None]:
+    """The answers of one process, and how it ended; None: in good order."""
     with TemporaryDirectory() as folder:
         answers = Path(folder) / "answers"
         answers.touch()
@@ -148,12 +156,15 @@ def _ask(backend: str, cells: Sequence[Cell], device: torch.device) -> tuple[lis
                 env={**os.environ, "PYTHONPATH": path},
                 capture_output=True,
                 text=True,
-                timeout=_SECONDS,
+                timeout=seconds,
             )
+            if done.returncode == -signal.SIGINT:
+                raise KeyboardInterrupt
             last = (done.stderr.strip().splitlines() or [""])[-1][:300]
-            ended = {0: None, _LOST: ""}.get(done.returncode, f"its process ended with {done.returncode}: {last}")
+            known = {0: None, _LOST: _LOST_DEVICE}
+            ended = known.get(done.returncode, f"its process ended with {done.returncode}: {last}")
         except subprocess.TimeoutExpired:
-            ended = f"it was not done after {_SECONDS} s"
+            ended = f"it was not done when the {_SECONDS} s for all calls were over"
         return [json.loads(line) for line in answers.read_text().splitlines()], ended
 
 
@@ -168,7 +179,7 @@ def answer() -> None:
             row: dict[str, Any] = {}
             admit(case, provider_of(case, request["backend"]), row)
             lost = is_lost(device)
-            reason = row["reason"] or ("it left the device unusable" if lost else None)
+            reason = row["reason"] or (_LOST_DEVICE if lost else None)
             answers.write(json.dumps(reason) + "\n")
             if lost:
                 os._exit(_LOST)

@@ -16,6 +16,7 @@ import torch
 from mosa_kernels.backends import cpu, lookup, measured
 from mosa_kernels.backends.cpu import merge as cpu_merge
 from mosa_kernels.bench import choose as choosing
+from mosa_kernels.bench import choose_gate
 from mosa_kernels.bench.choose import BACKENDS, DeviceLostError, cells, choose, table_file
 from mosa_kernels.bench.choose_gate import Cell, gate_apart, provider_of, with_cases
 from mosa_kernels.bench.run import Request
@@ -102,6 +103,50 @@ def test_the_gate_survives_what_is_wrong_raises_and_crashes(tmp_path: Path, monk
     assert answers["merge"] == "broken for a test"
     assert str(answers["masked_adamw"]).startswith("its process ended with -6")
     assert answers["split"] is None
+
+
+def test_the_gate_goes_on_after_a_process_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[tuple[list[str | None], str | None]] = [
+        ([None, "it left the device unusable"], "it left the device unusable"),
+        ([None], "its process ended with -11: "),
+        ([None] * 3, None),
+    ]
+    asked: list[int] = []
+
+    def ask(backend: str, cells: list[Cell], *_: Any) -> tuple[list[str | None], str | None]:
+        asked.append(len(cells))
+        return ends[len(asked) - 1]
+
+    monkeypatch.setattr(choose_gate, "_ask", ask)
+    seven = [ALL[0]] * 7
+    lost, died = (end for _, end in ends[:2])
+    assert gate_apart("cpu", seven, CPU) == [None, lost, None, died, None, None, None]
+    assert asked == [7, 5, 3]
+    asked.clear()
+    ends[2] = ([], died)
+    *first, sixth, seventh = gate_apart("cpu", seven, CPU)
+    assert first == [None, lost, None, died, died]
+    assert sixth == seventh == f"not tried, after others ended their processes, such as: {died}"
+
+
+def test_the_gate_asks_each_backend_and_dtype_of_a_gpu_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    groups: list[tuple[str, set[str], int]] = []
+
+    def gate(backend: str, cells: list[Cell], device: torch.device) -> list[str | None]:
+        groups.append((backend, {cell.point.dtype for cell in cells}, len(cells)))
+        return [f"{backend} {cell.name}" for cell in cells]
+
+    monkeypatch.setattr(choosing, "gate_apart", gate)
+    wanted = cells("cuda")
+    found = choosing._gate(("triton", "cuda"), wanted, torch.device("cuda", 0), lambda line: None)
+    assert sorted((name, *dtypes) for name, dtypes, _ in groups) == [
+        (name, dtype) for name in ("cuda", "triton") for dtype in ("bf16", "fp16", "fp32")
+    ]
+    assert all(reason == f"{name} {cell.name}" for (name, cell), reason in found.items())
+    for cell in wanted:
+        asked = {name for name in ("triton", "cuda") if (name, cell) in found}
+        assert asked == {"triton", "cuda"} & OPERATORS[cell.operator].backends.keys()
 
 
 @pytest.fixture
