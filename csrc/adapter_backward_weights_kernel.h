@@ -54,7 +54,6 @@ struct WeightWork {
   int column;
   float* part;
   AdapterTensor left;
-  int slot;  // of `left`, where the kernel's units begin
 };
 
 __device__ inline bool belongs(const AdapterParams& p, const WeightWork& work, int e, int token) {
@@ -91,6 +90,8 @@ __device__ inline int next_expert_of(const AdapterParams& p, const WeightWork& w
   return next;
 }
 
+// With lists of units, the merged adapter's come kRank at a time: its id is ~u for those from unit u on.
+
 // products[batch] = left^T right, and `shared.sums`, over the tokens of expert e. Ends with a barrier.
 template <bool kListed = false, typename E, int kRank, typename Accumulators>
 __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward& b, const WeightWork& work, int e,
@@ -103,6 +104,8 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
   const int summed = work.up ? W::kColumns : kRank;
   auto& operands = shared.operands;
 
+  AdapterTensor units = work.left;
+  if (kListed && e < 0) units.data = static_cast<const E*>(units.data) + ~e;
   typename W::Left left;
   typename W::Right right;
   const typename W::Warp warp;
@@ -112,16 +115,16 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) products[batch].clear();
 
-  int next = next_run<kTokens>(p, work, e, work.begin);
+  const int id = kListed ? max(e, kMergedExpert) : e;
+  int next = next_run<kTokens>(p, work, id, work.begin);
 #pragma unroll 1
   for (int buffer = 0, step = 0;; buffer ^= 1, ++step) {
     const int token = next;
-    const auto take = [&](int row) { return belongs(p, work, e, token + row); };
+    const auto take = [&](int row) { return belongs(p, work, id, token + row); };
     if (token < work.end) {
-      const int slot = kListed ? work.slot : 0;
-      left.begin(work.left, true, token, take, slot, slot + kRank, operands.left[buffer]);
+      left.begin(units, true, token, take, 0, kRank, operands.left[buffer]);
       right.begin(from, direct, token, take, work.column, p.width, operands.right[buffer]);
-      next = next_run<kTokens>(p, work, e, token + kTokens);
+      next = next_run<kTokens>(p, work, id, token + kTokens);
     }
     if (step > 0) {
       const E* tile = work.up ? operands.right[buffer ^ 1] : operands.left[buffer ^ 1];
@@ -144,7 +147,7 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
       }
     }
     if (token >= work.end) break;
-    left.finish(work.left, true, false, operands.left[buffer], [](int, int, float (&)[kVector]) {});
+    left.finish(units, true, false, operands.left[buffer], [](int, int, float (&)[kVector]) {});
     right.finish(from, direct, false, operands.right[buffer], [&](int, int row, float (&value)[kVector]) {
       if (!norm || !take(row)) return;
       const float mean = b.mean[token + row];
@@ -201,7 +204,7 @@ __device__ inline void put_down(const AdapterParams& p, const AdapterParts& part
   const float factor = factor_of(p, e);
   const typename W::Warp warp;
   const P patch(shared.results.patch[warp.warp]);
-  const UnitsOf<kListed> units(p, e, work.slot);
+  const UnitsOf<kListed> units(p, e);
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) {
 #pragma unroll
@@ -302,8 +305,8 @@ __device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts,
   float* gradient = work.part + parts.begin_up;
   const typename W::Warp warp;
   const P patch(shared.results.patch[warp.warp]);
-  const UnitsOf<kListed> units(p, e, work.slot);
-  const bool first_units = !kListed || work.slot == 0;
+  const UnitsOf<kListed> units(p, e);
+  const bool first_units = !kListed || e >= kMergedExpert;
   const float dscale = first_units ? put_up_bias(p, parts, work, e, add, scale, shared) : 0.0f;
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) {
@@ -359,7 +362,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   using W = WeightsShared<E, kRank>;
   auto& shared = *reinterpret_cast<W*>(dynamic_shared);
-  const float scale = p.scale.data != nullptr ? load_number(p.scale, 0) : p.scale_value;
   WeightWork work = {};
   work.up = parts.up && blockIdx.z == gridDim.z - 1;
   work.varied = p.expert.groups > 1 &&
@@ -372,20 +374,23 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   if (kListed) clear_units<W::kColumns>(p, parts, work);
   bool add = false;
-  for (int e = next_expert_of(p, work, kMergedExpert - 1, shared.shares); e != kNoExpert;
-       e = next_expert_of(p, work, e, shared.shares)) {
-    // The merged adapter's units come kRank at a time, an expert's all at once.
-    const int end = kListed && e < 0 ? p.rank : 1;
-    for (work.slot = 0; work.slot < end; work.slot += kRank) {
-      Accumulator<E, W::Warp::kTiles> products[W::kBatches];
-      sum_tokens<kListed>(p, b, work, e, shared, products);
-      if (work.up) {
-        put_up<kListed>(p, parts, b, work, e, add, scale, shared, products);
-      } else {
-        put_down<kListed>(p, parts, work, e, add, shared, products);
-      }
-      add = true;
-      __syncthreads();
+  int e = next_expert_of(p, work, kMergedExpert - 1, shared.shares);
+  while (e != kNoExpert) {
+    Accumulator<E, W::Warp::kTiles> products[W::kBatches];
+    sum_tokens<kListed>(p, b, work, e, shared, products);
+    if (work.up) {
+      // Looked up so late that it takes no register before.
+      const float scale = p.scale.data != nullptr ? load_number(p.scale, 0) : p.scale_value;
+      put_up<kListed>(p, parts, b, work, e, add, scale, shared, products);
+    } else {
+      put_down<kListed>(p, parts, work, e, add, shared, products);
+    }
+    add = true;
+    __syncthreads();
+    if (kListed && e < 0 && ~e + kRank < p.rank) {
+      e -= kRank;
+    } else {
+      e = next_expert_of(p, work, kListed ? max(e, kMergedExpert) : e, shared.shares);
     }
   }
 }

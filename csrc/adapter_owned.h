@@ -11,20 +11,20 @@ namespace mosa {
 // The units that stand in the slots of a kernel's bottleneck: as they come, or those listed for an expert.
 template <bool kListed>
 struct UnitsOf {
-  __device__ UnitsOf(const AdapterParams&, int, int = 0) {}
+  __device__ UnitsOf(const AdapterParams&, int) {}
   __device__ int of(int slot) const { return slot; }
 };
 
 template <>
 struct UnitsOf<true> {
-  const int16_t* list;  // null: those from `first` on
-  int first;
+  const int16_t* lists;  // lies with the kernel's parameters, and takes no register
+  int first;             // in the lists; below 0: ~first is a unit, and the others follow it
 
-  // `begin`: the first unit for the merged adapter, which has no list. An expert beyond the lists owns nothing.
-  __device__ UnitsOf(const AdapterParams& p, int e, int begin = 0) : list(nullptr), first(e < 0 ? begin : p.rank) {
-    if (e >= 0 && e < p.owned.experts) list = p.owned.units + static_cast<int64_t>(e) * p.owned.listed;
+  // The merged adapter has no list, and an expert beyond them owns nothing.
+  __device__ UnitsOf(const AdapterParams& p, int e) : lists(p.owned.units) {
+    first = e < 0 ? e : e < p.owned.experts ? e * p.owned.listed : ~p.rank;
   }
-  __device__ int of(int slot) const { return list != nullptr ? list[slot] : first + slot; }
+  __device__ int of(int slot) const { return first < 0 ? ~first + slot : lists[first + slot]; }
 };
 
 // The units of a thread's rows of a tile, which stay the same from step to step.

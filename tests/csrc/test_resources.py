@@ -31,12 +31,17 @@ ALLOWED = {
     "adapter_backward_weights_kernel": Allowance(registers=128, shared=0),
     "adapter_backward_reduce_kernel": Allowance(registers=40, shared=5376),
 }
+# Its compiler, with lists of 64 units: two registers more. On sm_80 and later the kernels without lists take what they
+# took before there were any (up to 128, no stack), and those with lists no more.
+ALLOWED_ON_V100 = ALLOWED | {
+    "adapter_backward_weights_kernel": ALLOWED["adapter_backward_weights_kernel"]._replace(stack=8)
+}
 needs_cuobjdump = pytest.mark.skipif(cubins.find_cuobjdump() is None, reason="no cuobjdump: no CUDA toolkit, no Triton")
 
 
 def excess(usage: cubins.Usage) -> list[str]:
     """What a kernel takes beyond its allowance."""
-    allowed = ALLOWED.get(usage.kernel)
+    allowed = (ALLOWED_ON_V100 if usage.architecture == "sm_70" else ALLOWED).get(usage.kernel)
     if allowed is None:
         return [f"{usage.kernel} has no row in ALLOWED of {Path(__file__).name}: {usage}"]
     taken = (("registers", usage.registers), ("shared", usage.shared), ("stack", usage.stack))

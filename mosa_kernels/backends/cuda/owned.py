@@ -5,11 +5,11 @@ Share of a call's matrix products that is left for N = 4 experts at r = 128, wit
 - "column", where an expert owns whole units of the bottleneck: 1/4 of both passes, the products of a bottleneck of
   r / N units. Only up to 64 units have such kernels, and at N = 3 they are padded from 43 to 64.
 - "block": 1/4 of the products with w_up, 5/8 of the forward and 7/10 of the backward pass.
-- "row": all. The output features of an expert lie scattered among the others', so that every tile of 16 has some: of 64
-  tiles of 16 x 16, not one is empty. The forward pass could pack the 8 features of 32 that it owns into one tile in
-  place of two, which leaves 3/4 of its products, but a warp has one such tile: packing would empty half of the warps
-  for a barrier and a shuffle of the output more in each step. The backward pass sums over all columns of dout, which
-  reach shared memory by asynchronous copies of 16 bytes and would have to be packed there by elements.
+- "row": all. The output features of an expert lie scattered among the others': one in a hundred tiles of 16 x 16 has
+  nothing of it. The forward pass could pack the 8 features of 32 that it owns into one tile in place of two, which
+  leaves 3/4 of its products. But a warp has one such tile: packing would empty half of the warps, for a barrier and a
+  shuffle of the output more in each step. The backward pass sums over all columns of dout, which reach shared memory by
+  asynchronous copies of 16 bytes and would have to be packed there by elements.
 - "element" and the even ones: all, without a table to look at.
 """
 
