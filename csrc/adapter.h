@@ -20,6 +20,8 @@
 // tokens has before h is rounded, and <b_up, sum dout>. Every block writes its own float32 part, which a third launch
 // adds up in fixed order: no atomics, the same bits on every run.
 //
+// Backward over tokens and weights at once, on request (`one_launch`): adapter_backward_cluster_kernel.h.
+//
 // What an expert owns nothing of is left out where the assignment is such that this pays (AdapterOwned).
 #pragma once
 
@@ -146,6 +148,7 @@ struct AdapterBackward {
   float* activity;          // [activity_rows]: 1 for each expert that ran
   int32_t activity_rows;    //
   int32_t multiprocessors;  // of the device
+  bool one_launch;          // over tokens and weights, where the shapes and the device allow it
   void* workspace;          // adapter_backward_workspace bytes
   int64_t workspace_bytes;  //
   bool wide_dx;
@@ -180,6 +183,9 @@ struct TokenBuffers {
 
 // Bytes that adapter_backward needs; 0 where no gradient of a weight is wanted.
 int64_t adapter_backward_workspace(const AdapterParams& params, const AdapterBackward& backward);
+
+// Whether adapter_backward takes one launch over tokens and weights on the current device.
+bool adapter_backward_in_one_launch(const AdapterParams& params, const AdapterBackward& backward);
 
 // Checks what the launchers rely on and sets what they set; returns a Status.
 int prepare_adapter(AdapterParams* params);

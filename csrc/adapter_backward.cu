@@ -1,6 +1,7 @@
 // The parts of the weight gradients: how they are laid out, and the launch that adds them up.
 #include <algorithm>
 
+#include "adapter_backward_cluster.h"
 #include "adapter_backward_weights_kernel.h"
 #include "adapter_served.h"
 
@@ -8,8 +9,7 @@ namespace mosa {
 
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 2;  // that the kernel over weights is split into
-constexpr int kTile = 32;                    // columns and units that a block of the last launch transposes
+constexpr int kTile = 32;  // columns and units that a block of the last launch transposes
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -107,13 +107,13 @@ int token_blocks(const AdapterParams& p) {
 }
 
 int launch_reduce(const AdapterParams& p, const AdapterBackward& b, const AdapterParts& parts, const float* all_parts,
-                  const float* token_scale, void* stream) {
+                  const float* token_scale, int token_blocks, void* stream) {
   const int64_t size = static_cast<int64_t>(p.width) * p.rank;
   int64_t blocks = std::max<int64_t>(1, divide_up(parts.begin_scale - parts.begin_gamma, kThreads));
   if (parts.down) blocks = std::max(blocks, divide_up(size, kThreads));
   if (parts.up) blocks = std::max(blocks, divide_up(p.width, kTile) * divide_up(p.rank, kTile));
   return launch_blocks(adapter_backward_reduce_kernel, dim3(static_cast<unsigned>(blocks), 3), 0, stream, p, b, parts,
-                       all_parts, token_scale, token_blocks(p));
+                       all_parts, token_scale, token_blocks);
 }
 
 struct Products {
@@ -142,6 +142,23 @@ int64_t token_buffer_bytes(const AdapterParams& p) {
   return static_cast<int64_t>(p.tokens) * padded_rank(p.rank) * (p.product_dtype == kFloat32 ? 4 : 2);
 }
 
+// Everything in one launch, and one that adds up the clusters' parts.
+template <typename E>
+int launch_cluster(const AdapterParams& p, const AdapterBackward& b, const ClusterPlan& plan, void* stream) {
+  AdapterParts parts = adapter_parts(p, b);
+  parts.number = plan.number;
+  float* all_parts = static_cast<float*>(b.workspace);
+  float* scale_shares = all_parts + parts.number * parts.length;
+  const int code = adapter_backward_cluster_in<E>(p, b, parts, plan, all_parts, scale_shares, stream);
+  if (code != kOk) return code;
+  return launch_reduce(p, b, parts, all_parts, scale_shares, plan.number * plan.blocks, stream);
+}
+
+int64_t cluster_bytes(const AdapterParams& p, const AdapterBackward& b, const AdapterParts& parts) {
+  const ClusterPlan plan = cluster_plan_at_most(p, b);
+  return plan.number * (parts.length + plan.blocks) * static_cast<int64_t>(sizeof(float));
+}
+
 }  // namespace
 
 AdapterParts adapter_parts(const AdapterParams& p, const AdapterBackward& b) {
@@ -153,7 +170,7 @@ AdapterParts adapter_parts(const AdapterParams& p, const AdapterBackward& b) {
       p.product_dtype == kFloat32 ? weight_tokens<float>(kernel_rank(p)) : weight_tokens<__half>(kernel_rank(p));
   parts.column_blocks = static_cast<int32_t>(divide_up(p.width, weight_columns(kernel_rank(p))));
   const int64_t runs = divide_up(p.tokens, step);
-  const int64_t blocks = static_cast<int64_t>(kBlocksPerMultiprocessor) * std::max(b.multiprocessors, 1);
+  const int64_t blocks = static_cast<int64_t>(kBackwardBlocksPerMultiprocessor) * std::max(b.multiprocessors, 1);
   const int64_t per_part = static_cast<int64_t>(parts.column_blocks) * std::max(1, int{parts.down} + int{parts.up});
   const int64_t number = std::clamp<int64_t>(blocks / per_part, 1, runs);
   parts.tokens = static_cast<int32_t>(divide_up(runs, number) * step);
@@ -172,11 +189,14 @@ AdapterParts adapter_parts(const AdapterParams& p, const AdapterBackward& b) {
   return parts;
 }
 
-int64_t adapter_backward_workspace(const AdapterParams& p, const AdapterBackward& b) {
+int64_t adapter_backward_workspace(const AdapterParams& params, const AdapterBackward& b) {
+  AdapterParams p = params;
+  if (prepare_adapter(&p) != kOk) return 0;
   const AdapterParts parts = adapter_parts(p, b);
   if (!parts.down && !parts.up) return 0;
-  return 2 * token_buffer_bytes(p) +
-         (parts.number * parts.length + token_blocks(p)) * static_cast<int64_t>(sizeof(float));
+  const int64_t in_turn =
+      2 * token_buffer_bytes(p) + (parts.number * parts.length + token_blocks(p)) * static_cast<int64_t>(sizeof(float));
+  return std::max(in_turn, cluster_bytes(p, b, parts));
 }
 
 int adapter_backward(const AdapterParams& params, const AdapterBackward& backward, void* stream) {
@@ -200,9 +220,14 @@ int adapter_backward(const AdapterParams& params, const AdapterBackward& backwar
     buffers.scale = all_parts + parts.number * parts.length;
     buffers.stride = padded_rank(p.rank);
   }
+  const ClusterPlan plan = cluster_plan(p, b);
+  if (plan.number > 0) {
+    return p.product_dtype == kFloat16 ? launch_cluster<__half>(p, b, plan, stream)
+                                       : launch_cluster<__nv_bfloat16>(p, b, plan, stream);
+  }
   const int code = for_served(p, Products{b, buffers, parts, all_parts, stream});
   if (code != kOk || all_parts == nullptr) return code;
-  return launch_reduce(p, b, parts, all_parts, buffers.scale, stream);
+  return launch_reduce(p, b, parts, all_parts, buffers.scale, token_blocks(p), stream);
 }
 
 }  // namespace mosa

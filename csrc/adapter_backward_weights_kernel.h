@@ -90,6 +90,20 @@ __device__ inline int next_expert_of(const AdapterParams& p, const WeightWork& w
   return next;
 }
 
+// shared.sums[i] = what threads i, i + summed, ... have found of column i. Ends with a barrier.
+template <typename E, int kRank>
+__device__ inline void add_up_columns(float share, int summed, WeightsShared<E, kRank>& shared) {
+  const int thread = thread_of_block();
+  shared.shares[thread] = share;
+  __syncthreads();
+  if (thread < summed) {
+    float total = 0.0f;
+    for (int i = thread; i < kThreads; i += summed) total += shared.shares[i];
+    shared.sums[thread] = total;
+  }
+  __syncthreads();
+}
+
 // With lists of units, the merged adapter's come kRank at a time: its id is ~u for those from unit u on.
 
 // products[batch] = left^T right, and `shared.sums`, over the tokens of expert e. Ends with a barrier.
@@ -156,14 +170,7 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
     });
     __syncthreads();
   }
-  shared.shares[thread] = sum;
-  __syncthreads();
-  if (thread < summed) {
-    float total = 0.0f;
-    for (int share = thread; share < kThreads; share += summed) total += shared.shares[share];
-    shared.sums[thread] = total;
-  }
-  __syncthreads();
+  add_up_columns(sum, summed, shared);
 }
 
 // Puts a vector of a gradient into the block's part, or adds it to what an expert before has put there.

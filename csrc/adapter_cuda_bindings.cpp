@@ -94,9 +94,9 @@ void run(const char* name, const AdapterParams& params, int device, const Launch
 }
 
 // grad_out (address, stride, dtype code), mean, rstd; (address, dtype code) of the gradients of x, w_down, b_down,
-// w_up, b_up, gamma, beta, scale; activity and its rows; multiprocessors; workspace and its bytes.
+// w_up, b_up, gamma, beta, scale; activity and its rows; multiprocessors; workspace and its bytes; one_launch.
 AdapterBackward adapter_gradients(const py::tuple& from) {
-  const auto g = integers<26>(from, "gradients");
+  const auto g = integers<27>(from, "gradients");
   AdapterBackward b = {};
   b.grad_out = {address<const void>(g[0]), g[1], static_cast<uint8_t>(g[2]), false};
   b.mean = address<const float>(g[3]);
@@ -113,6 +113,7 @@ AdapterBackward adapter_gradients(const py::tuple& from) {
   b.multiprocessors = narrow(g[next + 2]);
   b.workspace = address<void>(g[next + 3]);
   b.workspace_bytes = g[next + 4];
+  b.one_launch = g[next + 5] != 0;
   return b;
 }
 
@@ -145,6 +146,15 @@ void bind_adapter_cuda(py::module_& m) {
             [&] { return adapter_backward(p, backward, reinterpret_cast<void*>(stream)); });
       },
       "see adapter.h");
+  m.def(
+      "adapter_cuda_in_one_launch",
+      [](const py::tuple& tensors, const py::tuple& sizes, const py::tuple& factors, const py::tuple& gradients,
+         int device) {
+        const DeviceGuard guard(device);
+        return guard.error() == 0 &&
+               adapter_backward_in_one_launch(adapter_params(tensors, sizes, factors), adapter_gradients(gradients));
+      },
+      "Whether adapter_cuda_backward takes one launch over tokens and weights, as `gradients` asks it to.");
 }
 
 }  // namespace mosa

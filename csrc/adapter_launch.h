@@ -42,21 +42,30 @@ inline int token_blocks_of(const AdapterParams& p, int rank) {
   return (p.tokens + tokens - 1) / tokens;
 }
 
-constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes; above, a kernel has to ask
+constexpr int kBackwardBlocksPerMultiprocessor = 2;  // that the kernels with weight gradients are split into
+constexpr size_t kSharedWithoutAsking = 48 * 1024;   // bytes; above, a kernel has to ask
 
-template <typename... Parameters, typename... Arguments>
-int launch_blocks(void (*kernel)(Parameters...), dim3 blocks, size_t shared_bytes, void* stream,
-                  const Arguments&... arguments) {
-  if (shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+template <typename... Parameters>
+int ask_for_shared(void (*kernel)(Parameters...), size_t bytes) {
+  if (bytes <= kSharedWithoutAsking) return kOk;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+inline cudaLaunchConfig_t launch_config(dim3 blocks, size_t shared_bytes, void* stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  return config;
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch_blocks(void (*kernel)(Parameters...), dim3 blocks, size_t shared_bytes, void* stream,
+                  const Arguments&... arguments) {
+  const int status = ask_for_shared(kernel, shared_bytes);
+  if (status != kOk) return status;
+  const cudaLaunchConfig_t config = launch_config(blocks, shared_bytes, stream);
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -192,8 +192,8 @@ struct DownTile : Spread<kRank, kColumns> {
     }
   }
 
-  // Row sums s, and b_down + w_down_e beta, [kRank] each, into shared memory; 0 beyond r.
-  __device__ void store_sums(const AdapterParams& p, float* s, float* bias) {
+  // Row sums s, and [b_down] + w_down_e beta, [kRank] each, into shared memory; 0 beyond r.
+  __device__ void store_sums(const AdapterParams& p, float* s, float* bias, bool add_b_down = true) {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
@@ -201,7 +201,7 @@ struct DownTile : Spread<kRank, kColumns> {
       const float total = sum_lanes<S::kPerRow>(sums[j]);
       float at_zero = sum_lanes<S::kPerRow>(biases[j]);
       if (this->column() != 0) continue;
-      if (p.b_down.data != nullptr && unit < p.rank) at_zero += load_number(p.b_down, unit);
+      if (add_b_down && p.b_down.data != nullptr && unit < p.rank) at_zero += load_number(p.b_down, unit);
       s[this->row(j)] = total;
       bias[this->row(j)] = at_zero;
     }

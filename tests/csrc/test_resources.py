@@ -29,6 +29,7 @@ ALLOWED = {
     "adapter_forward_kernel": Allowance(registers=128, shared=0, stack=344),
     "adapter_backward_tokens_kernel": Allowance(registers=128, shared=0, stack=432),
     "adapter_backward_weights_kernel": Allowance(registers=128, shared=0),
+    "adapter_backward_cluster_kernel": Allowance(registers=128, shared=0, stack=80),
     "adapter_backward_reduce_kernel": Allowance(registers=40, shared=5376),
 }
 # Its compiler, with lists of 64 units: two registers more. On sm_80 and later the kernels without lists take what they

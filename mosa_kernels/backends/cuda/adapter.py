@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -9,12 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mosa_kernels.backends.arguments import MERGED, AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
+from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
 from mosa_kernels.backends.cuda.owned import owned_for
 from mosa_kernels.backends.element_types import DTYPE_CODES
 
 _ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "identity": 4}
 _ID_DTYPES = (torch.int64, torch.int32)
+ONE_LAUNCH = os.environ.get("MOSA_CUDA_ONE_LAUNCH", "0") == "1"
+"""Whether the backward pass over tokens and weights is one launch by clusters of blocks where the shape and the GPU
+(compute capability 9.0 and later) allow it. It has not been measured yet; so far it is for trying out."""
+
 _WIDE = 16  # bytes of the widest access
 _said: set[str] = set()
 
@@ -50,7 +55,7 @@ class _Call:
             *self.vector(args.scale_tensor),
             _address(args.assignment),
             _address(args.assignment_down),
-            *self.ids(expert, args.expert_id if args.has_experts else MERGED),
+            *self.ids(expert, args.expert_id),
             *self.ids(args.seed if args.dropout_p > 0 else None, args.seed_id),
             *((0, 0, 0, 0) if owned is None else owned.described()),
         )
@@ -122,7 +127,10 @@ def adapter_forward(args: AdapterArguments, launch: Launch) -> tuple[Tensor, Ten
 def adapter_backward(
     args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds, launch: Launch
 ) -> AdapterGradients:
-    """The gradients asked for. One launch where only x's is, else three; the bits are the same on every run."""
+    """The gradients asked for. One launch where only x's is, else three, or two with `ONE_LAUNCH`.
+
+    The bits are the same on every run.
+    """
     call = _Call(args)
     device = args.x.device
     dx = torch.empty(args.x.shape, dtype=args.x.dtype, device=device) if needs.x else None
@@ -154,6 +162,7 @@ def adapter_backward(
             launch.multiprocessors,
             _address(workspace),
             workspace_bytes,
+            int(ONE_LAUNCH),
         )
 
     grad_rows = call.rows("grad_out", grad_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda_on_host
 import pytest
@@ -12,7 +13,7 @@ import torch
 from accuracy import Expected, all_needs, argument, on, well_conditioned
 from calls import full_call, sparse_down
 from cases import adapter_calls
-from cuda_machine import Changes, Machine, needs_compiler, needs_gpu, on_machines, tensors_of
+from cuda_machine import TWO_RANKS, Changes, Machine, needs_compiler, needs_gpu, on_machines, tensors_of
 from hypothesis import Phase, assume, given, settings
 from torch import Tensor
 
@@ -93,6 +94,12 @@ def test_experts_mixed_with_the_merged_adapter(
 def test_ids_of_any_integer_type(machine: Machine, dtype: torch.dtype) -> None:
     machine.check(full_call(3, 7, 24, 6, expert=torch.tensor([2, 0, 3], dtype=dtype)))
     machine.check(full_call(1, 7, 24, 6, expert=torch.tensor(2, dtype=dtype)))
+
+
+@on_machines
+def test_the_activity_without_anything_of_the_experts(machine: Machine) -> None:
+    for expert_id in (1, -1):
+        machine.check(full_call(1, 7, 24, 6, assignment=None, b_up=None, expert_id=expert_id))
 
 
 @on_machines
@@ -313,27 +320,6 @@ def test_a_slow_path_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adapter._said == said
 
 
-TWO_RANKS: Changes = {
-    "adapter_launch.h": (
-        """    case 32:
-      return launch.template at<32>();
-    case 64:
-      return launch.template at<64>();
-    case 128:
-      return launch.template at<128>();
-""",
-        """    case 64:
-      return launch.template at<64>();
-""",
-    ),
-    "adapter_served.h": (
-        "p.owned.listed == kFewListed ? launch.template at<kFewListed>() : launch.template at<kMostListed>()",
-        "launch.template at<kMostListed>()",
-    ),
-}
-"""Without the kernels of two of the padded ranks, 64 and 256 being left: half the time to compile."""
-
-
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
@@ -355,11 +341,12 @@ def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(cuda_on_host.sanitized_environment() is None, reason="no address sanitizer")
 def test_under_the_address_sanitizer() -> None:
     """In a process of its own, which an access out of bounds ends."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "no_access", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_adapter_cluster.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "no_access", *files]
     environment = cuda_on_host.sanitized_environment()
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
-    assert "3 passed" in answer.stdout
+    assert "4 passed" in answer.stdout
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@
 // warp-wide operation; there they yield until all that take part have come. A kernel that reads what a later thread
 // writes without a barrier in between therefore sees stale values, and a barrier that some thread never reaches is
 // reported as a deadlock. Blocks run one after the other, each on shared memory full of NaN, and the dynamic part ends
-// where the launch said.
+// where the launch said. clusters.h runs the blocks of a cluster together.
 #pragma once
 
 #include <math.h>
@@ -32,7 +32,7 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// One block runs at a time, so what a block shares may be static. As thread_local is, and `extern` may stand before it.
+// One block runs at a time on a thread, so what a block shares may be static to it; `extern` may stand before it too.
 #define __shared__ thread_local
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -54,6 +54,7 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr cudaError_t cudaErrorInvalidValue = 1;
 constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
+constexpr cudaError_t cudaErrorInvalidClusterSize = 912;
 using cudaStream_t = void*;
 
 // One device, which is always current.
@@ -62,6 +63,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 9;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = 0;
   return cudaSuccess;
@@ -73,18 +80,33 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "no text on the host";
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim;
   dim3 blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
-// Shared memory of a block: what it may have by itself, and when it asks on the device that has the least, a T4.
+// Shared memory of a block: what it may have by itself, and when it asks on the device that has the least, a T4; with
+// clusters on the first that knows them, an H100.
 constexpr size_t kSharedByItself = 48 * 1024;
 constexpr size_t kSharedAtMost = 64 * 1024;
+constexpr size_t kSharedInClusters = 227 * 1024;
+constexpr size_t kFence = 128;  // bytes behind its end that no block may write
 namespace mosa {
-inline thread_local __align__(128) unsigned char dynamic_shared[kSharedAtMost + 128];
+inline thread_local __align__(128) unsigned char dynamic_shared[kSharedInClusters + kFence];
 }  // namespace mosa
 
 inline uint3 threadIdx;
@@ -96,6 +118,7 @@ namespace cuda_on_host {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 128 * 1024;
+constexpr unsigned kBlocksOfCluster = 8;  // that every GPU with clusters takes
 
 struct Copy {
   void* to;
@@ -112,12 +135,20 @@ struct Fiber {
   // The barrier at which it waits, counted from the start of the block: one count per kind of barrier.
   long block_barriers = 0;
   long warp_barriers = 0;
+  long cluster_arrivals = 0;
+  bool arrived_at_cluster = false;        // and not waited yet
   uint64_t exchanged = 0;                 // what it offers to its warp
   std::vector<std::vector<Copy>> copies;  // that it has started and not waited for, by commit; the last is open
 };
 
+struct Cluster;
+
 struct Block {
   std::vector<Fiber> fibers;
+  uint3 index;
+  bool backwards = false;
+  Cluster* cluster = nullptr;
+  size_t shared_bytes = 0;
   ucontext_t scheduler;
   size_t current = 0;
   bool progress = false;  // whether any fiber came further in this round
@@ -189,29 +220,41 @@ inline void fiber_main() {
   swapcontext(&self().context, &block->scheduler);
 }
 
-inline void run_block(Block& running) {
-  for (Fiber& fiber : running.fibers) {
-    fiber.done = false;
-    fiber.block_barriers = fiber.warp_barriers = 0;
-    fiber.copies.assign(1, {});
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+inline void start(Fiber& fiber) {
+  fiber.done = fiber.arrived_at_cluster = false;
+  fiber.block_barriers = fiber.warp_barriers = fiber.cluster_arrivals = 0;
+  fiber.copies.assign(1, {});
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+}
+
+inline void start(Block& running) {
+  std::for_each(running.fibers.begin(), running.fibers.end(), [](Fiber& fiber) { start(fiber); });
+}
+
+// Lets every fiber run until it waits; false where all are done.
+inline bool run_round(Block& running) {
+  block = &running;
+  blockIdx = running.index;
+  bool busy = running.progress = false;
+  for (size_t turn = 0; turn < running.fibers.size(); ++turn) {
+    const size_t i = running.backwards ? running.fibers.size() - 1 - turn : turn;
+    if (running.fibers[i].done) continue;
+    running.current = i;
+    threadIdx = running.fibers[i].index;
+    swapcontext(&running.scheduler, &running.fibers[i].context);
+    busy = true;
   }
-  const bool backwards = (blockIdx.x + blockIdx.y) % 2 == 1;
-  for (bool busy = true; busy;) {
-    busy = running.progress = false;
-    for (size_t turn = 0; turn < running.fibers.size(); ++turn) {
-      const size_t i = backwards ? running.fibers.size() - 1 - turn : turn;
-      if (running.fibers[i].done) continue;
-      running.current = i;
-      threadIdx = running.fibers[i].index;
-      swapcontext(&running.scheduler, &running.fibers[i].context);
-      busy = true;
-    }
-    if (busy && !running.progress) deadlock("different barriers");
+  return busy;
+}
+
+inline void run_block(Block& running) {
+  start(running);
+  while (run_round(running)) {
+    if (!running.progress) deadlock("different barriers");
   }
 }
 
@@ -225,21 +268,48 @@ inline char* stack_of(size_t thread) {
 // Bytes of dynamic shared memory that each kernel has asked for.
 inline std::map<const void*, size_t> asked_for;
 
-inline void fill_shared_memory(size_t bytes) {
+// Of the thread that calls; `most` bytes are looked after, of which the block has asked for `bytes`.
+inline void fill_shared_memory(size_t bytes, size_t most) {
   ASAN_UNPOISON_MEMORY_REGION(mosa::dynamic_shared, sizeof(mosa::dynamic_shared));
-  std::memset(mosa::dynamic_shared, 0xff, sizeof(mosa::dynamic_shared));
+  std::memset(mosa::dynamic_shared, 0xff, most + kFence);
   ASAN_POISON_MEMORY_REGION(mosa::dynamic_shared + bytes, sizeof(mosa::dynamic_shared) - bytes);
 }
 
-inline void check_end_of_shared_memory(size_t bytes) {
+inline void check_end_of_shared_memory(const Block& running, size_t bytes, size_t most, const char* what) {
   ASAN_UNPOISON_MEMORY_REGION(mosa::dynamic_shared, sizeof(mosa::dynamic_shared));
-  for (size_t i = bytes; i < sizeof(mosa::dynamic_shared); ++i) {
+  for (size_t i = bytes; i < most + kFence; ++i) {
     if (mosa::dynamic_shared[i] == 0xff) continue;
-    std::fprintf(stderr, "block (%u, %u) wrote byte %zu of %zu bytes of shared memory\n", blockIdx.x, blockIdx.y, i,
-                 bytes);
+    std::fprintf(stderr, "block (%u, %u): byte %zu of %zu bytes of shared memory was written %s\n", running.index.x,
+                 running.index.y, i, bytes, what);
     std::abort();
   }
 }
+
+inline Block block_of(const cudaLaunchConfig_t& config, uint3 index, size_t first_stack, std::function<void()> body) {
+  const dim3& size = config.blockDim;
+  Block made;
+  made.index = index;
+  made.shared_bytes = config.dynamicSmemBytes;
+  made.body = std::move(body);
+  made.fibers = std::vector<Fiber>(static_cast<size_t>(size.x) * size.y * size.z);
+  for (size_t i = 0; i < made.fibers.size(); ++i) {
+    const unsigned n = static_cast<unsigned>(i);
+    made.fibers[i].stack = stack_of(first_stack + i);
+    made.fibers[i].index = uint3(n % size.x, n / size.x % size.y, n / (size.x * size.y));
+  }
+  return made;
+}
+
+// Blocks of a cluster; 0 for a launch without clusters.
+inline unsigned blocks_of_cluster(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const auto& size = config.attrs[i].val.clusterDim;
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return size.x * size.y * size.z;
+  }
+  return 0;
+}
+
+inline void run_clusters(const cudaLaunchConfig_t& config, unsigned size, const std::function<void()>& body);
 
 template <typename Kernel, typename... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Arguments&... arguments) {
@@ -250,26 +320,29 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
   }
   const auto asked = asked_for.find(reinterpret_cast<const void*>(kernel));
   const size_t allowed = asked == asked_for.end() ? kSharedByItself : std::max(kSharedByItself, asked->second);
-  if (config.dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
-  Block running;
-  running.fibers = std::vector<Fiber>(threads);
-  for (size_t i = 0; i < threads; ++i) {
-    const unsigned n = static_cast<unsigned>(i);
-    const dim3& size = config.blockDim;
-    running.fibers[i].stack = stack_of(i);
-    running.fibers[i].index = uint3(n % size.x, n / size.x % size.y, n / (size.x * size.y));
-  }
-  running.body = [&] { kernel(arguments...); };
-  block = &running;
+  const unsigned cluster = blocks_of_cluster(config);
+  const size_t most = cluster > 0 ? kSharedInClusters : kSharedAtMost;
+  if (config.dynamicSmemBytes > std::min(allowed, most)) return cudaErrorInvalidValue;
+  const std::function<void()> body = [&] { kernel(arguments...); };
   blockDim = config.blockDim;
   gridDim = config.gridDim;
+  if (cluster > 0) {
+    if (cluster > kBlocksOfCluster || gridDim.x % cluster != 0 || gridDim.y * gridDim.z != 1) {
+      return cudaErrorInvalidClusterSize;
+    }
+    run_clusters(config, cluster, body);
+    block = nullptr;
+    return cudaSuccess;
+  }
+  Block running = block_of(config, blockIdx, 0, body);
   for (unsigned z = 0; z < gridDim.z; ++z) {
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x; ++x) {
-        blockIdx = uint3(x, y, z);
-        fill_shared_memory(config.dynamicSmemBytes);
+        running.index = uint3(x, y, z);
+        running.backwards = (x + y) % 2 == 1;
+        fill_shared_memory(config.dynamicSmemBytes, most);
         run_block(running);
-        check_end_of_shared_memory(config.dynamicSmemBytes);
+        check_end_of_shared_memory(running, config.dynamicSmemBytes, most, "beyond its end");
       }
     }
   }
@@ -289,7 +362,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
-  if (value < 0 || static_cast<size_t>(value) > kSharedAtMost) return cudaErrorInvalidValue;
+  if (value < 0 || static_cast<size_t>(value) > kSharedInClusters) return cudaErrorInvalidValue;
   cuda_on_host::asked_for[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
   return cudaSuccess;
 }
@@ -331,3 +404,5 @@ inline unsigned __vcmpeq4(unsigned a, unsigned b) {
   }
   return result;
 }
+
+#include "clusters.h"

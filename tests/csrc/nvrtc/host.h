@@ -16,4 +16,11 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return kernel != nullptr ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
 
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int*, void (*kernel)(Parameters...), const cudaLaunchConfig_t*) {
+  return kernel != nullptr ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+}
+
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -1,0 +1,9 @@
+#include "adapter_backward_cluster_launch.h"
+
+namespace mosa {
+
+template int room_for_clusters<__half>(int, int);
+template int adapter_backward_cluster_in<__half>(const AdapterParams&, const AdapterBackward&, const AdapterParts&,
+                                                 const ClusterPlan&, float*, float*, void*);
+
+}  // namespace mosa
