@@ -1,0 +1,455 @@
+"""Several tasks in one adapter: an expert for each task, against one adapter for all and against narrow ones.
+
+    python benchmarks/multitask.py benchmarks/accuracy/multitask
+
+One frozen backbone, one classifier a task, every update on as many images of each task. At inference the task of an
+image is known. Each variant's learning rate (and dropout) is chosen by the validation accuracy of four seeds of their
+own; then every seed tests once. Runs that are done are not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import mosa_kernels as mk
+from mosa_kernels._machine import machine
+from mosa_kernels.data.backbone import OFFLINE_BACKBONE
+from mosa_kernels.data.loaders import Loaders, make_loaders, set_epoch
+from mosa_kernels.data.open import open_data
+from mosa_kernels.data.splits import DataSplits
+from mosa_kernels.train.backbones import create_backbone, data_config
+from mosa_kernels.train.comparison_report import markdown_table, spread
+from mosa_kernels.train.comparison_runs import one_thread_each
+from mosa_kernels.train.folder import read_json, versions, write_json, write_text
+from mosa_kernels.train.loop import training_mode
+from mosa_kernels.train.methods import make_optimizer
+from mosa_kernels.train.plots import save_figure
+from mosa_kernels.train.recipe import make_recipe
+from mosa_kernels.train.schedule import Schedule
+from mosa_kernels.train.setup import seed_everything
+from mosa_kernels.train.table_figure import COLOURS
+from mosa_kernels.train.table_summary import Difference, paired_t, signed_rank
+
+TASKS = ("offline:digits", "offline:count", "offline:location", "offline:orientation")
+TUNING_SEEDS = (100, 101, 102, 103)
+INITIAL_SEED = 1000  # added to the data's seed: initial weights, order and dropout have seeds of their own
+RATES = (0.01, 0.02, 0.04)
+PER_TASK = 10  # images of each task in an update
+EPOCHS = 10  # into which the schedule divides the updates; the first warms up, as a tenth does in the paper
+DROPOUT = 0.1
+MEAN = "mean"
+OURS = "mosa"  # the key of what the others are compared with
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to keep several tasks.
+
+    Attributes:
+        key, title: its name, for files and for readers.
+        per_task: whether each image runs the expert of its task.
+        adapter: of `MoSAConfig`; its bottleneck is a factor on the command's.
+        passes: of each batch; 2 are held to each other by their symmetric KL divergence.
+        tuned_as: the variant whose learning rate this one takes over.
+        origin: "control" or "ours".
+    """
+
+    key: str
+    title: str
+    per_task: bool
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    passes: int = 1
+    tuned_as: str = ""
+    origin: str = "control"
+
+
+def variants(tasks: int) -> tuple[Variant, ...]:
+    """The comparison. A bottleneck that is divided into units by task is a narrow adapter for each task."""
+    experts = {"mode": "mosa", "num_experts": tasks, "expert_per": "sample"}
+    units = {**experts, "granularity": "column"}
+    return (
+        Variant("shared", "one AdaptFormer for all tasks", False, {"mode": "dense"}),
+        Variant("dropout", f"the same, dropout {DROPOUT}", False, {"mode": "dense", "dropout": DROPOUT}),
+        Variant(
+            "dropout-two-pass", "the same, dropout, two passes + KL", False, {"mode": "dense", "dropout": DROPOUT}, 2
+        ),
+        Variant("narrow", f"an AdaptFormer of r / {tasks} for each task", True, units),
+        Variant("mosa", "MoSA, an expert for each task", True, experts, origin="ours"),
+        Variant(
+            "mosa-one-bias",
+            "the same, one bias for all experts",
+            True,
+            {**experts, "expert_bias": False},
+            tuned_as="mosa",
+            origin="ours",
+        ),
+        Variant(
+            "separate", f"an AdaptFormer of r for each task ({tasks} x the storage)", True, {**units, "wide": tasks}
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides one run's numbers."""
+
+    variant: Variant
+    model: str
+    tasks: tuple[str, ...]
+    bottleneck: int
+    updates: int
+    lr: float
+    seed: int
+    test: bool
+
+    def path(self, folder: Path) -> Path:
+        """Its file."""
+        record = asdict(self)
+        for name in ("title", "origin", "tuned_as"):
+            del record["variant"][name]
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+        return folder / f"{'test' if self.test else 'tune'}-{self.variant.key}-{self.seed}-{digest}.json"
+
+
+class Tasks(nn.Module):
+    """A backbone with adapters and a classifier a task."""
+
+    def __init__(self, backbone: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(nn.Linear(backbone.num_features, count) for count in classes)
+
+
+def batches(loaders: Loaders) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches without end, every epoch in its own order."""
+    for epoch in itertools.count():
+        set_epoch(loaders.train, epoch)
+        yield from loaders.train
+
+
+@functools.lru_cache(maxsize=8)
+def data(name: str, seed: int) -> DataSplits:
+    """A data set, opened once for the runs that follow each other."""
+    return open_data(name, seed=seed)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains and measures one run; accuracies in percent by task, and their mean."""
+    began = time.perf_counter()
+    parts = [data(name, run.seed) for name in run.tasks]
+    seed_everything(run.seed + INITIAL_SEED)
+    backbone = create_backbone(run.model, 0)
+    adapter = dict(run.variant.adapter)
+    bottleneck = run.bottleneck * adapter.pop("wide", 1)
+    mk.inject_adapter(backbone, mk.MoSAConfig(bottleneck=bottleneck, seed=run.seed, **adapter))
+    model = Tasks(backbone, [part.num_classes for part in parts])
+    loaders = [make_loaders(part, data_config(backbone, None), PER_TASK, seed=run.seed) for part in parts]
+    recipe = make_recipe("paper", lr=run.lr, epochs=EPOCHS, batch_size=PER_TASK * len(parts))
+    optimizer = make_optimizer(model, recipe, "mosa" if adapter["mode"] == "mosa" else "adamw")
+    schedule = Schedule(optimizer, recipe, max(1, run.updates // recipe.epochs))
+    experts = torch.arange(len(parts)).repeat_interleave(PER_TASK)
+    training_mode(model)
+    endless = [batches(each) for each in loaders]
+    for update in range(run.updates):
+        schedule.set(update)
+        images, labels = zip(*(next(each) for each in endless), strict=True)
+        loss = objective(
+            model, torch.cat(images), labels, experts if run.variant.per_task else None, run.variant.passes
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    accuracies = {}
+    for number, (name, each) in enumerate(zip(run.tasks, loaders, strict=True)):
+        expert = number if run.variant.per_task else None
+        accuracies[name] = accuracy(model, number, expert, each.test if run.test else each.validation)
+    return {
+        "variant": run.variant.key,
+        "lr": run.lr,
+        "seed": run.seed,
+        "on": "test" if run.test else "validation",
+        "accuracies": {**accuracies, MEAN: statistics.fmean(accuracies.values())},
+        "stored": stored(model),
+        "seconds": time.perf_counter() - began,
+        "data": [part.summary() for part in parts],
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def objective(model: Tasks, images: Tensor, labels: Sequence[Tensor], experts: Tensor | None, passes: int) -> Tensor:
+    """Cross-entropy, of two passes with half their symmetric KL divergence; the mean over tasks, a tensor []."""
+    chosen = contextlib.nullcontext() if experts is None else mk.experts_per_sample(model, experts)
+    with chosen:
+        if passes == 2:
+            both = mk.two_pass(model.backbone, images, features=False)
+            features = [both.logits1, both.logits2]
+        else:
+            features = [model.backbone(images)]
+    losses = []
+    sizes = [len(each) for each in labels]
+    for number, parts in enumerate(zip(*(each.split(sizes) for each in features), strict=True)):
+        logits = [model.heads[number](part) for part in parts]
+        loss = F.cross_entropy(logits[0], labels[number])
+        if passes == 2:
+            first, second = (each.log_softmax(1) for each in logits)
+            divergence = [
+                F.kl_div(p, q, log_target=True, reduction="batchmean") for p, q in ((first, second), (second, first))
+            ]
+            loss = loss + sum(divergence) / 2
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def accuracy(model: Tasks, task: int, expert: int | None, loader: Any) -> float:
+    """Percent of a loader's images that the classifier of a task gets right."""
+    right = count = 0
+    with mk.inference_experts(model, expert):
+        for images, labels in loader:
+            right += int((model.heads[task](model.backbone(images)).argmax(1) == labels).sum())
+            count += len(labels)
+    return 100 * right / count
+
+
+def stored(model: Tasks) -> int:
+    """Numbers to keep for all tasks together, classifiers left out."""
+    return sum(parameter.numel() for parameter in model.backbone.parameters() if parameter.requires_grad)
+
+
+def keep(run: Run, folder: Path) -> dict[str, Any]:
+    """Runs and writes the file, complete or not at all; what is there is only read."""
+    path = run.path(folder)
+    if not path.is_file():
+        write_json(path, train(run))
+    return read_json(path)
+
+
+def do_all(runs: Sequence[Run], folder: Path, workers: int, console: Console) -> list[dict[str, Any]]:
+    """The results of all runs, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs if not run.path(folder).is_file()]
+
+    def tell(done: int, run: Run, result: Mapping[str, Any]) -> None:
+        console.print(
+            f"{done}/{len(missing)} {run.variant.key} lr {run.lr:g} seed {run.seed}: "
+            f"{result['accuracies'][MEAN]:.2f} % on {result['on']} ({result['seconds']:.0f} s)",
+            highlight=False,
+        )
+
+    if workers == 1:
+        for done, run in enumerate(missing, 1):
+            tell(done, run, keep(run, folder))
+    elif missing:
+        context = multiprocessing.get_context("spawn")
+        with one_thread_each(), ProcessPoolExecutor(workers, context) as pool:
+            futures = {pool.submit(keep, run, folder): run for run in missing}
+            for done, future in enumerate(as_completed(futures), 1):
+                tell(done, futures[future], future.result())
+    return [keep(run, folder) for run in runs]
+
+
+def difference(
+    title: str, other: str, left: Sequence[Mapping[str, float]], right: Sequence[Mapping[str, float]]
+) -> Difference:
+    """Two variants, seed by seed."""
+    points = tuple(a[MEAN] - b[MEAN] for a, b in zip(left, right, strict=True))
+    every = [a[name] - b[name] for a, b in zip(left, right, strict=True) for name in a if name != MEAN]
+    return Difference(title, other, False, None, points, paired_t(points), signed_rank(every), len(every))
+
+
+def draw(rows: Sequence[tuple[Variant, Sequence[float]]], title: str, path: Path) -> None:
+    """The means with their spread, and every seed."""
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(9, 1.4 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, (variant, values) in enumerate(rows):
+        mean = statistics.fmean(values)
+        axes.barh(place, mean, xerr=spread(values), color=COLOURS[variant.origin], height=0.7, capsize=3)
+        axes.plot(values, [place] * len(values), "k.", markersize=4)
+    lowest = min(value for _, values in rows for value in values)
+    axes.set_xlim(max(0.0, lowest - 5), None)
+    axes.set_yticks(range(len(rows)), [variant.title for variant, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, %: mean over tasks, ± over seeds (axis cut)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)
+
+
+def selected(keys: Sequence[str] | None, tasks: int) -> tuple[Variant, ...]:
+    """The variants to compare: those of some keys, and ours; None: all.
+
+    Raises:
+        BadParameter: a key is unknown.
+    """
+    known = variants(tasks)
+    unknown = sorted(set(keys or ()) - {each.key for each in known})
+    if unknown:
+        names = ", ".join(each.key for each in known)
+        raise typer.BadParameter(f"expected some of {names}, got {', '.join(unknown)}", param_hint="--variant")
+    return tuple(each for each in known if keys is None or each.key in {*keys, OURS})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is run, and where.
+
+    Attributes:
+        compared: the variants.
+        base: a run whose variant, learning rate, seed and split are still to be set.
+        rates: learning rates to choose from.
+        seeds, tuning_seeds: of the tests, and of the runs that choose.
+    """
+
+    compared: tuple[Variant, ...]
+    base: Run
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+
+    def tuning(self) -> list[Run]:
+        """The runs that choose."""
+        own = [variant for variant in self.compared if variant.key == self._chooser(variant)]
+        grid = itertools.product(own, self.rates, self.tuning_seeds)
+        return [replace(self.base, variant=variant, lr=lr, seed=seed) for variant, lr, seed in grid]
+
+    def tests(self, chosen: Mapping[str, float]) -> list[Run]:
+        """The runs that are reported."""
+        grid = itertools.product(self.compared, self.seeds)
+        return [
+            replace(self.base, variant=variant, lr=chosen[self._chooser(variant)], seed=seed, test=True)
+            for variant, seed in grid
+        ]
+
+    def _chooser(self, variant: Variant) -> str:
+        return variant.tuned_as or variant.key
+
+    @property
+    def title(self) -> str:
+        run = self.base
+        return (
+            f"{len(run.tasks)} tasks in one adapter: {run.model}, r = {run.bottleneck}, {run.updates} updates, "
+            f"{len(self.seeds)} seed(s)"
+        )
+
+
+Accuracies = dict[str, dict[float, list[float]]]
+
+
+def accuracies_of(runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> Accuracies:
+    """By variant and learning rate, the mean over tasks of each seed."""
+    found: Accuracies = {}
+    for run, result in zip(runs, results, strict=True):
+        found.setdefault(run.variant.key, {}).setdefault(run.lr, []).append(result["accuracies"][MEAN])
+    return found
+
+
+def best(tried: Accuracies) -> dict[str, float]:
+    """The learning rate of each variant."""
+    return {key: max(by_lr, key=lambda lr: statistics.fmean(by_lr[lr])) for key, by_lr in tried.items()}
+
+
+def report(comparison: Comparison, tried: Accuracies, runs: Sequence[Run], results: Sequence[Any], output: Path) -> str:
+    """Writes table, picture and record; returns the Markdown."""
+    tasks, title = comparison.base.tasks, comparison.title
+    by_variant: dict[str, list[Any]] = {variant.key: [] for variant in comparison.compared}
+    rates: dict[str, float] = {}
+    for run, result in zip(runs, results, strict=True):
+        by_variant[run.variant.key].append(result)
+        rates[run.variant.key] = run.lr
+    measured = {key: [result["accuracies"] for result in found] for key, found in by_variant.items()}
+    rows = [("", "stored", "lr", *(name.rpartition(":")[2] for name in tasks), MEAN)]
+    for variant in comparison.compared:
+        cells = []
+        for name in (*tasks, MEAN):
+            values = [each[name] for each in measured[variant.key]]
+            cells.append(f"{statistics.fmean(values):.1f}" + (f" ± {spread(values):.1f}" if len(values) > 1 else ""))
+        rows.append((variant.title, f"{by_variant[variant.key][0]['stored']:,}", f"{rates[variant.key]:g}", *cells))
+    ours = next(variant for variant in comparison.compared if variant.key == OURS)
+    differences = [
+        difference(ours.title, other.title, measured[OURS], measured[other.key])
+        for other in comparison.compared
+        if other != ours
+    ]
+    spent = sum(result["seconds"] for result in results)
+    parts = [
+        f"# {title}",
+        f"Test accuracy in percent, ± over seeds. {PER_TASK} images of each task an update; learning rates chosen from "
+        f"{', '.join(f'{lr:g}' for lr in comparison.rates)} by the validation accuracy of "
+        f"{len(comparison.tuning_seeds)} other seed(s).",
+        markdown_table(rows),
+        "Seed by seed:",
+        "\n".join(f"- {each}" for each in differences),
+        f"`python benchmarks/multitask.py OUTPUT`, {spent:.0f} s of one thread for the tests, {results[0]['machine']}.",
+    ]
+    markdown = "\n\n".join(parts) + "\n"
+    record = {
+        "title": title,
+        "tasks": tasks,
+        "measured": measured,
+        "tried": tried,
+        "rates": rates,
+        "differences": [{**asdict(each), "mean": each.mean, "verdict": each.verdict} for each in differences],
+        "data": results[0]["data"],
+        "machine": results[0]["machine"],
+        "versions": results[0]["versions"],
+    }
+    write_text(output / "multitask.md", markdown)
+    write_json(output / "multitask.json", record)
+    means = [(variant, [each[MEAN] for each in measured[variant.key]]) for variant in comparison.compared]
+    draw(means, title, output / "multitask.png")
+    return markdown
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder for the table, the picture and the runs' files.")],
+    model: Annotated[str, typer.Option(help="timm's name of the backbone.")] = OFFLINE_BACKBONE,
+    task: Annotated[list[str] | None, typer.Option(help="A data set, as for `mosa-kernels train`; repeat.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only these, by key, and MoSA; repeat.")] = None,
+    bottleneck: Annotated[int, typer.Option(help="r of one adapter.", min=1)] = 64,
+    updates: Annotated[int, typer.Option(help=f"Each on {PER_TASK} images of every task.", min=EPOCHS)] = 400,
+    rate: Annotated[list[float] | None, typer.Option(help="A learning rate to choose from; repeat.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=TUNING_SEEDS[0])] = 8,
+    tuning_seeds: Annotated[int, typer.Option(min=1, max=len(TUNING_SEEDS))] = len(TUNING_SEEDS),
+    workers: Annotated[int, typer.Option(help="Processes of one thread each; 1: this one.", min=1)] = 2,
+) -> None:
+    """Compares ways to keep several tasks in adapters of one backbone."""
+    console = Console()
+    began = time.perf_counter()
+    tasks, rates = tuple(task or TASKS), tuple(rate or RATES)
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks):
+        raise typer.BadParameter(f"expected at least two different tasks, got {', '.join(tasks)}", param_hint="--task")
+    compared = selected(variant, len(tasks))
+    base = Run(compared[0], model, tasks, bottleneck, updates, rates[0], 0, test=False)
+    comparison = Comparison(compared, base, rates, tuple(range(seeds)), TUNING_SEEDS[:tuning_seeds])
+    tuning = comparison.tuning()
+    tried = accuracies_of(tuning, do_all(tuning, output / "cells", workers, console))
+    tests = comparison.tests(best(tried))
+    results = do_all(tests, output / "cells", workers, console)
+    console.print(report(comparison, tried, tests, results, output), highlight=False, markup=False)
+    console.print(f"{time.perf_counter() - began:.0f} s; written to {output}/", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
