@@ -6,8 +6,8 @@
 # builds the package in place, runs the tests marked gpu, measures (mosa-kernels bench, first with --choose), and runs
 # compute-sanitizer over small calls of every kernel. Each phase has its own limit, and what one breaks leaves the
 # others: OUT gets summary.md, phases.json, report.json, report.md, pictures, choice/DEVICE.json (which backend is the
-# fastest for which call; in mosa_kernels/assets/choice it is what the package uses on such a device), and all output
-# in logs.tar.gz.
+# fastest for which call; in mosa_kernels/assets/choice it is what the package uses on such a device), one_launch/ (the
+# CUDA backward pass by thread-block clusters), and all output in logs.tar.gz.
 #
 # MOSA_GPU_SECONDS    what all phases together may take (570)
 # MOSA_GPU_PHASES     some of "build tests bench sanitizers" (all)
@@ -81,7 +81,7 @@ if [ "$DRY" = 1 ]; then
   seconds=240
   measured="--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw"
 else
-  reserve=$(wanted sanitizers && echo 140 || echo 60) # for the phases after it
+  reserve=$(wanted sanitizers && echo 190 || echo 110) # for the phases after it
   seconds=$(($(left 3600) - reserve > 60 ? $(left 3600) - reserve : 60))
   measured="${MOSA_GPU_BENCH:---preset quick} --device cuda"
 fi
@@ -89,6 +89,9 @@ wanted bench && phase bench "$seconds" bash -c "bench $measured --deadline $((se
 
 if wanted bench && [ "$DRY" != 1 ]; then # what memory really moved, where the profiler may read its counters
   phase dram_bytes 60 "$PYTHON" benchmarks/dram_bytes.py "$OUT/logs/dram_bytes.json"
+  # the CUDA backend's backward pass by thread-block clusters, beside the same eager PyTorch as above
+  one_launch="--preset quick --only adapter_backward --providers eager,cuda --device cuda --deadline 40"
+  phase one_launch 50 env MOSA_CUDA_ONE_LAUNCH=1 bash -c "bench $one_launch --output '$OUT/one_launch'"
 fi
 
 if wanted sanitizers; then
@@ -101,6 +104,10 @@ if wanted sanitizers; then
   else
     for tool in memcheck racecheck initcheck; do # side by side: each is slow by itself
       phase "$tool" 120 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${small[@]}" &
+    done
+    for tool in memcheck synccheck; do # racecheck does not follow the shared memory of other blocks
+      phase "${tool}_one_launch" 120 env MOSA_CUDA_ONE_LAUNCH=1 \
+        "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${small[@]}" &
     done
     wait
   fi

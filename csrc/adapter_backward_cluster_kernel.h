@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "adapter_backward_weights_kernel.h"
+#include "adapter_weight_parts.h"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #include <cooperative_groups.h>
