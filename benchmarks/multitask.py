@@ -87,15 +87,19 @@ def variants(tasks: int) -> tuple[Variant, ...]:
     units = {**experts, "granularity": "column"}
     return (
         Variant("shared", "one AdaptFormer for all tasks", False, {"mode": "dense"}),
-        Variant("dropout", f"the same, dropout {DROPOUT}", False, {"mode": "dense", "dropout": DROPOUT}),
+        Variant("dropout", f"one AdaptFormer, dropout {DROPOUT}", False, {"mode": "dense", "dropout": DROPOUT}),
         Variant(
-            "dropout-two-pass", "the same, dropout, two passes + KL", False, {"mode": "dense", "dropout": DROPOUT}, 2
+            "dropout-two-pass",
+            f"one AdaptFormer, dropout {DROPOUT}, two passes + KL",
+            False,
+            {"mode": "dense", "dropout": DROPOUT},
+            2,
         ),
         Variant("narrow", f"an AdaptFormer of r / {tasks} for each task", True, units),
         Variant("mosa", "MoSA, an expert for each task", True, experts, origin="ours"),
         Variant(
             "mosa-one-bias",
-            "the same, one bias for all experts",
+            "MoSA, an expert for each task, one bias for all",
             True,
             {**experts, "expert_bias": False},
             tuned_as="mosa",

@@ -144,11 +144,15 @@ class Difference:
             return f"{self.better} against {self.worse}: runs failed{paper}"
         tests = [f"{len(self.points)} seed(s)"]
         if self.t_p is not None:
-            tests.append(f"paired t over seeds p = {self.t_p:.3f}")
+            tests.append(f"paired t over seeds {_p(self.t_p)}")
         if self.wilcoxon_p is not None:
-            tests.append(f"Wilcoxon over {self.pairs} pairs p = {self.wilcoxon_p:.3f}")
+            tests.append(f"Wilcoxon over {self.pairs} pairs {_p(self.wilcoxon_p)}")
         points = f"{self.mean:+.2f}{plus} points{paper}"
         return f"{self.better} against {self.worse}: {points}; {', '.join(tests)}: {self.verdict}"
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def differences_of(table: Table, measured: Mapping[str, Mapping[str, Measured]]) -> list[Difference]:
