@@ -14,17 +14,14 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from torch import Tensor, nn
@@ -37,7 +34,7 @@ from mosa_kernels.data.open import open_data
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.train.backbones import create_backbone, data_config
 from mosa_kernels.train.comparison_report import markdown_table, spread
-from mosa_kernels.train.comparison_runs import one_thread_each
+from mosa_kernels.train.evaluate import predict
 from mosa_kernels.train.folder import read_json, versions, write_json, write_text
 from mosa_kernels.train.loop import training_mode
 from mosa_kernels.train.methods import make_optimizer
@@ -46,6 +43,7 @@ from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.schedule import Schedule
 from mosa_kernels.train.setup import seed_everything
 from mosa_kernels.train.table_figure import COLOURS
+from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_summary import Difference, paired_t, signed_rank
 
 TASKS = ("offline:digits", "offline:count", "offline:location", "offline:orientation")
@@ -56,6 +54,7 @@ PER_TASK = 10  # images of each task in an update
 EPOCHS = 10  # into which the schedule divides the updates; the first warms up, as a tenth does in the paper
 DROPOUT = 0.1
 MEAN = "mean"
+CRITERION = mk.MoSALoss(beta=0.0)  # of one pass, cross-entropy alone
 OURS = "mosa"  # the key of what the others are compared with
 
 
@@ -181,11 +180,13 @@ def train(run: Run) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    model.eval()
     accuracies = {}
     for number, (name, each) in enumerate(zip(run.tasks, loaders, strict=True)):
-        expert = number if run.variant.per_task else None
-        accuracies[name] = accuracy(model, number, expert, each.test if run.test else each.validation)
+        with mk.inference_experts(model, number if run.variant.per_task else None):
+            found = predict(
+                nn.Sequential(model.backbone, model.heads[number]), each.test if run.test else each.validation
+            )
+        accuracies[name] = found.accuracy
     return {
         "variant": run.variant.key,
         "lr": run.lr,
@@ -201,38 +202,21 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def objective(model: Tasks, images: Tensor, labels: Sequence[Tensor], experts: Tensor | None, passes: int) -> Tensor:
-    """Cross-entropy, of two passes with half their symmetric KL divergence; the mean over tasks, a tensor []."""
-    chosen = contextlib.nullcontext() if experts is None else mk.experts_per_sample(model, experts)
-    with chosen:
-        if passes == 2:
-            both = mk.two_pass(model.backbone, images, features=False)
-            features = [both.logits1, both.logits2]
-        else:
-            features = [model.backbone(images)]
-    losses = []
+    """Cross-entropy, of two passes with half their symmetric KL divergence; the mean over the first tasks, a scalar."""
+    heads = model.heads[: len(labels)]
     sizes = [len(each) for each in labels]
-    for number, parts in enumerate(zip(*(each.split(sizes) for each in features), strict=True)):
-        logits = [model.heads[number](part) for part in parts]
-        loss = F.cross_entropy(logits[0], labels[number])
-        if passes == 2:
-            first, second = (each.log_softmax(1) for each in logits)
-            divergence = [
-                F.kl_div(p, q, log_target=True, reduction="batchmean") for p, q in ((first, second), (second, first))
-            ]
-            loss = loss + sum(divergence) / 2
-        losses.append(loss)
+    chosen = contextlib.nullcontext() if experts is None else mk.experts_per_sample(model, experts)
+    losses = []
+    with chosen:
+        if passes == 1:
+            for head, own, label in zip(heads, model.backbone(images).split(sizes), labels, strict=True):
+                losses.append(CRITERION(head(own), label))
+        else:
+            both = mk.two_pass(model.backbone, images, features=False)
+            pairs = zip(both.logits1.split(sizes), both.logits2.split(sizes), strict=True)
+            for head, (first, second), label in zip(heads, pairs, labels, strict=True):
+                losses.append(CRITERION(replace(both, logits1=head(first), logits2=head(second)), label))
     return torch.stack(losses).mean()
-
-
-@torch.no_grad()
-def accuracy(model: Tasks, task: int, expert: int | None, loader: Any) -> float:
-    """Percent of a loader's images that the classifier of a task gets right."""
-    right = count = 0
-    with mk.inference_experts(model, expert):
-        for images, labels in loader:
-            right += int((model.heads[task](model.backbone(images)).argmax(1) == labels).sum())
-            count += len(labels)
-    return 100 * right / count
 
 
 def stored(model: Tasks) -> int:
@@ -253,22 +237,16 @@ def do_all(runs: Sequence[Run], folder: Path, workers: int, console: Console) ->
     folder.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not run.path(folder).is_file()]
 
-    def tell(done: int, run: Run, result: Mapping[str, Any]) -> None:
+    done = itertools.count(1)
+
+    def tell(run: Run, result: Mapping[str, Any]) -> None:
         console.print(
-            f"{done}/{len(missing)} {run.variant.key} lr {run.lr:g} seed {run.seed}: "
+            f"{next(done)}/{len(missing)} {run.variant.key} lr {run.lr:g} seed {run.seed}: "
             f"{result['accuracies'][MEAN]:.2f} % on {result['on']} ({result['seconds']:.0f} s)",
             highlight=False,
         )
 
-    if workers == 1:
-        for done, run in enumerate(missing, 1):
-            tell(done, run, keep(run, folder))
-    elif missing:
-        context = multiprocessing.get_context("spawn")
-        with one_thread_each(), ProcessPoolExecutor(workers, context) as pool:
-            futures = {pool.submit(keep, run, folder): run for run in missing}
-            for done, future in enumerate(as_completed(futures), 1):
-                tell(done, futures[future], future.result())
+    run_side_by_side(missing, functools.partial(keep, folder=folder), workers, tell)
     return [keep(run, folder) for run in runs]
 
 

@@ -144,8 +144,8 @@ int64_t token_buffer_bytes(const AdapterParams& p) {
 
 // Everything in one launch, and one that adds up the clusters' parts.
 template <typename E>
-int launch_cluster(const AdapterParams& p, const AdapterBackward& b, const ClusterPlan& plan, void* stream) {
-  AdapterParts parts = adapter_parts(p, b);
+int launch_cluster(const AdapterParams& p, const AdapterBackward& b, AdapterParts parts, const ClusterPlan& plan,
+                   void* stream) {
   parts.number = plan.number;
   float* all_parts = static_cast<float*>(b.workspace);
   float* scale_shares = all_parts + parts.number * parts.length;
@@ -222,8 +222,8 @@ int adapter_backward(const AdapterParams& params, const AdapterBackward& backwar
   }
   const ClusterPlan plan = cluster_plan(p, b);
   if (plan.number > 0) {
-    return p.product_dtype == kFloat16 ? launch_cluster<__half>(p, b, plan, stream)
-                                       : launch_cluster<__nv_bfloat16>(p, b, plan, stream);
+    return p.product_dtype == kFloat16 ? launch_cluster<__half>(p, b, parts, plan, stream)
+                                       : launch_cluster<__nv_bfloat16>(p, b, parts, plan, stream);
   }
   const int code = for_served(p, Products{b, buffers, parts, all_parts, stream});
   if (code != kOk || all_parts == nullptr) return code;

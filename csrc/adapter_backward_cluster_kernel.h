@@ -384,14 +384,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (b.scale.data != nullptr) {
     __syncthreads();
-    const int thread = thread_of_block();
-    shared.weights.shares[thread] = dscale;
-    __syncthreads();
-    if (thread == 0) {
-      float total = 0.0f;
-      for (int i = 0; i < kThreads; ++i) total += shared.weights.shares[i];
-      scale_shares[blockIdx.x] = total;
-    }
+    add_up_columns(dscale, 1, shared.weights);
+    if (thread_of_block() == 0) scale_shares[blockIdx.x] = shared.weights.sums[0];
   }
 #endif
 }

@@ -234,14 +234,10 @@ __device__ inline void put_up(const AdapterParams& p, const AdapterParts& parts,
     }
   }
   if (b.scale.data == nullptr || !first_units) return;
-  const int thread = thread_of_block();
   __syncthreads();
-  shared.shares[thread] = dscale;
-  __syncthreads();
-  if (thread == 0) {
-    float total = 0.0f;
-    for (int i = 0; i < kThreads; ++i) total += shared.shares[i];
-    put_part(work.part, parts.begin_scale + work.column / W::kColumns, add, total);
+  add_up_columns(dscale, 1, shared);
+  if (thread_of_block() == 0) {
+    put_part(work.part, parts.begin_scale + work.column / W::kColumns, add, shared.sums[0]);
   }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,14 +142,8 @@ def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator
         fewest = min((sampler.num_experts for sampler in found), default=0)
         if not 0 <= inference < fewest:
             raise ValueError(f"inference: expected an expert from 0 to {fewest - 1}, got {inference}")
-    before = [sampler.inference for sampler in found]
-    for sampler in found:
-        sampler.inference = inference
-    try:
+    with _within(found, "inference", inference):
         yield
-    finally:
-        for sampler, value in zip(found, before, strict=True):
-            sampler.inference = value
 
 
 @contextmanager
@@ -174,28 +168,30 @@ def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) 
     found = [sampler for sampler in samplers(model) if sampler.chooses]
     if not found:
         raise ValueError("model: expected adapters with more than one expert, got none")
-    device = next(model.parameters()).device
-    given = experts
-    if not isinstance(given, Tensor):
-        numbers: object = [given] if isinstance(given, int) else given
-        if not isinstance(numbers, Sequence) or isinstance(numbers, str):
-            raise TypeError(f"experts: expected integers, got {experts!r}")
-        given = torch.tensor(experts)
+    given: Any = experts
+    if not isinstance(given, (Tensor, int, Sequence)) or isinstance(given, str):
+        raise TypeError(f"experts: expected integers, got {experts!r}")
+    given = given if isinstance(given, Tensor) else torch.tensor(given)
     if given.dtype not in (torch.int64, torch.int32) and given.numel():
         raise TypeError(f"experts: expected integers, got {experts!r}")
     if given.dim() > 1 or given.numel() == 0:
         raise ValueError(f"experts: expected one number or one for each sample, got shape {list(given.shape)}")
     fewest = min(sampler.num_experts for sampler in found)
-    if given.device.type == "cpu" and not (
-        given.ge(MERGED).all() and given.lt(fewest).all()
-    ):  # a GPU is not waited for
+    known = not given.is_cuda  # a GPU is not waited for
+    if known and not (given.ge(MERGED).all() and given.lt(fewest).all()):
         raise ValueError(f"experts: expected numbers from 0 to {fewest - 1}, or -1, got {experts!r}")
-    before = [sampler.assigned for sampler in found]
-    given = given.to(device, non_blocking=True)
-    for sampler in found:
-        sampler.assigned = given
-    try:
+    with _within(found, "assigned", given.to(next(model.parameters()).device, non_blocking=True)):
         yield model
+
+
+@contextmanager
+def _within(found: Sequence[ExpertSampler], name: str, value: object) -> Iterator[None]:
+    """Within the context an attribute of these samplers has a value."""
+    before = [getattr(sampler, name) for sampler in found]
+    for sampler in found:
+        setattr(sampler, name, value)
+    try:
+        yield
     finally:
-        for sampler, value in zip(found, before, strict=True):
-            sampler.assigned = value
+        for sampler, own in zip(found, before, strict=True):
+            setattr(sampler, name, own)

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from mosa_kernels.train.orphans import end_with_parent
 from mosa_kernels.train.table_cells import Cell, find_result, run_and_keep
 
 OnDone = Callable[[Cell, dict[str, Any]], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def usual_workers() -> int:
@@ -48,27 +51,44 @@ def run_cells(cells: Sequence[Cell], folder: Path, workers: int, on_done: OnDone
         ValueError: fewer than one worker, or what is wrong with a cell's settings or data.
         BrokenProcessPool: a process was ended from outside.
     """
+    todo = missing_cells(cells, folder)
+    if workers > 1:  # the longest first, so that no worker is left alone with a long run at the end
+        todo = sorted(todo, key=_length, reverse=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_side_by_side(todo, partial(run_and_keep, folder=folder), workers, on_done)
+
+
+def run_side_by_side(
+    items: Sequence[Item], run: Callable[[Item], Result], workers: int, on_done: Callable[[Item, Result], None]
+) -> None:
+    """Runs a function on each item, in processes that have a GPU each or compute with one thread, and end with this.
+
+    Args:
+        items: what to do, begun in this order.
+        run: a function that other processes can import, and what it returns they can send.
+        workers: processes; 1 runs everything in this one, with the threads that it has.
+        on_done: hears of each item that is complete.
+
+    Raises:
+        ValueError: fewer than one worker.
+        BrokenProcessPool: a process was ended from outside.
+    """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
-    todo = missing_cells(cells, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if workers == 1 or len(todo) <= 1:
-        for cell in todo:
-            on_done(cell, run_and_keep(cell, folder))
+    if workers == 1 or len(items) <= 1:
+        for item in items:
+            on_done(item, run(item))
         return
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
-    for number in range(min(workers, len(todo))):
+    for number in range(min(workers, len(items))):
         numbers.put(number)
     gpus = torch.cuda.device_count()
     with (
         one_thread_each(),
-        ProcessPoolExecutor(min(workers, len(todo)), context, _begin_worker, (numbers, gpus)) as pool,
+        ProcessPoolExecutor(min(workers, len(items)), context, _begin_worker, (numbers, gpus)) as pool,
     ):
-        # The longest first, so that no worker is left alone with a long run at the end.
-        waiting: dict[Future[dict[str, Any]], Cell] = {
-            pool.submit(run_and_keep, cell, folder): cell for cell in sorted(todo, key=_length, reverse=True)
-        }
+        waiting: dict[Future[Result], Item] = {pool.submit(run, item): item for item in items}
         try:
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:

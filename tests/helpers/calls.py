@@ -54,3 +54,20 @@ def sparse_down(d: int, r: int, n: int = 4) -> dict[str, Tensor]:
         "assignment_down": torch.randint(n, (r, d), generator=generator, dtype=torch.uint8),
         "w_down_init": torch.randn(r, d, generator=generator) * d**-0.5,
     }
+
+
+def relu_call(d: int, dtype: torch.dtype) -> AdapterArguments:
+    """A call whose units lie far from zero, on either side, so that no rounding decides a slope of relu."""
+    args = full_call(2, 20, d, 12, dtype, activation="relu", expert=torch.tensor(1))
+    with torch.no_grad():
+        args.w_down.mul_(0.1)
+        assert args.b_down is not None
+        args.b_down.copy_(torch.arange(12) % 2 * 6.0 - 3)
+    return args
+
+
+def hard_tokens(d: int, columns: list[int]) -> tuple[Tensor, Tensor]:
+    """Tokens [2, 20, d] with outliers in some columns, and others whose mean is far from zero."""
+    outliers = torch.randn(2, 20, d, generator=torch.Generator().manual_seed(3))
+    outliers[..., columns] *= 100
+    return outliers, torch.randn(2, 20, d, generator=torch.Generator().manual_seed(4)) + 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import cuda_on_host
 import pytest
@@ -80,6 +80,18 @@ class Machine:
             assert gradients.activity is not None
             assert torch.equal(gradients.activity, expert_activity(args))
         return gradients
+
+
+def check_only_experts_that_ran(args: AdapterArguments, gradients: AdapterGradients, ids: Collection[int]) -> None:
+    """The entries and biases of experts that ran have gradients of a magnitude, those of others are exactly zero."""
+    assert gradients.w_up is not None
+    assert gradients.b_up is not None
+    assert args.assignment is not None
+    w_up, b_up = gradients.w_up.cpu(), gradients.b_up.cpu()
+    for n in range(4):
+        ran = n in ids or -1 in ids
+        for found in (b_up[n], w_up[args.assignment == n]):
+            assert (found.abs().mean() > 1e-3) if ran else not found.any()
 
 
 HOST = pytest.param(Machine("cpu"), id="cuda_on_host", marks=needs_compiler)
