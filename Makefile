@@ -25,7 +25,7 @@ NVRTC := build/nvrtc12
 NVRTC_WHEELS := nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12
 CLANG_FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*/*)
 
-.PHONY: demo bench test lint build check-native unit-tests clean distclean
+.PHONY: demo bench test lint build unit-tests clean distclean
 
 demo: $(USABLE)
 	$(BIN)/mosa-kernels demo
@@ -33,7 +33,7 @@ demo: $(USABLE)
 bench: $(USABLE)
 	$(BIN)/mosa-kernels bench --output runs/bench $(BENCH)
 
-test: lint check-native unit-tests
+test: lint unit-tests
 
 lint: $(VENV)/.dependencies
 	@echo "== style"
@@ -43,13 +43,7 @@ lint: $(VENV)/.dependencies
 	@echo "== types"
 	$(BIN)/mypy
 
-build: $(VENV)/.built
-
-# The same sources again with warnings as errors, beside the build in use, which has to work with any compiler. Two
-# architectures see all that depends on them: before and after sm_80 and sm_90.
-check-native: $(VENV)/.dependencies
-	@echo "== compiled module, warnings are errors"
-	MOSA_STRICT=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;9.0}" $(BIN)/python setup.py --quiet build_ext --build-temp build/strict/temp --build-lib build/strict/lib
+build: $(VENV)/.built-strictly
 
 # The last compiler that knows V100, apart from the CUDA libraries of PyTorch. Without it, its tests are skipped.
 nvrtc: $(VENV)/.created
@@ -57,7 +51,7 @@ nvrtc: $(VENV)/.created
 	  $(BIN)/python -m pip install --quiet --no-deps --target $(NVRTC) $(NVRTC_WHEELS) && touch $(NVRTC)/.complete; } || \
 	  echo "the runtime compiler of CUDA 12 cannot be had: the kernels are not checked for V100"
 
-unit-tests: $(VENV)/.built nvrtc
+unit-tests: $(VENV)/.built-strictly nvrtc
 	@echo "== tests"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS)
 
@@ -80,8 +74,14 @@ $(VENV)/.built: $(VENV)/.dependencies $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@ $(VENV)/.built-for-cpu
 
+# What is tested is built with warnings as errors; the build of a user has to work with any compiler.
+$(VENV)/.built-strictly: $(VENV)/.dependencies $(NATIVE)
+	@echo "== compiled module, warnings are errors (with nvcc for all GPUs: minutes)"
+	MOSA_STRICT=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@ $(VENV)/.built $(VENV)/.built-for-cpu
+
 clean:
-	rm -rf build dist *.egg-info mosa_kernels/_C*.so mosa_kernels/_build.json $(VENV)/.built $(VENV)/.built-for-cpu
+	rm -rf build dist *.egg-info mosa_kernels/_C*.so mosa_kernels/_build.json $(VENV)/.built*
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 distclean: clean
