@@ -29,7 +29,7 @@ MISPRINTS = {("1", "vpt-shallow"): 84.66, ("2", "vpt-shallow"): 67.82, ("2", "vp
 
 
 def test_all_ten_tables_and_those_of_the_appendix_are_there():
-    assert set(table_numbers()) == {*map(str, range(1, 11)), "13", "14", "15", "ours-1", "figure-3"}
+    assert set(table_numbers()) == {*map(str, range(1, 11)), "13", "14", "15", "ours-1", "ours-2", "figure-3"}
 
 
 def test_the_sweep_gives_every_method_every_bottleneck_at_its_methods_learning_rate():
@@ -97,7 +97,11 @@ def test_every_claim_and_control_is_about_a_row(number: str):
     assert {key for claim in table.claims for key in claim} <= keys
     assert not table.unavailable
     controls = dict.fromkeys(row.variant for row in table.rows if row.origin == "control")
-    assert list(controls) == ["dropout", "dropout-two-pass"]
+    wide = number == "ours-2"  # more to choose from, and the scale of the adapter
+    expected = (
+        ["adaptformer-scaled", "dropout-wide", "dropout-two-pass-wide"] if wide else ["dropout", "dropout-two-pass"]
+    )
+    assert list(controls) == expected
     assert {key for pair in table.added for key in pair} <= keys
     assert all(row.origin == "paper" for row in table.rows if row.paper)
     names = {task.name for task in table.tasks}
@@ -112,7 +116,7 @@ def test_every_cell_has_valid_settings(number: str):
             for numbers in candidates(table, tuned_row(row)):
                 settings = cell_settings(table, row, task, numbers, 3, Changes(), tuning=False)
                 assert settings.recipe.lr == numbers["lr"]
-                assert settings.recipe.dropout == numbers.get("dropout", 0)
+                assert settings.recipe.dropout == numbers.get("dropout", row.recipe.get("dropout", 0))
                 assert (settings.data_seed, settings.recipe.seed) == (3, 1003)
                 assert settings.recipe.select == "last"
 
