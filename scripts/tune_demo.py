@@ -33,6 +33,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "dropout-two-pass": {"base_lr": (1e-2, 3e-2, 1e-1), "dropout": (0.15, 0.3, 0.45)},
     "mosa-batch": {"base_lr": (1e-2, 3e-2, 1e-1)},
     "mosa-sample": {"base_lr": (1e-2, 3e-2, 1e-1)},
+    "mosa-anchored": {"base_lr": (1e-2, 3e-2, 1e-1)},
 }
 
 
@@ -40,10 +41,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log", type=Path, default=Path("runs/tune_demo.jsonl"), help="one line a finished run")
     parser.add_argument("--out", type=Path, default=CHOSEN)
-    parser.add_argument("--only", nargs="*", default=[c.key for c in CONTENDERS], help="some contenders")
+    keys = [contender.key for contender in CONTENDERS]
+    parser.add_argument("--only", nargs="*", choices=keys, default=keys, help="some; the record keeps the rest")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=None, help="fewer than the demo's, to try the script")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.epochs is not None and options.out == CHOSEN:
+        parser.error("--epochs: expected --out too, so that a trial does not replace the demo's settings")
+    return options
 
 
 def points(contender: Contender) -> list[dict[str, float]]:
@@ -99,12 +104,19 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
     """The choice and the table behind it.
 
     Raises:
-        ValueError: a run of the grid is missing from the log.
+        ValueError: a run of the grid is missing from the log, or a contender left out from the record.
     """
     known = {json.dumps(run["identity"], sort_keys=True): run for run in finished(options.log)}
+    before = json.loads(options.out.read_text()) if options.out.is_file() else {"chosen": {}, "tried": []}
     chosen: dict[str, dict[str, float]] = {}
     tried: list[dict[str, Any]] = []
     for contender in CONTENDERS:
+        if contender.key not in options.only:
+            if contender.key not in before["chosen"]:
+                raise ValueError(f"--only: {options.out} has nothing of {contender.key} yet; search for it too")
+            chosen[contender.key] = before["chosen"][contender.key]
+            tried += [row for row in before["tried"] if row["method"] == contender.key]
+            continue
         rows = []
         for numbers in points(contender):
             keys = [json.dumps(identity(contender, numbers, seed, options.epochs), sort_keys=True) for seed in SEEDS]
@@ -130,7 +142,8 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
             f"initial seeds {INITIAL_SEED} higher; the demo's own seeds and the test images were not looked at"
         ),
         "tried": tried,
-        **_kept_by_hand(options.out),
+        # Runs outside the grids, and what has to be said of how the choice came about.
+        **{name: before[name] for name in ("explored", "history") if name in before},
         "recipe": DEMO.as_dict(),
         "backbone_sha256": json.loads(CARD.read_text())["sha256"],
         "command": "python scripts/tune_demo.py",
@@ -138,20 +151,13 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _kept_by_hand(path: Path) -> dict[str, Any]:
-    """Runs outside the grids, and what has to be said of how the choice came about: a new search keeps both."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: before[name] for name in ("explored", "history") if name in before}
-
-
 def main() -> int:
     options = arguments()
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     torch.set_num_threads(options.threads)
     search(options)
-    if set(options.only) == {contender.key for contender in CONTENDERS}:
-        write_json(options.out, record(options))
-        print(json.dumps(json.loads(options.out.read_text())["chosen"], indent=2))
+    write_json(options.out, record(options))
+    print(json.dumps(json.loads(options.out.read_text())["chosen"], indent=2))
     return 0
 
 

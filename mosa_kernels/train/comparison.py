@@ -51,6 +51,7 @@ class Contender:
         key: in files.
         title: for people.
         method, passes, overrides: as in `Settings` and `Recipe`.
+        adapter: what differs from the adapter of the others, by field of `AdapterOptions`.
         tuned: which numbers of the recipe were chosen on validation data.
     """
 
@@ -60,6 +61,7 @@ class Contender:
     passes: int = 1
     overrides: dict[str, Any] = field(default_factory=dict)
     tuned: tuple[str, ...] = ("base_lr",)
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 CONTENDERS = (
@@ -82,6 +84,14 @@ CONTENDERS = (
         "mosa",
         2,
         {"expert_per": "sample", "align": "none", "beta": 0.0},
+    ),
+    Contender(
+        "mosa-anchored",
+        "MoSA, a merged pass and one of two experts per sample x N",
+        "mosa",
+        2,
+        {"expert_per": "sample", "align": "none", "beta": 0.0},
+        adapter={"num_experts": 2, "expert_scale": "N", "anchored": True},
     ),
 )
 
@@ -150,7 +160,7 @@ def demo_settings(contender: Contender, numbers: dict[str, float], seed: int, ep
         data_seed=seed,
         labels_per_class=LABELS_PER_CLASS,
         method=contender.method,
-        adapter=AdapterOptions(bottleneck=64, num_experts=4),
+        adapter=AdapterOptions(**{"bottleneck": 64, "num_experts": 4, **contender.adapter}),
         passes=contender.passes,
         recipe=recipe,
     )

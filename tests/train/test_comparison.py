@@ -118,5 +118,8 @@ def test_each_run_has_its_own_data_and_initial_seed():
     assert by_key["mosa-sample"].recipe.expert_per == "sample"
     assert (by_key["mosa-batch"].recipe.alpha, by_key["mosa-batch"].recipe.beta) == (1, 1)
     assert by_key["dropout-two-pass"].recipe.beta == 0
-    shared = {s.adapter for s in settings if s.method != "linear"}
-    assert len(shared) == 1
+    adapters = {c.key: s.adapter for c, s in zip(CONTENDERS, settings[::2], strict=True) if s.method != "linear"}
+    anchored = adapters.pop("mosa-anchored")
+    assert (anchored.anchored, anchored.expert_scale, anchored.num_experts) == (True, "N", 2)
+    (shared,) = set(adapters.values())
+    assert anchored.bottleneck == shared.bottleneck

@@ -116,7 +116,8 @@ def test_every_cell_has_valid_settings(number: str):
             for numbers in candidates(table, tuned_row(row)):
                 settings = cell_settings(table, row, task, numbers, 3, Changes(), tuning=False)
                 assert settings.recipe.lr == numbers["lr"]
-                assert settings.recipe.dropout == numbers.get("dropout", row.recipe.get("dropout", 0))
+                own = read_spec()["variants"][row.variant].get("recipe", {})
+                assert settings.recipe.dropout == {**own, **numbers}.get("dropout", 0)
                 assert (settings.data_seed, settings.recipe.seed) == (3, 1003)
                 assert settings.recipe.select == "last"
 
