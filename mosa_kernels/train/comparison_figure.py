@@ -14,7 +14,7 @@ from mosa_kernels.train.comparison_report import MECHANISM_TITLES, Summary
 from mosa_kernels.train.plots import save_figure
 
 STRIP = 14  # images shown
-COLOURS = ("#8c8c8c", "#4c72b0", "#55a3c9", "#2f8f83", "#dd8452", "#c44e52")
+COLOURS = ("#8c8c8c", "#4c72b0", "#55a3c9", "#2f8f83", "#dd8452", "#c44e52", "#8172b3")
 
 
 def draw_comparison(

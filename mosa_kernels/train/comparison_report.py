@@ -121,7 +121,7 @@ def verdict(summaries: Sequence[Summary]) -> str:
     parts = [difference(mosa[0], rival)]
     if plain and plain[0] is not rival:
         parts.append(difference(mosa[0], plain[0]))
-    return f"{sentence}. The better MoSA ({mosa[0].contender.title}) is {', and '.join(parts)}."
+    return f"{sentence}. The best MoSA ({mosa[0].contender.title}) is {', and '.join(parts)}."
 
 
 def rows_of_methods(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
