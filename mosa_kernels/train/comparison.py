@@ -87,7 +87,7 @@ CONTENDERS = (
     ),
     Contender(
         "mosa-anchored",
-        "MoSA, a merged pass and one of two experts per sample x N",
+        "MoSA, anchored, one of two per sample x N",
         "mosa",
         2,
         {"expert_per": "sample", "align": "none", "beta": 0.0},

@@ -88,7 +88,7 @@ def _mechanisms(axes: Any, summaries: Sequence[Summary]) -> None:
     axes.invert_yaxis()
     axes.set_title("the same MoSA weights used differently: test accuracy", fontsize=10)
     axes.set_xlabel("%")
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1)
     axes.grid(axis="x", alpha=0.3)
 
 
