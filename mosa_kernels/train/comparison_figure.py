@@ -86,7 +86,7 @@ def _mechanisms(axes: Any, summaries: Sequence[Summary]) -> None:
             axes.text(2, place + offset, f"{value:.1f}", va="center", fontsize=8, color="white")
     axes.set_yticks(places, [MECHANISM_TITLES[name] for name in names], fontsize=9)
     axes.invert_yaxis()
-    axes.set_title("the same MoSA weights used differently: test accuracy", fontsize=10)
+    axes.set_title("the same MoSA weights, used differently", fontsize=10)
     axes.set_xlabel("%")
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1)
     axes.grid(axis="x", alpha=0.3)
