@@ -351,7 +351,7 @@ def test_cuda_is_built_without_a_gpu_for_the_architectures_asked_for(sources: Pa
         newest = build.supported_architectures(nvcc)[-1]
     except build.MissingError as reason:
         pytest.skip(str(reason))
-    target, asked = tmp_path / "installed", f"{newest // 10}.{newest % 10}+PTX"
+    target, asked = tmp_path / "installed", f"8.0 {newest // 10}.{newest % 10}+PTX"
     # What is compiled is tested elsewhere; -O0 takes three times as long.
     known = "--Ofast-compile" in run(nvcc, "--help", cwd=tmp_path)
     quick = "--Ofast-compile=max" if known else "-Xcicc -O0 -Xptxas -O0"
@@ -360,7 +360,7 @@ def test_cuda_is_built_without_a_gpu_for_the_architectures_asked_for(sources: Pa
     )
     compiled = report_of(target, tmp_path)["compiled"]
     assert compiled["cuda"] is True
-    assert compiled["cuda_architectures"] == [f"{newest}-real", f"{newest}-virtual"]
+    assert compiled["cuda_architectures"] == ["80-real", f"{newest}-real", f"{newest}-virtual"]
 
 
 @pytest.mark.packaging

@@ -76,7 +76,7 @@ on_machines = pytest.mark.parametrize("machine", [HOST, GPU])
 
 
 @on_machines
-@settings(max_examples=16, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
 @given(args=adapter_calls(dtypes=HALVES, max_width=150))
 def test_any_call(machine: ClusterMachine, args: AdapterArguments) -> None:
     # Over a handful of numbers luck decides between two rounding errors.
