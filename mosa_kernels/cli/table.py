@@ -19,7 +19,7 @@ from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.data.open import open_data
 from mosa_kernels.train.folder import versions, write_json, write_text
 from mosa_kernels.train.table_cells import Cell
-from mosa_kernels.train.table_figure import draw_sweep, draw_table
+from mosa_kernels.train.table_figure import draw_by_task, draw_sweep, draw_table
 from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, seconds_of
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_runs import missing_cells, run_cells, usual_workers
@@ -27,10 +27,11 @@ from mosa_kernels.train.table_spec import Changes, Table, read_table, suite_of, 
 from mosa_kernels.train.table_summary import differences_of, summarise_table
 
 QUICK = {"epochs": 2}
+PAPERS = tuple(number for number in table_numbers() if not number.startswith("ours"))
 
 
 def table(
-    number: Annotated[str, typer.Argument(help=f"{', '.join(table_numbers())}, or all.")],
+    number: Annotated[str, typer.Argument(help=f"{', '.join(table_numbers())}, or all of the paper's.")],
     output: Annotated[Path, typer.Option(help="Folder of runs and tables; what is done in it is not done again.")],
     fgvc: Annotated[Path | None, typer.Option(help="Folder with CUB_200_2011, nabirds, ... and VPT's lists.")] = None,
     vtab: Annotated[Path | None, typer.Option(help="Folder with the 19 data sets of VTAB-1k and their lists.")] = None,
@@ -56,8 +57,8 @@ def table(
         roots = {"fgvc": fgvc, "vtab": vtab, "gicd": gicd}
         recipe = {"epochs": epochs} if epochs is not None else QUICK if quick else {}
         grids = []
-        for wanted in table_numbers() if number == "all" else (number,):
-            root = roots[suite_of(wanted)]
+        for wanted in PAPERS if number == "all" else (number,):
+            root = roots.get(suite_of(wanted))
             changes = Changes(
                 recipe=recipe,
                 checkpoint=None if checkpoint is None else str(checkpoint),
@@ -81,6 +82,9 @@ def table(
             highlight=False,
         )
         if plan:
+            chosen = [cell for grid in grids for cell in grid.all_tuning_cells()]
+            left = len(missing_cells(chosen, output / "cells"))
+            console.print(f"{choosing - left} of the {choosing} are done", highlight=False)
             return
         began = time.perf_counter()
         check_data_of(grids)
@@ -197,7 +201,9 @@ def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Consol
     write_text(stem.with_suffix(".csv"), table_csv(summaries))
     title = f"{grid.table.name}: {grid.table.title} ({grid.table.scale}, {grid.seeds} seeds)"
     title += " — QUICK" if facts["quick"] else ""
-    if grid.table.sweep is None:
+    if grid.table.by_task:
+        draw_by_task(differences, title, stem.with_suffix(".png"))
+    elif grid.table.sweep is None:
         draw_table(summaries, title, stem.with_suffix(".png"))
     else:
         draw_sweep(summaries, grid.table.sweep, title, stem.with_suffix(".png"))

@@ -44,6 +44,7 @@ def train(
     download: Annotated[bool | None, typer.Option(help="Fetch missing files of a named data set.")] = None,
     data_seed: Annotated[int | None, typer.Option(help="Seed of drawn images and of held-out parts.")] = None,
     labels_per_class: Annotated[int | None, typer.Option(help="Training images a class of offline:digits.")] = None,
+    label_noise: Annotated[float | None, typer.Option(help="Share of training labels to make wrong.")] = None,
     style: Annotated[str | None, typer.Option(help="Where adapters sit: adaptformer, pfeiffer, houlsby, lora.")] = None,
     bottleneck: Annotated[int | None, typer.Option(help="Width r of the bottleneck.")] = None,
     num_experts: Annotated[str | None, typer.Option(help="Number N of experts; or one per block, as 4,4,2.")] = None,

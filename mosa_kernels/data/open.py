@@ -11,6 +11,7 @@ from mosa_kernels.data.fgvc import open_fgvc
 from mosa_kernels.data.folders import open_folder
 from mosa_kernels.data.lists import compared
 from mosa_kernels.data.named import open_timm, open_torchvision
+from mosa_kernels.data.noise import with_label_noise
 from mosa_kernels.data.offline import OFFLINE_TASKS, open_offline
 from mosa_kernels.data.published import GICD, find_published
 from mosa_kernels.data.splits import DataSplits
@@ -24,6 +25,7 @@ def open_data(
     seed: int = 0,
     image_size: int = 32,
     labels_per_class: int = 20,
+    label_noise: float = 0.0,
     validation_share: float = 0.1,
     test_share: float = 0.2,
     verify: bool = False,
@@ -46,6 +48,7 @@ def open_data(
         root: folder of the files of a torchvision or timm data set; what a relative vtab or fgvc folder is relative to.
         seed: of drawn images and of held-out parts.
         image_size, labels_per_class: for the offline tasks.
+        label_noise: share of the training images whose label is made wrong, see `with_label_noise`.
         validation_share, test_share: shares held out where a data set lacks these sets.
         verify: decode every image of a folder or list now.
         download: let torchvision or timm fetch missing files.
@@ -86,4 +89,4 @@ def open_data(
         )
     if label_preserving is not None:
         splits = dataclasses.replace(splits, label_preserving=frozenset(label_preserving))
-    return splits
+    return with_label_noise(splits, label_noise, seed)

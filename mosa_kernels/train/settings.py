@@ -20,7 +20,7 @@ class Settings:
 
     Attributes:
         model, checkpoint, pretrained, image_size: the backbone, see `create_backbone`.
-        data, data_root, download, data_seed, labels_per_class: the data, see `open_data`.
+        data, data_root, download, data_seed, labels_per_class, label_noise: the data, see `open_data`.
         method: see `METHODS`.
         adapter: the adapters' shape.
         passes: forward passes of each batch, 1 or 2; None takes the method's own.
@@ -42,6 +42,7 @@ class Settings:
     download: bool = False
     data_seed: int = 0
     labels_per_class: int = 20
+    label_noise: float = 0.0
     method: str = "mosa"
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     passes: int | None = None

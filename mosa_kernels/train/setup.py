@@ -79,6 +79,7 @@ def open_splits(settings: Settings, image_size: int) -> DataSplits:
         seed=settings.data_seed,
         image_size=image_size,
         labels_per_class=settings.labels_per_class,
+        label_noise=settings.label_noise,
         download=settings.download,
     )
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from mosa_kernels._machine import machine
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.peft.styles import STYLES
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import MECHANISMS, evaluate, number_of_experts
 from mosa_kernels.train.folder import read_json, versions, write_json
-from mosa_kernels.train.loop import NonFiniteError
+from mosa_kernels.train.loop import NonFiniteError, Trainer
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import FREE, Settings
 from mosa_kernels.train.setup import make_accelerator, make_trainer, native_size, open_splits, prepare
@@ -44,8 +46,16 @@ class Cell:
         """A hash of what decides its numbers: tables that need the same run share it."""
         record = {key: value for key, value in self.settings.as_dict().items() if key not in FREE | {"cpu"}}
         record["recipe"].pop("inference")
-        if record["recipe"]["expert_lr"] == 1.0:  # as before there was such a number: what is done stays done
+        # As before there were such numbers: what is done stays done.
+        if record["recipe"]["expert_lr"] == 1.0:
             del record["recipe"]["expert_lr"]
+        if record["label_noise"] == 0.0:
+            del record["label_noise"]
+        adapter = record["adapter"]
+        if (
+            adapter["style"] in STYLES and adapter["scale"] == STYLES[adapter["style"]].scale
+        ):  # said or left to the style
+            adapter["scale"] = None
         text = json.dumps({"settings": record, "test": self.test}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -66,20 +76,29 @@ def find_result(cell: Cell, folder: Path) -> dict[str, Any] | None:
     return None
 
 
+DATA = ("data", "data_root", "download", "data_seed", "labels_per_class", "label_noise")
+
+
 @functools.lru_cache(maxsize=6)
-def _splits(data: str, root: str | None, download: bool, seed: int, size: int, labels: int) -> DataSplits:
-    settings = Settings(model="", data=data, data_root=root, download=download, data_seed=seed, labels_per_class=labels)
+def _splits(settings: Settings, size: int) -> DataSplits:
     return open_splits(settings, size)
 
 
 def splits_of(settings: Settings) -> DataSplits:
     """The data of a run, opened once a process."""
-    s = settings
-    return _splits(s.data, s.data_root, s.download, s.data_seed, native_size(s), s.labels_per_class)
+    of_data = {name: getattr(settings, name) for name in DATA}
+    return _splits(Settings(model="", **of_data), native_size(settings))
 
 
-def run_cell(cell: Cell, reporter: Reporter | None = None) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, reporter: Reporter | None = None, arrange: Callable[[Trainer], None] | None = None
+) -> dict[str, Any]:
     """Trains, measures once at the end, and returns the result, ready for JSON.
+
+    Args:
+        cell: the run.
+        reporter: shows what happens.
+        arrange: changes the trainer before it begins, for what settings cannot say.
 
     A run whose loss leaves the finite numbers is a result, too: {"failed": why}.
     """
@@ -89,6 +108,8 @@ def run_cell(cell: Cell, reporter: Reporter | None = None) -> dict[str, Any]:
     counts = parameter_counts(prepared.model)
     trainer = make_trainer(settings, prepared, accelerator, reporter or Reporter())
     trainer.validate = False
+    if arrange is not None:
+        arrange(trainer)
     began = time.perf_counter()
     common = {
         "label": cell.label,

@@ -1,4 +1,5 @@
-"""A table as a picture: our means with their spread and every seed, and beside them the paper's; a sweep as curves."""
+"""A table as a picture: our means with their spread and every seed, and beside them the paper's; a sweep as curves;
+differences by task."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels.train.comparison_report import spread
 from mosa_kernels.train.plots import save_figure
-from mosa_kernels.train.table_summary import GROUP_MEAN, MEAN, Summary
+from mosa_kernels.train.table_summary import GROUP_MEAN, MEAN, Difference, Summary
 
 COLOURS = {"paper": "#4c72b0", "control": "#8c8c8c", "ours": "#2f8f83"}
 PRINTED = "#c44e52"
@@ -83,6 +85,42 @@ def draw_sweep(summaries: Sequence[Summary], option: str, title: str, path: Path
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_by_task(differences: Sequence[Difference], title: str, path: Path) -> None:
+    """Writes the PNG of differences told task by task: a panel for each row that others are held against.
+
+    Args:
+        differences: of `differences_of`, each with its task.
+        title: over the picture.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    rivals = list(dict.fromkeys(each.worse for each in differences))
+    tasks = list(dict.fromkeys(each.task for each in differences))
+    titles = list(dict.fromkeys(each.better for each in differences))
+    figure: Any = Figure(figsize=(3 + 3.5 * len(rivals), 2.4 + 0.42 * len(tasks)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, len(rivals), sharey=True, squeeze=False)[0]
+    for axes, rival in zip(panels, rivals, strict=True):
+        for number, name in enumerate(titles):
+            shown = [each for each in differences if each.worse == rival and each.better == name and each.points]
+            # a little apart, so that the seeds of one method do not hide another's
+            places = [tasks.index(each.task) + 0.2 * (number - (len(titles) - 1) / 2) for each in shown]
+            spreads = [spread(each.points) for each in shown]
+            drawn = axes.errorbar([each.mean for each in shown], places, xerr=spreads, fmt="o", capsize=3, label=name)
+            for place, each in zip(places, shown, strict=True):
+                axes.plot(each.points, [place] * len(each.points), ".", color=drawn[0].get_color(), markersize=3)
+        axes.axvline(0, color="grey", linewidth=1)
+        axes.set_title(f"against {rival}", fontsize=9)
+        axes.set_xlabel("points, ± over seeds")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(tasks)), tasks, fontsize=8)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8)
     save_figure(figure, path)
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mosa_kernels.peft.styles import STYLES
-from mosa_kernels.train.methods import METHODS, AdapterOptions
+from mosa_kernels.train.methods import DEFAULT_STYLE, METHODS, AdapterOptions
 from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.settings import Settings
 
 SPEC = Path(__file__).resolve().parent.parent / "assets" / "tables.json"
+ADAPTER_OPTIONS = frozenset(option.name for option in dataclasses.fields(AdapterOptions))
 INITIAL_SEED = 1000  # added to the data's seed: initial weights, splits, experts and order have seeds of their own
 
 
@@ -30,6 +31,7 @@ class Task:
         tuning_data: the same for the runs that choose a learning rate.
         tuned_on: the task whose choice this one takes over.
         labels_per_class: of offline:digits.
+        label_noise: share of the training labels that are wrong.
         recipe: overrides that the task needs.
         group: of VTAB-1k, or "".
     """
@@ -39,6 +41,7 @@ class Task:
     tuning_data: str
     tuned_on: str
     labels_per_class: int = 20
+    label_noise: float = 0.0
     recipe: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""
 
@@ -88,6 +91,8 @@ class Table:
         columns: the paper's columns.
         claims: pairs of row keys of which the paper says that the first is better.
         added: pairs of row keys of which the paper says nothing, such as its method and what is added to its rows.
+        rates: the name of the learning rates that adapters choose from.
+        by_task: differences are told task by task rather than of the mean over tasks.
         sweep: the adapter option that runs through several values, or None.
         unavailable: titles of rows that this version cannot train, with the reason.
     """
@@ -104,6 +109,8 @@ class Table:
     claims: tuple[tuple[str, str], ...]
     added: tuple[tuple[str, str], ...]
     unavailable: Mapping[str, str]
+    rates: str = "adapter"
+    by_task: bool = False
     sweep: str | None = None
 
     @property
@@ -169,7 +176,8 @@ def read_table(number: str, root: str | None = None) -> Table:
                 unavailable[row.title] = reason
     suffixes = [""] if option is None else [f"/{value}" for value in values]
     pairs = [(better, worse) for better, worse in raw["claims"]]
-    others = list(dict.fromkeys(row.variant for row in rows if row.origin != "paper"))
+    others = dict.fromkeys(row.variant for row in rows if row.origin != "paper")
+    added = raw["added"] if "added" in raw else [(pairs[0][0], other) for other in others]
     wanted = raw.get("offline_tasks") if root is None else None
     return Table(
         number=number,
@@ -184,12 +192,10 @@ def read_table(number: str, root: str | None = None) -> Table:
         rows=tuple(rows),
         columns=tuple(raw["paper_columns"]),
         claims=tuple((better + end, worse + end) for better, worse in pairs for end in suffixes),
-        added=tuple(
-            (one + end, other + end)
-            for one, other in raw.get("added", [(pairs[0][0], other) for other in others])
-            for end in suffixes
-        ),
+        added=tuple((one + end, other + end) for one, other in added for end in suffixes),
         unavailable=unavailable,
+        rates=raw.get("rates", "adapter"),
+        by_task=raw.get("by_task", False),
         sweep=option,
     )
 
@@ -216,7 +222,7 @@ def _row(entry: Mapping[str, Any], columns: list[str]) -> Row:
 def why_not(row: Row) -> str | None:
     """Why a row cannot be trained by this version; None where it can."""
     variant = read_spec()["variants"][row.variant]
-    style = {**variant.get("adapter", {}), **row.adapter}.get("style", "adaptformer")
+    style = _style(variant, row)
     if variant["method"] not in METHODS:
         return f"there is no method {variant['method']!r}"
     if style not in STYLES:
@@ -224,11 +230,18 @@ def why_not(row: Row) -> str | None:
     return None
 
 
+def _style(variant: Mapping[str, Any], row: Row) -> str:
+    style: str = {**variant.get("adapter", {}), **row.adapter}.get("style", DEFAULT_STYLE)
+    return style
+
+
 def candidates(table: Table, row: Row) -> list[dict[str, float]]:
-    """The numbers that validation chooses from: learning rates, and where the variant says so dropout."""
+    """The numbers that validation chooses from: learning rates, and where the variant says so dropout or scale."""
     variant = read_spec()["variants"][row.variant]
     scale = read_spec()["scales"][table.scale]
-    grid = {scale["rate"]: scale["rates"][variant.get("rates", "adapter")], **variant.get("tune", {})}
+    rates, style = scale["rates"], _style(variant, row)
+    kind = variant.get("rates", style if style in rates else table.rates)
+    grid = {scale["rate"]: rates[kind], **variant.get("tune", {})}
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -277,8 +290,10 @@ def cell_settings(
     """
     variant = read_spec()["variants"][row.variant]
     scale = read_spec()["scales"][table.scale]
-    numbers = {**scale["recipe"], **task.recipe, **variant.get("recipe", {}), **changes.recipe, **chosen}
-    adapter = {"bottleneck": table.bottleneck, **variant.get("adapter", {}), **row.adapter}
+    shape = {name: value for name, value in chosen.items() if name in ADAPTER_OPTIONS}
+    rest = {name: value for name, value in chosen.items() if name not in shape}
+    numbers = {**scale["recipe"], **task.recipe, **variant.get("recipe", {}), **changes.recipe, **rest}
+    adapter = {"bottleneck": table.bottleneck, **variant.get("adapter", {}), **row.adapter, **shape}
     return Settings(
         model=table.model,
         checkpoint=changes.checkpoint,
@@ -286,6 +301,7 @@ def cell_settings(
         data_root=changes.data_root,
         data_seed=seed,
         labels_per_class=task.labels_per_class,
+        label_noise=task.label_noise,
         method=variant["method"],
         adapter=AdapterOptions(**adapter),
         passes=variant.get("passes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import warnings
@@ -115,6 +116,7 @@ class Difference:
         t_p: p of the paired t-test over seeds, two-sided; None of fewer than two.
         wilcoxon_p: p of Wilcoxon's signed-rank test over all pairs of task and seed; None of fewer than six.
         pairs: how many such pairs.
+        task: the task, where it is about one alone.
     """
 
     better: str
@@ -125,6 +127,7 @@ class Difference:
     t_p: float | None
     wilcoxon_p: float | None
     pairs: int
+    task: str = ""
 
     @property
     def mean(self) -> float:
@@ -140,15 +143,16 @@ class Difference:
     def __str__(self) -> str:
         plus = f" ± {spread(self.points):.2f}" if len(self.points) > 1 else ""
         paper = "" if self.paper is None else f" (paper {self.paper:+.2f})"
+        what = f"{self.better} against {self.worse}" + (f" on {self.task}" if self.task else "")
         if not self.points:
-            return f"{self.better} against {self.worse}: runs failed{paper}"
+            return f"{what}: runs failed{paper}"
         tests = [f"{len(self.points)} seed(s)"]
         if self.t_p is not None:
             tests.append(f"paired t over seeds {_p(self.t_p)}")
         if self.wilcoxon_p is not None:
             tests.append(f"Wilcoxon over {self.pairs} pairs {_p(self.wilcoxon_p)}")
         points = f"{self.mean:+.2f}{plus} points{paper}"
-        return f"{self.better} against {self.worse}: {points}; {', '.join(tests)}: {self.verdict}"
+        return f"{what}: {points}; {', '.join(tests)}: {self.verdict}"
 
 
 def _p(value: float) -> str:
@@ -156,14 +160,18 @@ def _p(value: float) -> str:
 
 
 def differences_of(table: Table, measured: Mapping[str, Mapping[str, Measured]]) -> list[Difference]:
-    """The differences that the paper claims, and those of its method to the controls."""
+    """The differences that the paper claims, and those of its method to the controls; of the mean, or task by task."""
     rows = {row.key: row for row in table.rows}
     pairs = [(*pair, True) for pair in table.claims] + [(*pair, False) for pair in table.added]
-    return [
-        _difference(rows[a], rows[b], measured[a], measured[b], claimed)
-        for a, b, claimed in pairs
-        if a in rows and b in rows
-    ]
+    known = [(a, b, claimed) for a, b, claimed in pairs if a in rows and b in rows]
+    if not table.by_task:
+        return [_difference(rows[a], rows[b], measured[a], measured[b], claimed) for a, b, claimed in known]
+    found = []
+    for a, b, claimed in known:
+        for task in table.tasks:
+            one, other = ({task.name: measured[key][task.name]} for key in (a, b))
+            found.append(dataclasses.replace(_difference(rows[a], rows[b], one, other, claimed), task=task.name))
+    return found
 
 
 def _difference(

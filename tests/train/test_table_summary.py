@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mosa_kernels.train.table_figure import draw_table
+from mosa_kernels.train.table_figure import draw_by_task, draw_table
 from mosa_kernels.train.table_grid import Choice, Grid, Measured
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_spec import Changes, Table, read_table
@@ -114,6 +114,24 @@ def test_differences_are_paired_and_carry_the_papers():
     extra = [d for d in found.values() if not d.claimed]
     assert {d.better for d in extra} == {"2"}
     assert len(extra) == 3
+
+
+def test_differences_by_task_are_drawn_and_told(tmp_path: Path):
+    table = read_table("ours-4")
+    cells = measured(table, {("mosa-sample", "5 labels a class"): (52.0, 53.0, 51.5)})
+    found = differences_of(table, cells)
+    assert len(found) == 6 * len(table.tasks)
+    few, *_, clean = [each for each in found if each.better == cells_title(table, "mosa-sample")][: len(table.tasks)]
+    assert few.points == pytest.approx((2.0, 3.0, 1.5))
+    assert (few.pairs, few.task) == (3, "5 labels a class")
+    assert clean.points == (0, 0, 0)
+    assert "AdaptFormer on 5 labels a class: +2.17" in str(few)
+    draw_by_task(found, "a map", tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+
+
+def cells_title(table: Table, key: str) -> str:
+    return next(row.title for row in table.rows if row.key == key)
 
 
 def test_markdown_csv_and_json_hold_the_same_numbers():

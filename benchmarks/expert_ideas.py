@@ -1,0 +1,390 @@
+"""What else experts could do than be drawn at random everywhere, always: each idea against MoSA without it.
+
+    python benchmarks/expert_ideas.py benchmarks/accuracy/ideas
+
+Every idea is the MoSA of `table ours-2` that does best (an expert of two per sample, multiplied by N; two passes) with
+one thing changed, at the learning rate that validation chose there, as ablations are run in the paper. Eight seeds,
+each tested once. Runs that are done are not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import mosa_kernels as mk
+from mosa_kernels._machine import machine
+from mosa_kernels.backends.arguments import MERGED
+from mosa_kernels.nn.projection import Projection
+from mosa_kernels.train.comparison_report import markdown_table
+from mosa_kernels.train.folder import read_json, versions, write_json, write_text
+from mosa_kernels.train.loop import Trainer
+from mosa_kernels.train.objective import Objective
+from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, run_and_keep, run_cell
+from mosa_kernels.train.table_figure import draw_table
+from mosa_kernels.train.table_grid import Choice, Measured
+from mosa_kernels.train.table_report import rows_of_table
+from mosa_kernels.train.table_runs import run_side_by_side
+from mosa_kernels.train.table_spec import Changes, Row, Table, Task, cell_settings, read_table
+from mosa_kernels.train.table_summary import differences_of, summarise_table
+
+SHARE = 0.25  # of the epochs, for what happens in the beginning or the end
+Choose = Callable[[Tensor, Trainer], "Tensor | int | None"]  # labels of a batch, trainer -> experts; None: at random
+
+
+@dataclass(frozen=True)
+class Directed:
+    """An objective whose experts are chosen by a rule.
+
+    Args:
+        objective: the loss.
+        choose: which expert each sample runs.
+        trainer: whose epochs the rule may ask for.
+    """
+
+    objective: Objective
+    choose: Choose
+    trainer: Trainer
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        experts = self.choose(labels, self.trainer)
+        if experts is None:
+            return self.objective(model, images, labels)
+        with mk.experts_per_sample(model, experts):
+            return self.objective(model, images, labels)
+
+
+def elapsed(trainer: Trainer) -> float:
+    """The share of the epochs that is complete."""
+    return trainer.progress.epochs_done / trainer.recipe.epochs
+
+
+def merged_first(labels: Tensor, trainer: Trainer) -> int | None:
+    """A dense adapter that is split later: N grows from 1."""
+    return MERGED if elapsed(trainer) < SHARE else None
+
+
+def merged_last(labels: Tensor, trainer: Trainer) -> int | None:
+    """Experts that end as one dense adapter: N falls to 1."""
+    return MERGED if elapsed(trainer) >= 1 - SHARE else None
+
+
+def by_class(labels: Tensor, trainer: Trainer) -> Tensor:
+    """Each expert has classes of its own."""
+    return labels % experts_of(trainer.model)
+
+
+def by_class_then_merged(labels: Tensor, trainer: Trainer) -> Tensor | int:
+    """The same, with a dense end."""
+    last = merged_last(labels, trainer)
+    return by_class(labels, trainer) if last is None else last
+
+
+class LearnedAssignment:
+    """Entries that the classes choose: a dense beginning, then each expert owns what its classes pull at most."""
+
+    def __init__(self) -> None:
+        self.settled = False
+
+    def __call__(self, labels: Tensor, trainer: Trainer) -> Tensor | int:
+        if elapsed(trainer) < SHARE:
+            return MERGED
+        if not self.settled:
+            assign_by_pull(trainer)
+            self.settled = True
+        return by_class(labels, trainer)
+
+
+def split_projections(model: nn.Module) -> list[Projection]:
+    """The up-projections that are split, in module order."""
+    return [each for each in model.modules() if isinstance(each, Projection) and each.assignment is not None]
+
+
+def experts_of(model: nn.Module) -> int:
+    return 1 + max(int(each.assignment.max()) for each in split_projections(model) if each.assignment is not None)
+
+
+def assign_by_pull(trainer: Trainer) -> None:
+    """Gives each entry of w_up to the classes whose gradients on it are larger; both experts own as many."""
+    model, projections = trainer.model, split_projections(trainer.model)
+    if experts_of(model) != 2:
+        raise ValueError(f"num_experts: a learned assignment is for 2 experts, got {experts_of(model)}")
+    pull = [torch.zeros(2, *each.weight.shape) for each in projections]
+    weights = [each.weight for each in projections]
+    for images, labels in trainer.loaders.train:
+        for expert in range(2):
+            mine = by_class(labels, trainer) == expert
+            if mine.any():
+                with mk.experts_per_sample(model, MERGED):
+                    loss = F.cross_entropy(model(images[mine]), labels[mine])
+                for total, gradient in zip(pull, torch.autograd.grad(loss, weights), strict=True):
+                    total[expert] += gradient.square()
+    for each, total in zip(projections, pull, strict=True):
+        assert each.assignment is not None
+        share = total[1] / total.sum(0).clamp_min(1e-30)
+        rank = share.flatten().argsort().argsort().view_as(share)
+        each.assignment.copy_(rank * 2 // share.numel())
+
+
+@dataclass(frozen=True)
+class Idea:
+    """One thing changed.
+
+    Attributes:
+        key, title: for files and for readers.
+        variant: of the table of tables that it starts from.
+        adapter: overrides of its adapter options.
+        passes: of each batch; None: the variant's.
+        choose: makes the rule by which experts are chosen; None: at random.
+        against: the key of what it is held against.
+        origin: "ours" or "control".
+    """
+
+    key: str
+    title: str
+    variant: str = "mosa-scaled-n2"
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    passes: int | None = None
+    choose: Callable[[], Choose] | None = None
+    against: str = "random"
+    origin: str = "ours"
+
+
+IDEAS = (
+    Idea("random", "MoSA, an expert of two per sample x N"),
+    Idea("deep", "experts in the deeper half of the blocks alone", adapter={"num_experts": [1, 1, 2, 2]}),
+    Idea("shallow", "experts in the shallower half alone", adapter={"num_experts": [2, 2, 1, 1]}),
+    Idea("rising", "1, 2, 3 and 4 experts with depth", adapter={"num_experts": [1, 2, 3, 4]}),
+    Idea("falling", "4, 3, 2 and 1 experts with depth", adapter={"num_experts": [4, 3, 2, 1]}),
+    Idea("merged-first", "merged in the first quarter (dense warm-up)", choose=lambda: merged_first),
+    Idea("merged-last", "merged in the last quarter", choose=lambda: merged_last),
+    Idea("one-pass", "one pass, without consistency", passes=1),
+    Idea(
+        "class",
+        "one pass, an expert for each half of the classes",
+        passes=1,
+        choose=lambda: by_class,
+        against="one-pass",
+    ),
+    Idea(
+        "class-merged-last",
+        "the same, merged in the last quarter",
+        passes=1,
+        choose=lambda: by_class_then_merged,
+        against="one-pass",
+    ),
+    Idea("anchored", "anchored: a merged pass and one of random experts", "mosa-anchored-n2"),
+    Idea(
+        "anchored-class",
+        "anchored, an expert for each half of the classes",
+        "mosa-anchored-n2",
+        choose=lambda: by_class,
+        against="anchored",
+    ),
+    Idea(
+        "anchored-learned",
+        "the same, which own what their classes pull at",
+        "mosa-anchored-n2",
+        choose=LearnedAssignment,
+        against="anchored",
+    ),
+    Idea("adaptformer", "AdaptFormer", "adaptformer", against="adaptformer", origin="control"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of an idea."""
+
+    idea: str
+    task: str
+    cell: Cell
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """What is in its file; None where it is still to be run. Where nothing directs the experts, tables share it."""
+        if self.choose is None:
+            return find_result(self.cell, folder)
+        path = self.path(folder)
+        return read_json(path) if path.is_file() else None
+
+    def path(self, folder: Path) -> Path:
+        """The file of a run whose experts are directed."""
+        digest = hashlib.sha256(f"{self.idea}/{self.cell.identity}".encode()).hexdigest()[:12]
+        return folder / f"{self.idea}-{self.cell.settings.data_seed}-{digest}.json"
+
+    @property
+    def choose(self) -> Callable[[], Choose] | None:
+        return next(idea.choose for idea in IDEAS if idea.key == self.idea)
+
+
+def make_runs(table: Table, ideas: Sequence[Idea], lr: float, seeds: int, changes: Changes) -> list[Run]:
+    """Every idea on every task with every seed."""
+    runs = []
+    for idea, task, seed in itertools.product(ideas, table.tasks, range(seeds)):
+        row = dataclasses.replace(row_of(table, idea.variant), adapter=idea.adapter)
+        settings = cell_settings(table, row, task, {"lr": lr}, seed, changes, tuning=False)
+        if idea.passes is not None:
+            settings = dataclasses.replace(settings, passes=idea.passes)
+        runs.append(Run(idea.key, task.name, Cell(f"{idea.key} {task.name} seed {seed}", settings, test=True)))
+    return runs
+
+
+def row_of(table: Table, variant: str) -> Row:
+    return next(row for row in table.rows if row.variant == variant)
+
+
+def keep(run: Run, folder: Path) -> dict[str, Any]:
+    """Runs and writes the file, complete or not at all; what is there is only read."""
+    found, choose = run.result(folder), run.choose
+    if found is not None:
+        return found
+    if choose is None:
+        return run_and_keep(run.cell, folder)
+    rule = choose()
+
+    def arrange(trainer: Trainer) -> None:
+        trainer.objective = Directed(trainer.objective, rule, trainer)  # type: ignore[assignment]
+
+    result = run_cell(run.cell, arrange=arrange)
+    write_json(run.path(folder), result)
+    return result
+
+
+def report(table: Table, ideas: Sequence[Idea], lr: float, results: Mapping[Run, Any], output: Path) -> str:
+    """Writes table, picture and record; returns the Markdown."""
+    measured: dict[str, dict[str, Measured]] = {}
+    for idea, task in itertools.product(ideas, table.tasks):
+        found = [result for run, result in results.items() if (run.idea, run.task) == (idea.key, task.name)]
+        measured.setdefault(idea.key, {})[task.name] = Measured(
+            accuracies=tuple(accuracy_of(result) for result in found),
+            choice=Choice({"lr": lr}, math.nan, ()),
+            parameters=found[0]["parameters"]["adapter"],
+            seconds=statistics.fmean(result["seconds"] for result in found),
+        )
+    rows = tuple(
+        Row(
+            variant=idea.key,
+            title=idea.title,
+            adapter={},
+            mechanism=None,
+            paper={},
+            paper_params=None,
+            origin=idea.origin,
+        )
+        for idea in ideas
+    )
+    keys = {idea.key for idea in ideas}
+    pairs = [(idea.key, idea.against) for idea in ideas if idea.key != idea.against]
+    pairs += [(idea.key, "adaptformer") for idea in ideas if idea.origin == "ours" and idea.against != "adaptformer"]
+    shown = dataclasses.replace(
+        table, rows=rows, claims=(), added=tuple(pair for pair in dict.fromkeys(pairs) if set(pair) <= keys)
+    )
+    summaries, differences = summarise_table(shown, measured), differences_of(shown, measured)
+    seeds = len(next(iter(measured.values()))[table.tasks[0].name].accuracies)
+    spent = sum(result["seconds"] for result in results.values())
+    title = f"What else experts could do: {table.model}, r = {table.bottleneck}, {seeds} seed(s)"
+    parts = [
+        f"# {title}",
+        f"Test accuracy in percent, ± over seeds; learning rate {lr:g} for every row, as validation chose it for the "
+        "first.",
+        markdown_table(rows_of_table(summaries)),
+        "Seed by seed:",
+        "\n".join(f"- {each}" for each in differences),
+        f"`python benchmarks/expert_ideas.py OUTPUT`, {spent:.0f} s of one thread, {machine()}.",
+    ]
+    markdown = "\n\n".join(parts) + "\n"
+    record = {
+        "title": title,
+        "lr": lr,
+        "measured": {key: {name: each.accuracies for name, each in found.items()} for key, found in measured.items()},
+        "differences": [
+            {**dataclasses.asdict(each), "mean": each.mean, "verdict": each.verdict} for each in differences
+        ],
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_text(output / "ideas.md", markdown)
+    write_json(output / "ideas.json", record)
+    draw_table(summaries, title, output / "ideas.png")
+    return markdown
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder for the table, the picture and the runs' files.")],
+    idea: Annotated[list[str] | None, typer.Option(help="Only these, by key, and what they are held against.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Some of the tasks of table ours-2; repeat.")] = None,
+    lr: Annotated[float, typer.Option(help="What table ours-2 chose for each of its tasks.", min=0)] = 0.03,
+    bottleneck: Annotated[int, typer.Option(help="r.", min=1)] = 64,
+    epochs: Annotated[int | None, typer.Option(help="Another length of each run.", min=1)] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100)] = 8,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each; 1: this one.", min=1)] = 2,
+) -> None:
+    """Compares ways to use experts."""
+    console, began = Console(), time.perf_counter()
+    ideas, table = (
+        chosen_ideas(idea),
+        chosen_tasks(dataclasses.replace(read_table("ours-2"), bottleneck=bottleneck), task),
+    )
+    changes = Changes(recipe={} if epochs is None else {"epochs": epochs})
+    runs = make_runs(table, ideas, lr, seeds, changes)
+    folder = output / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing, done = [run for run in runs if run.result(folder) is None], itertools.count(1)
+
+    def tell(run: Run, result: Mapping[str, Any]) -> None:
+        accuracy = accuracy_of(dict(result))
+        shown = "failed" if accuracy is None else f"{accuracy:.2f} %"
+        console.print(
+            f"{next(done)}/{len(missing)} {run.cell.label}: {shown} ({result['seconds']:.0f} s)", highlight=False
+        )
+
+    run_side_by_side(missing, functools.partial(keep, folder=folder), workers, tell)
+    markdown = report(table, ideas, lr, {run: keep(run, folder) for run in runs}, output)
+    console.print(markdown, highlight=False, markup=False)
+    console.print(f"{time.perf_counter() - began:.0f} s; written to {output}/", highlight=False)
+
+
+def chosen_ideas(keys: Sequence[str] | None) -> tuple[Idea, ...]:
+    """Those of some keys, with what they are held against; None: all.
+
+    Raises:
+        BadParameter: a key is unknown.
+    """
+    known = {idea.key: idea for idea in IDEAS}
+    unknown = sorted(set(keys or ()) - set(known))
+    if unknown:
+        raise typer.BadParameter(f"expected some of {', '.join(known)}, got {', '.join(unknown)}", param_hint="--idea")
+    wanted = set(keys or known) | {known[key].against for key in keys or ()}
+    return tuple(idea for idea in IDEAS if idea.key in wanted)
+
+
+def chosen_tasks(table: Table, names: Sequence[str] | None) -> Table:
+    """The table with some of its tasks; None: all.
+
+    Raises:
+        BadParameter: a task is unknown.
+    """
+    known: dict[str, Task] = {task.name: task for task in table.tasks}
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise typer.BadParameter(f"expected some of {'; '.join(known)}, got {'; '.join(unknown)}", param_hint="--task")
+    return dataclasses.replace(table, tasks=tuple(known[name] for name in names or known))
+
+
+if __name__ == "__main__":
+    typer.run(main)
