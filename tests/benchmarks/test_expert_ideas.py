@@ -1,0 +1,130 @@
+"""Ideas about experts: the rules that choose them, and the comparison in small."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import typer
+
+import mosa_kernels as mk
+from mosa_kernels.data.backbone import load_offline_backbone
+from mosa_kernels.nn.sampler import samplers
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "expert_ideas.py"
+spec = importlib.util.spec_from_file_location("expert_ideas", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+expert_ideas = importlib.util.module_from_spec(spec)
+sys.modules["expert_ideas"] = expert_ideas
+spec.loader.exec_module(expert_ideas)
+
+TASK = "digits, 10 labels a class"
+
+
+def model_of(experts: int = 2) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = load_offline_backbone(4)
+    mk.inject_adapter(model, mk.MoSAConfig(bottleneck=4, num_experts=experts, expert_scale="N"))
+    for projection in expert_ideas.split_projections(model):
+        torch.nn.init.normal_(projection.weight, std=0.02)
+    return model.train()
+
+
+def trainer_at(epoch: int, model: torch.nn.Module | None = None, batches: list | None = None) -> SimpleNamespace:
+    """What the rules look at, after so many of eight epochs."""
+    return SimpleNamespace(
+        progress=SimpleNamespace(epochs_done=epoch),
+        recipe=SimpleNamespace(epochs=8),
+        model=model,
+        loaders=SimpleNamespace(train=batches),
+    )
+
+
+def test_the_rules_choose_by_time_and_class() -> None:
+    labels = torch.arange(6)
+    assert [expert_ideas.merged_first(labels, trainer_at(epoch)) for epoch in (0, 1, 2, 7)] == [-1, -1, None, None]
+    assert [expert_ideas.merged_last(labels, trainer_at(epoch)) for epoch in (0, 5, 6, 7)] == [None, None, -1, -1]
+    trainer = trainer_at(0, model_of(3))
+    assert expert_ideas.by_class(labels, trainer).tolist() == [0, 1, 2, 0, 1, 2]
+    assert expert_ideas.by_class_then_merged(labels, trainer_at(7, trainer.model)) == -1
+
+
+def test_a_directed_objective_runs_the_experts_that_its_rule_names() -> None:
+    model, seen = model_of(), []
+
+    def objective(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor):
+        (assigned,) = {each.assigned for each in samplers(model)}
+        seen.append(None if assigned is None else assigned.tolist())
+        return {"loss": images.sum()}, images
+
+    labels = torch.tensor([3, 0, 1])
+    for epoch, rule in ((0, expert_ideas.by_class), (0, expert_ideas.merged_first), (4, expert_ideas.merged_first)):
+        expert_ideas.Directed(objective, rule, trainer_at(epoch, model))(model, torch.ones(3, 1), labels)
+    assert seen == [[1, 0, 1], -1, None]
+    assert all(each.assigned is None for each in samplers(model))
+
+
+def test_each_expert_owns_the_half_that_its_classes_pull_at() -> None:
+    model = model_of()
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    projections = expert_ideas.split_projections(model)
+    before = [each.assignment.clone() for each in projections]
+    expert_ideas.assign_by_pull(trainer_at(2, model, [(images, labels)]))
+    pull = []
+    for expert in range(2):
+        mine = labels % 2 == expert
+        with mk.experts_per_sample(model, -1):
+            loss = F.cross_entropy(model(images[mine]), labels[mine])
+        pull.append(torch.autograd.grad(loss, [each.weight for each in projections]))
+    for number, (each, old) in enumerate(zip(projections, before, strict=True)):
+        owner = each.assignment
+        assert owner.dtype == torch.uint8
+        assert abs(int(owner.sum()) - owner.numel() / 2) <= 0.5
+        assert (owner != old).any()
+        ratio = pull[1][number].abs() / pull[0][number].abs()
+        assert ratio[owner == 0].max() <= ratio[owner == 1].min() * 1.001
+    with pytest.raises(ValueError, match="a learned assignment is for 2 experts, got 3"):
+        expert_ideas.assign_by_pull(trainer_at(2, model_of(3), []))
+
+
+def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    options = {"idea": ["anchored-learned"], "task": [TASK], "bottleneck": 4, "epochs": 4, "seeds": 1, "workers": 1}
+    expert_ideas.main(tmp_path, lr=0.01, **options)
+    record = json.loads((tmp_path / "ideas.json").read_text())
+    assert set(record["measured"]) == {"anchored", "anchored-learned"}
+    (difference,) = record["differences"]
+    learned, random = (record["measured"][key][TASK][0] for key in ("anchored-learned", "anchored"))
+    assert difference["points"] == pytest.approx([learned - random])
+    assert "which own what their classes pull at" in (tmp_path / "ideas.md").read_text()
+    assert (tmp_path / "ideas.png").stat().st_size > 1000
+
+    (cell,) = (tmp_path / "cells").glob("anchored-learned-*.json")
+    changed = json.loads(cell.read_text())
+    changed["measured"]["mean"]["accuracy"] = 12.5
+    cell.write_text(json.dumps(changed))
+    expert_ideas.main(tmp_path, lr=0.01, **options)
+    again = json.loads((tmp_path / "ideas.json").read_text())
+    assert again["measured"]["anchored-learned"][TASK] == [12.5]  # read, not run again
+
+
+def test_every_idea_is_a_run_of_its_own() -> None:
+    table = expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), [TASK])
+    runs = expert_ideas.make_runs(table, expert_ideas.IDEAS, 0.03, 1, expert_ideas.Changes())
+    assert len({(run.cell.identity, run.choose) for run in runs}) == len(expert_ideas.IDEAS)
+    layers = {run.idea: run.cell.settings.adapter.num_experts for run in runs}
+    assert (layers["deep"], layers["random"]) == ((1, 1, 2, 2), 2)
+
+
+def test_wrong_words_are_named() -> None:
+    with pytest.raises(typer.BadParameter, match=r"expected some of random, .* got best"):
+        expert_ideas.chosen_ideas(["best"])
+    with pytest.raises(typer.BadParameter, match=r"expected some of digits, .* got digits"):
+        expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), ["digits"])
