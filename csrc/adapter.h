@@ -3,6 +3,9 @@
 //   u = LayerNorm(x)    z = u @ w_down_e.T + b_down    h = dropout(act(z))
 //   out = [x] + [residual] + scale * (h @ w_up_e.T + b_up_e)
 //
+// Where a call may have tokens of experts with lists and merged ones, either kind has a forward launch of its own
+// (adapter_served.h).
+//
 // Forward. A block owns a tile of tokens and passes twice over its columns. The first pass multiplies the raw x with
 // Wg = gamma o w_down on the matrix units while it gathers LayerNorm's statistics as shifted sums, since
 //   LayerNorm(x) w_down^T = rstd (x Wg^T - mean s) + w_down beta,    s = Wg 1 from the rounded Wg.
@@ -34,6 +37,7 @@ namespace mosa {
 constexpr int kMaxAdapterWidth = 4096;
 constexpr int kMaxAdapterRank = 256;
 constexpr int kMergedExpert = -1;
+constexpr int kOwnerOfNothing = 255;  // there are at most 255 experts
 
 enum AdapterActivation : uint8_t {
   kAdapterGelu = 0,

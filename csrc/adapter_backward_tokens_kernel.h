@@ -188,8 +188,8 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
     const int column = next - kColumns;
     if (next < p.width) down.begin(p, next);
     if (column >= 0 && warp.busy()) {
-      Raw x[P::kCount];
-      Raw grad[P::kCount];
+      EarlyVector<E> x[P::kCount];
+      EarlyVector<E> grad[P::kCount];
       int count[P::kCount];
 #pragma unroll
       for (int i = 0; i < P::kCount; ++i) {
@@ -197,10 +197,8 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
         const int at = column + warp.column() + patch.column(i);
         const int64_t token = first + row;
         count[i] = take(row) ? p.width - at : 0;
-        if (norm) x[i] = load_raw(p.x.data, p.x.dtype, p.x.wide, token * p.x.stride + at, count[i]);
-        if (p.add_input) {
-          grad[i] = load_raw(b.grad_out.data, p.x.dtype, b.grad_out.wide, token * b.grad_out.stride + at, count[i]);
-        }
+        if (norm) x[i].begin(p.x, token * p.x.stride + at, count[i]);
+        if (p.add_input) grad[i].begin(b.grad_out, token * b.grad_out.stride + at, count[i]);
       }
       Accumulator<E, Warp::kTiles> y;
       y.clear();
@@ -213,21 +211,21 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
       for (int i = 0; i < P::kCount; ++i) {
         if (count[i] <= 0) continue;
         const int row = warp.row() + patch.row(i);
+        const int64_t token = first + row;
+        const int at = column + warp.column() + patch.column(i);
         float other[kVector];
         if (norm) {
           const float mean = tokens.mean[row];
           const float rstd = tokens.rstd[row];
-          unpack(x[i], p.x.dtype, other);
+          x[i].finish(p.x, token * p.x.stride + at, count[i], other);
           for (int n = 0; n < kVector; ++n) {
             value[i][n] = rstd * (value[i][n] - c1[i] - (other[n] - mean) * rstd * c2[i]);
           }
         }
         if (p.add_input) {
-          unpack(grad[i], p.x.dtype, other);
+          grad[i].finish(b.grad_out, token * b.grad_out.stride + at, count[i], other);
           for (int n = 0; n < kVector; ++n) value[i][n] += other[n];
         }
-        const int64_t token = first + row;
-        const int at = column + warp.column() + patch.column(i);
         store_vector(b.x.data, p.x.dtype, b.wide_dx, token * p.width + at, count[i], value[i]);
       }
     }

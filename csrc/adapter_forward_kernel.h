@@ -97,8 +97,8 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
     const int column = next - kColumns;  // of the step whose product is due; before the first one there is none
     if (next < p.width) up.begin(p, next);
     if (column >= 0 && warp.busy()) {
-      Raw x[P::kCount];
-      Raw residual[P::kCount];
+      EarlyVector<E> x[P::kCount];
+      EarlyVector<E> residual[P::kCount];
       int count[P::kCount];
 #pragma unroll
       for (int i = 0; i < P::kCount; ++i) {
@@ -106,10 +106,8 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
         const int at = column + warp.column() + patch.column(i);
         const int64_t token = first + row;
         count[i] = tokens.expert[row] == e ? p.width - at : 0;
-        if (p.add_input) x[i] = load_raw(p.x.data, p.x.dtype, p.x.wide, token * p.x.stride + at, count[i]);
-        if (p.residual.data != nullptr) {
-          residual[i] = load_raw(p.residual.data, p.x.dtype, p.residual.wide, token * p.residual.stride + at, count[i]);
-        }
+        if (p.add_input) x[i].begin(p.x, token * p.x.stride + at, count[i]);
+        if (p.residual.data != nullptr) residual[i].begin(p.residual, token * p.residual.stride + at, count[i]);
       }
       Accumulator<E, Warp::kTiles> y;
       y.clear();
@@ -126,19 +124,19 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
 #pragma unroll
       for (int i = 0; i < P::kCount; ++i) {
         if (count[i] <= 0) continue;
+        const int64_t token = first + warp.row() + patch.row(i);
+        const int at = column + warp.column() + patch.column(i);
         const float* bias = shared.bias[buffer ^ 1] + warp.column() + patch.column(i);
         float summand[kVector];
         for (int n = 0; n < kVector; ++n) value[i][n] = value[i][n] * gain + bias[n];
         if (p.add_input) {
-          unpack(x[i], p.x.dtype, summand);
+          x[i].finish(p.x, token * p.x.stride + at, count[i], summand);
           for (int n = 0; n < kVector; ++n) value[i][n] += summand[n];
         }
         if (p.residual.data != nullptr) {
-          unpack(residual[i], p.x.dtype, summand);
+          residual[i].finish(p.residual, token * p.residual.stride + at, count[i], summand);
           for (int n = 0; n < kVector; ++n) value[i][n] += summand[n];
         }
-        const int64_t token = first + warp.row() + patch.row(i);
-        const int at = column + warp.column() + patch.column(i);
         store_vector(out.out, p.x.dtype, out.wide_out, token * p.width + at, count[i], value[i]);
       }
     }

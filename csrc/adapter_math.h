@@ -57,10 +57,11 @@ __device__ inline int64_t group_value(const AdapterGroups& from, int token) {
   return from.is_int64 ? static_cast<const int64_t*>(from.data)[group] : static_cast<const int32_t*>(from.data)[group];
 }
 
-// The id of a token's expert; every negative one is the merged adapter.
+// The id of a token's expert; every negative one is the merged adapter. Owners are bytes, of which 255 names none, and
+// are compared four at a time: what is beyond becomes 255.
 __device__ inline int expert_of(const AdapterParams& p, int token) {
   const int64_t id = group_value(p.expert, token);
-  return id < 0 ? kMergedExpert : static_cast<int>(id < kNoExpert ? id : kNoExpert - 1);
+  return id < 0 ? kMergedExpert : static_cast<int>(id < kOwnerOfNothing ? id : kOwnerOfNothing);
 }
 
 // The draws of a token's bottleneck entries.

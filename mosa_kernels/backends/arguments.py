@@ -22,7 +22,7 @@ class AdapterArguments(NamedTuple):
     """
 
     x: Tensor  # [..., d]
-    residual: Tensor | None  # like x
+    residual: Tensor | None  # like x; under autocast its dtype may be narrower
     w_down: Tensor  # [r, d]
     b_down: Tensor | None  # [r]
     w_up: Tensor  # [d, r]

@@ -25,8 +25,9 @@ class _Entry(NamedTuple):
 class PerAssignment(Generic[Found]):
     """The answers of `make(assignment)`, each kept as long as its assignment lives and stays as it is.
 
-    The first question about an assignment may wait for the device, later ones look the answer up. While a CUDA graph is
-    being captured nothing may wait: an assignment that is met for the first time then goes without an answer.
+    The first question about an assignment waits for the device, so that every stream may use the answer; later ones
+    look it up. There is no answer while a CUDA graph is captured: the graph would keep the answer's address, and go on
+    reading it when the assignment has changed, by loading a checkpoint, or is gone.
     """
 
     def __init__(self, make: Callable[[Tensor], Found | None]) -> None:
@@ -35,6 +36,8 @@ class PerAssignment(Generic[Found]):
 
     def of(self, assignment: Tensor) -> Found | None:
         if assignment.is_inference():  # whose changes leave no trace
+            return None
+        if assignment.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         key = id(assignment)
         entry = self.entries.get(key)
@@ -45,9 +48,11 @@ class PerAssignment(Generic[Found]):
             and entry.address == assignment.data_ptr()
         ):
             return entry.found  # type: ignore[return-value]
-        if assignment.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
+        if entry is not None and assignment.is_cuda:  # another stream may still read the old answer
+            torch.cuda.synchronize(assignment.device)
         found = self.make(assignment)
+        if assignment.is_cuda:
+            torch.cuda.current_stream(assignment.device).synchronize()
         source = weakref.ref(assignment, lambda _: self.entries.pop(key, None))
         self.entries[key] = _Entry(source, assignment._version, assignment.data_ptr(), found)
         return found

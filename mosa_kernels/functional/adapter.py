@@ -123,7 +123,10 @@ class AdapterFunction(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 out, mean, rstd = _forward_op(*arguments)
-        ctx.save_for_backward(mean, rstd, *arguments[:_TENSORS])
+        residual = arguments[_RESIDUAL]
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        # The backward pass has no use for the residual, whose memory may thus go.
+        ctx.save_for_backward(mean, rstd, *arguments[:_RESIDUAL], None, *arguments[_RESIDUAL + 1 : _TENSORS])
         ctx.options = arguments[_TENSORS:]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
@@ -146,7 +149,7 @@ class AdapterFunction(torch.autograd.Function):
             if need:
                 found[position] = grad
         if ctx.needs_input_grad[_RESIDUAL]:
-            found[_RESIDUAL] = grad_out
+            found[_RESIDUAL] = grad_out.to(ctx.residual_dtype)
         return tuple(found)
 
 
@@ -231,7 +234,8 @@ def mosa_adapter(
         norm_weight, norm_bias: LayerNorm parameters [d], or None.
         activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or "identity".
         scale: a number, or a learnable tensor [].
-        residual: a second summand of the output, shaped like x, or None.
+        residual: a second summand of the output, shaped like x, or None. Of x's dtype; under autocast the output has
+            the wider one of both.
         add_input: whether x itself is a summand of the output.
         dropout_p: probability of dropping an entry of the bottleneck.
         seed: of the dropout mask: a number, or int64 [] or [G] like `expert`; None draws one from PyTorch's default
@@ -255,8 +259,7 @@ def mosa_adapter(
     if autocasts and torch.is_autocast_enabled(x.device.type):
         compute_dtype = torch.get_autocast_dtype(x.device.type)
         if residual is not None and residual.dtype != x.dtype:
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
+            x = x.to(torch.promote_types(x.dtype, residual.dtype))  # a narrower residual is widened as it is added
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
     args = AdapterArguments(

@@ -44,7 +44,11 @@ def check_adapter(args: AdapterArguments) -> None:
     if args.residual is not None and args.residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {list(x.shape)}, got {list(args.residual.shape)}")
     if args.residual is not None and args.residual.dtype != x.dtype:
-        raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {args.residual.dtype}")
+        mixed = args.compute_dtype is not None and torch.promote_types(x.dtype, args.residual.dtype) == x.dtype
+        if not mixed:
+            raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {args.residual.dtype}")
+    _check_device("residual", args.residual, x)
+    _check_device("activity", args.activity, x)
     if args.scale_tensor is not None and args.scale_tensor.dim() != 0:
         raise ValueError(f"scale: expected a number or a tensor of shape [], got {list(args.scale_tensor.shape)}")
     if args.activity is not None and args.activity.dim() != 1:

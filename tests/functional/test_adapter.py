@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mosa_kernels as mk
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.choice import choose_adapter_backend
+from mosa_kernels.functional import adapter, checks
 from mosa_kernels.functional.adapter import AdapterFunction
 
 D, R, N = 24, 6, 3
@@ -236,6 +237,8 @@ def _bad(**changed: object) -> dict[str, object]:
         ),
         ({"w_up": torch.randn(D, R).half()}, TypeError, "w_up: expected torch.float32 .*got torch.float16"),
         ({"w_up": torch.randn(D, R, device="meta")}, ValueError, "w_up: expected on cpu .*got meta"),
+        ({"residual": torch.randn(2, 5, D, device="meta")}, ValueError, "residual: expected on cpu .*got meta"),
+        ({"activity": torch.zeros(N, device="meta")}, ValueError, "activity: expected on cpu .*got meta"),
         ({"assignment": _assignment().to("meta")}, ValueError, "assignment: expected on cpu .*got meta"),
         ({"scale": torch.ones(1)}, ValueError, r"scale: expected a number or a tensor of shape \[\], got \[1\]"),
         ({"expert": N}, ValueError, r"expert: expected 0 to 2, or -1 for the merged adapter, got \[3\]"),
@@ -254,6 +257,49 @@ def _bad(**changed: object) -> dict[str, object]:
 def test_bad_input_is_named(changed: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mk.mosa_adapter(**_bad(**changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_residual_is_not_kept(backend: str) -> None:
+    w, x, residual = _weights(), torch.randn(4, 7, D, requires_grad=True), torch.randn(4, 7, D, requires_grad=True)
+    kept: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = mk.mosa_adapter(x, assignment=_assignment(), expert=1, residual=residual, backend=backend, **w)
+    assert x.untyped_storage().data_ptr() in kept
+    assert residual.untyped_storage().data_ptr() not in kept
+    grad_out = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, residual, grad_out)[0], grad_out)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("wide", "narrow"), [("x", "residual"), ("residual", "x")])
+def test_autocast_widens_the_narrower_of_x_and_residual(
+    backend: str, wide: str, narrow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The FFN's output is bf16 under autocast, the residual stream float32: no copy of the former is made for that."""
+    w, assignment, seen = _weights(), _assignment(), []
+    monkeypatch.setattr(adapter, "check_adapter", lambda args: seen.append(args) or checks.check_adapter(args))
+    tokens = {wide: torch.randn(4, 7, D), narrow: torch.randn(4, 7, D).bfloat16()}
+    leaves = {name: value.requires_grad_() for name, value in tokens.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mk.mosa_adapter(assignment=assignment, expert=1, backend=backend, **leaves, **w)
+    assert out.dtype == torch.float32
+    assert seen[0].residual.dtype == tokens["residual"].dtype
+    grad_out = torch.randn_like(out)
+    found = torch.autograd.grad(out, list(leaves.values()), grad_out)
+    same = {name: value.detach().float().requires_grad_() for name, value in tokens.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = mk.mosa_adapter(assignment=assignment, expert=1, backend=backend, **same, **w)
+    torch.testing.assert_close(out, expected)
+    wanted = torch.autograd.grad(expected, list(same.values()), grad_out)
+    for name, grad, other in zip(leaves, found, wanted, strict=True):
+        assert grad.dtype == tokens[name].dtype
+        torch.testing.assert_close(grad, other.to(grad.dtype))
 
 
 def test_nothing_of_the_caller_is_changed() -> None:

@@ -56,6 +56,17 @@ def sparse_down(d: int, r: int, n: int = 4) -> dict[str, Tensor]:
     }
 
 
+def call_of_no_expert(dtype: torch.dtype, r: int, n: int = 4) -> tuple[AdapterArguments, AdapterArguments]:
+    """A call with ids behind the rows of b_up, where there is NaN; and the same call with rows of zeros there."""
+    ids = torch.tensor([n, n + 1, n - 1])
+    args = full_call(3, 5, 24, r, dtype, n=n, expert=ids, activity=None)
+    assert args.b_up is not None
+    rows = torch.full((n + 2, 24), float("nan"), dtype=args.b_up.dtype)
+    rows[:n] = args.b_up.detach()
+    padded = rows.nan_to_num(0.0)
+    return args._replace(b_up=rows[:n].requires_grad_()), args._replace(b_up=padded.requires_grad_())
+
+
 def relu_call(d: int, dtype: torch.dtype) -> AdapterArguments:
     """A call whose units lie far from zero, on either side, so that no rounding decides a slope of relu."""
     args = full_call(2, 20, d, 12, dtype, activation="relu", expert=torch.tensor(1))

@@ -67,7 +67,7 @@ def _seen_by(e: int, w: Tensor, owner: Tensor | None, initial: Tensor | None, ar
     if owner is None:
         return w
     rest = torch.zeros_like(w) if initial is None else initial
-    factor = torch.full_like(w, args.merged_scale) if e < 0 else args.expert_scale * (owner == e).double()
+    factor = torch.full_like(w, args.merged_scale) if e < 0 else args.expert_scale * (owner.long() == e).double()
     return rest + factor * (w - rest)
 
 

@@ -34,6 +34,8 @@ def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
         out: contiguous, shape and dtype of x.
         mean, rstd: LayerNorm statistics, float32 [T]; empty without a norm.
     """
+    if args.residual is not None and args.residual.dtype != args.x.dtype:
+        args = args._replace(residual=args.residual.to(args.x.dtype))
     run = compiled.adapter_forward if compiled.supports_adapter(args)[0] else forward.adapter_forward
     return run(args)
 

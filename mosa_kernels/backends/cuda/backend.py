@@ -11,10 +11,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels._extension import extension
 from mosa_kernels.backends.adapter_kernels import takes
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter
+from mosa_kernels.backends.cuda.code import why_no_code
 
 _found: tuple[bool, str] | None = None
 
@@ -34,9 +35,6 @@ def _look() -> tuple[bool, str]:
         return False, "there is no CUDA device"
     if torch.version.hip is not None:
         return False, "the kernels are for NVIDIA GPUs"
-    capability = torch.cuda.get_device_capability()
-    if not has_code_for(capability):
-        return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
     return True, ""
 
 
@@ -44,7 +42,8 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     """Whether this backend takes the call, and if not, why. Looks at no tensor's values."""
     if not args.x.is_cuda:
         return False, f"x is on {args.x.device}, not on a CUDA device"
-    return takes(args)
+    reason = why_no_code(args.x.device)
+    return takes(args) if reason is None else (False, reason)
 
 
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:

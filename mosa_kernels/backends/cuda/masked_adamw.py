@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels._extension import extension
+from mosa_kernels.backends.cuda.code import why_no_code
 from mosa_kernels.backends.element_types import DTYPE_CODES
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 
@@ -32,9 +33,9 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
     device = tensors.params[0].device
     if device.type != "cuda":
         return False, f"params[0] is on {device}, not on a CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if not has_code_for(capability):
-        return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
+    reason = why_no_code(device)
+    if reason is not None:
+        return False, reason
     return supports_tensors(tensors, options)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels._extension import extension
+from mosa_kernels.backends.cuda.code import why_no_code
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.backends.merge_kernels import describe, empty_outputs, takes
 
@@ -19,9 +20,9 @@ def available() -> tuple[bool, str]:
 
 def supports_merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | None) -> tuple[bool, str]:
     for device in {a.w_down.device for a in adapters if a.w_down.is_cuda}:
-        capability = torch.cuda.get_device_capability(device)
-        if not has_code_for(capability):
-            return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
+        reason = why_no_code(device)
+        if reason is not None:
+            return False, reason
     return takes(adapters, dtype, "cuda")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels._extension import extension
+from mosa_kernels.backends.cuda.code import why_no_code
 from mosa_kernels.backends.split import SplitLayout
 
 
@@ -21,9 +22,9 @@ def supports_split(layout: SplitLayout, seed: Tensor, device: torch.device) -> t
         return False, f"device: expected a CUDA device, got {device}"
     if torch.compiler.is_compiling() or type(seed) is not Tensor:
         return False, "seed: has no value while it is traced"
-    capability = torch.cuda.get_device_capability(device)
-    if not has_code_for(capability):
-        return False, "the CUDA kernels were not built for sm_{}{}".format(*capability)
+    reason = why_no_code(device)
+    if reason is not None:
+        return False, reason
     return True, ""
 
 

@@ -23,6 +23,7 @@ from mosa_kernels.backends.triton.plan import Parts, Plan, float32_precision
 
 TENSORS = AdapterArguments._fields.index("expert_id")  # the tensors come first, then the options
 _CONSTANT = AdapterArguments._fields.index("norm_eps")  # options from here on are part of the key, ids and seeds not
+_MOST = 4096  # calls and kernels kept
 _DYNAMIC = ("expert_id", "seed_id")  # the numbers that differ between calls that are alike
 
 
@@ -117,7 +118,11 @@ def call_like(
         table.ONE_LAUNCH,
         args.x.get_device(),
     )  # fmt: skip
-    found: Call | None = launching._compiled.get(key)
+    known = launching._compiled
+    found: Call | None = known.get(key)
     if found is None:
-        found = launching._compiled[key] = make(args, lists, *others)
+        if len(known) >= _MOST:  # a schedule of the scale, say, makes a call of its own at each step
+            for stale in [each for each, kept in known.items() if isinstance(kept, Call)]:
+                del known[stale]
+        found = known[key] = make(args, lists, *others)
     return found

@@ -59,7 +59,7 @@ def plan_of(args: AdapterArguments, arch: int, lists: Tensor | None = None, serv
         threshold=drop_threshold(args.dropout_p) if dropout else 0,
         keep_scale=1 / (1 - args.dropout_p),
         bias_rows=b_up.shape[0] if b_up is not None and b_up.dim() == 2 else 0,
-        centre=args.x.dtype == torch.float32,
+        centre=args.x.dtype == torch.float32 or args.x.dtype != dtype,
         raw=args.norm_weight is not None and dtype == args.x.dtype == torch.bfloat16,
         served=served,
         lists=0 if lists is None else lists.shape[0],
@@ -157,11 +157,16 @@ class Rows(NamedTuple):
     stride: int
 
 
+_WIDEST_ROW = 8
+"""In widths of x. The stride is a constant of the kernels: that of a slice of wider rows has few values, while that of
+one token of each image, x[:, 0], has one for each token count, and would have the kernels compiled anew for each."""
+
+
 def rows_of(x: Tensor) -> Rows:
     """The rows of x in place, or of a copy where its strides do not allow that."""
     if x.is_contiguous():
         return Rows(x, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
+    if rows.stride(1) != 1 or rows.stride(0) > _WIDEST_ROW * rows.shape[1]:
         rows = rows.contiguous()
     return Rows(rows, rows.stride(0))

@@ -11,7 +11,7 @@ import cuda_on_host
 import pytest
 import torch
 from accuracy import Expected, all_needs, argument, on, well_conditioned
-from calls import full_call, hard_tokens, relu_call, sparse_down
+from calls import call_of_no_expert, full_call, hard_tokens, relu_call, sparse_down
 from cases import adapter_calls
 from cuda_machine import (
     TWO_RANKS,
@@ -93,6 +93,23 @@ def test_ids_of_any_integer_type(machine: Machine, dtype: torch.dtype) -> None:
 
 
 @on_machines
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ids_of_no_expert_own_nothing(machine: Machine, dtype: torch.dtype) -> None:
+    """An owner is a byte: what comes after 255 must not be taken for what it leaves of division by 256."""
+    args, padded = call_of_no_expert(dtype, 8)
+    grad_out = torch.randn_like(args.x)
+    out, gradients = machine.run(on(args, machine.device), grad_out.to(machine.device))
+    expected = Expected(padded, grad_out)
+    expected.check_out(out.cpu())
+    assert gradients.b_up.isfinite().all()
+    for beyond in ((255, 256, 257), (2**31 - 1, 511, 254)):
+        for r in (8, 80):
+            ids = torch.tensor(beyond)
+            args = full_call(3, 5, 24, r, dtype, expert=ids, b_up=None, activity=None, **sparse_down(24, r))
+            machine.check(args)
+
+
+@on_machines
 def test_the_activity_without_anything_of_the_experts(machine: Machine) -> None:
     for expert_id in (1, -1):
         machine.check(full_call(1, 7, 24, 6, assignment=None, b_up=None, expert_id=expert_id))
@@ -112,6 +129,9 @@ def test_autocast_multiplies_in_half_and_keeps_float32(machine: Machine, dtype: 
     machine.check(full_call(2, 30, 64, 16, dtype, torch.float32, compute_dtype=dtype, **sparse_down(64, 16)))
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     machine.check(full_call(2, 30, 64, 16, other, torch.float32, compute_dtype=dtype))
+    for r in (16, 40):
+        residual = torch.randn(2, 30, 64).to(dtype).requires_grad_()  # an FFN's output beside a float32 stream
+        machine.check(full_call(2, 30, 64, r, compute_dtype=dtype, residual=residual))
 
 
 @on_machines
@@ -122,6 +142,9 @@ def test_outlier_columns_and_a_mean_far_from_zero(machine: Machine, dtype: torch
     machine.check(full_call(2, 20, 96, 16, dtype, x=shifted.to(dtype).requires_grad_()))
     if dtype != torch.float32:
         machine.check(full_call(2, 20, 96, 16, x=shifted.requires_grad_(), compute_dtype=dtype))
+        other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+        narrow = shifted.to(other).requires_grad_()
+        machine.check(full_call(2, 20, 96, 16, other, torch.float32, x=narrow, compute_dtype=dtype))
 
 
 @on_machines

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import Expected, all_needs, argument, on, well_conditioned
-from calls import full_call, sparse_down
+from calls import call_of_no_expert, full_call, hard_tokens, sparse_down
 from cases import adapter_calls
 from hypothesis import Phase, given, settings
 from poison import poisoned_memory
@@ -283,6 +283,40 @@ def test_ids_and_seeds_that_are_columns_of_a_table() -> None:
     args = call(3, 10, 32, 6, dropout_p=0.3)._replace(seed=(table * 2**33 + 7).to(DEVICE)[:, 1])
     check(args._replace(expert=table.to(DEVICE)[:, 0]))
     check(args._replace(expert=table.to(DEVICE)[1, 0].expand(3)))
+
+
+def test_ids_of_no_expert_own_nothing() -> None:
+    args, padded = call_of_no_expert(torch.float32, 8)
+    grad_out = torch.randn_like(args.x)
+    out, gradients = run(on(args, DEVICE), grad_out.to(DEVICE))
+    Expected(padded, grad_out).check_out(out.cpu())
+    assert gradients.b_up is not None
+    assert gradients.b_up.isfinite().all()
+
+
+def test_a_narrower_residual_is_widened_as_it_is_added() -> None:
+    residual = torch.randn(2, 30, 48).to(torch.float16).requires_grad_()
+    check(call(2, 30, 48, 16, compute_dtype=torch.float16, residual=residual))
+
+
+def test_tokens_far_from_zero_in_another_half_precision() -> None:
+    """Rounded to the products' dtype as they lie in memory, they would lose what tells them apart."""
+    _, shifted = hard_tokens(96, [0])
+    narrow = shifted.bfloat16().requires_grad_()
+    check(call(2, 20, 96, 16, torch.bfloat16, torch.float32, x=narrow, compute_dtype=torch.float16))
+    for dtype, other in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        args = full_call(dtype=dtype, parameter_dtype=torch.float32)
+        assert not plan.plan_of(args, 80).centre
+        assert plan.plan_of(args._replace(compute_dtype=other), 80).centre
+
+
+def test_one_token_of_each_image_makes_no_kernel_of_each_length() -> None:
+    strides = {plan.rows_of(torch.randn(3, length, 48)[:, 0]).stride for length in (20, 50, 197)}
+    assert strides == {48}
+    wide = torch.randn(3, 7, 3 * 48)[..., 48:96]
+    assert plan.rows_of(wide).stride == 144  # in place
+    assert plan.rows_of(wide).data.data_ptr() == wide.data_ptr()
+    check(call(3, 1, 48, 8, x=torch.randn(3, 20, 48)[:, :1].requires_grad_(), residual=None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

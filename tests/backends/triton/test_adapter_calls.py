@@ -14,7 +14,7 @@ from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.optim import MoSAAdamW
 
 pytest.importorskip("triton", reason="PyTorch came without Triton")
-from mosa_kernels.backends.triton import adapter_forward, configs, launch
+from mosa_kernels.backends.triton import adapter_calls, adapter_forward, configs, launch
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter is given tensors, not addresses")
 
@@ -174,3 +174,15 @@ def test_addresses_that_are_not_aligned_have_kernels_of_their_own(
     backend.adapter_forward(call({}))
     assert aligned == [True, False]
     assert [found["residual"] == shifted.data_ptr() for _, found in noted] == [False, True, True, False]
+
+
+def test_a_number_that_changes_at_each_step_fills_no_memory(
+    noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_calls, "_MOST", 5)
+    launch._compiled["a kernel"] = "machine code"
+    for step in range(12):
+        adapter_forward.adapter_forward(call({"scale": 1 / (1 + step)}))
+    assert len(noted) == 12
+    assert len(launch._compiled) <= 5
+    assert launch._compiled["a kernel"] == "machine code"
