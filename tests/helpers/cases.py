@@ -17,12 +17,13 @@ def adapter_calls(
     max_width: int = 70,
     max_bottleneck: int = 20,
     max_tokens: int = 40,
+    min_bottleneck: int = 1,
 ) -> AdapterArguments:
     """A call with random shapes, options and values. Every differentiable tensor requires grad."""
     dtype = draw(st.sampled_from(dtypes))
     parameter_dtype = draw(st.sampled_from((dtype, torch.float32))) if dtype != torch.float64 else dtype
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    d, r = draw(st.integers(1, max_width)), draw(st.integers(1, max_bottleneck))
+    d, r = draw(st.integers(1, max_width)), draw(st.integers(min_bottleneck, max_bottleneck))
     batch, length = draw(st.integers(1, 4)), draw(st.integers(1, max(1, max_tokens // 4)))
     num_experts = draw(st.integers(1, 5))
     flags = {

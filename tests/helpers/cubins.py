@@ -59,7 +59,8 @@ def resource_usage(binary: Path) -> list[Usage]:
 
 def _own_shared(architecture: str, shared: int) -> int:
     number = re.search(r"\d+", architecture)
-    return shared - (_RESERVED if number is not None and int(number[0]) >= _FIRST_RESERVING else 0)
+    reserved = _RESERVED if number is not None and int(number[0]) >= _FIRST_RESERVING else 0
+    return max(0, shared - reserved)  # 0 is reported where a kernel has none of its own
 
 
 def kernel_name(symbol: str) -> str:

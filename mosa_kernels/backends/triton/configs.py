@@ -2,7 +2,8 @@
 
 The token count is no key, so that no new kernel is compiled for a new batch. The entries are chosen so that ahead of
 time compilation reports no spilled registers and at most 99 KB of shared memory (what a block may use on the smaller
-GPUs of the 8.x and 12.x families), which `tests/backends/triton/test_compile.py` holds. Among those that pass, the ones
+GPUs of the 8.x and 12.x families), which `tests/backends/triton/test_compile.py` holds; where options need more
+memory, such as float32 weights in a half precision product, a launch prefetches less far (`Launch.compile`). Among those that pass, the ones
 with more warps on a multiprocessor were taken; their speed has not been measured.
 """
 
@@ -47,20 +48,20 @@ not been measured. Set it to 16 to compare.
 
 
 @cache
-def configs(width: int, units: int, matmul_dtype: torch.dtype, arch: int, listed: bool = False) -> Configs:
+def configs(width: int, units: int, matmul_dtype: torch.dtype, arch: int, crowded: bool = False) -> Configs:
     """The table.
 
     Args:
         units: of the bottleneck that are multiplied at a time.
         arch: 10 times the compute capability.
-        listed: whether they are read from lists, whose addresses take registers.
+        crowded: whether addresses of listed units or a sparse down-projection's second weights take registers, too.
     """
     family = "hopper" if 90 <= arch < 120 else "ampere"  # 12.x has the shared memory of 8.6
     half = _HALF_HOPPER if family == "hopper" else _HALF_AMPERE
     table = _FLOAT32 if matmul_dtype == torch.float32 else half
     columns = padded(width)
     size = padded(units)
-    if listed and matmul_dtype == torch.float32:
+    if crowded and matmul_dtype == torch.float32:
         size = max(128, 2 * size)
     row = table[next(limit for limit in sorted(table) if size <= limit)]
     forward, tokens, weights = (config._replace(block_d=min(config.block_d, columns)) for config in row)

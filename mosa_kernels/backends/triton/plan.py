@@ -66,7 +66,7 @@ def plan_of(args: AdapterArguments, arch: int, lists: Tensor | None = None, serv
         units=units,
         dtype=_DTYPES[dtype],
         precision=float32_precision() if dtype == torch.float32 else "tf32",
-        configs=configs(args.width, units, dtype, arch, lists is not None),
+        configs=configs(args.width, units, dtype, arch, lists is not None or args.assignment_down is not None),
     )
 
 

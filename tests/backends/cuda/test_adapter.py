@@ -57,6 +57,14 @@ def test_any_call(machine: Machine, args: AdapterArguments) -> None:
 
 
 @on_machines
+@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+@given(args=adapter_calls(dtypes=DTYPES, max_width=40, min_bottleneck=33, max_bottleneck=256, max_tokens=12))
+def test_any_call_with_a_wide_bottleneck(machine: Machine, args: AdapterArguments) -> None:
+    assume(min(args.width, args.x.numel() // args.width) >= 6)
+    machine.check(args._replace(activation="silu") if args.activation == "relu" else args)
+
+
+@on_machines
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_relu_in_half_precision(machine: Machine, dtype: torch.dtype) -> None:
     machine.check(relu_call(48, dtype))

@@ -13,7 +13,7 @@ import torch
 from accuracy import Expected, all_needs, argument, on, well_conditioned
 from calls import call_of_no_expert, full_call, hard_tokens, sparse_down
 from cases import adapter_calls
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from poison import poisoned_memory
 from torch import Tensor
 
@@ -79,6 +79,13 @@ def call(*sizes: Any, **options: Any) -> AdapterArguments:
 @given(adapter_calls(dtypes=DTYPES))
 def test_any_call(args: AdapterArguments) -> None:
     check(on(well_conditioned(args), DEVICE))
+
+
+@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+@given(args=adapter_calls(dtypes=DTYPES, max_width=40, min_bottleneck=33, max_bottleneck=256, max_tokens=12))
+def test_any_call_with_a_wide_bottleneck(args: AdapterArguments) -> None:
+    assume(min(args.width, args.x.numel() // args.width) >= 6)
+    check(on(args._replace(activation="silu") if args.activation == "relu" else args, DEVICE))
 
 
 @pytest.mark.parametrize(

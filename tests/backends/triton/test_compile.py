@@ -117,17 +117,21 @@ def test_the_table(kernel: str, r: int, arch: int, dtype: torch.dtype, tmp_path:
         {"dtype": torch.float32, "compute_dtype": torch.bfloat16},
         {"dtype": torch.float16, "weight_dtype": torch.float32, "sparse_down": True},
         {"dtype": torch.float32},
+        {"dtype": torch.float32, "sparse_down": True, "arch": 80},
+        {"dtype": torch.float32, "sparse_down": True, "arch": 80, "d": 1000, "r": 48},
     ],
-    ids=["autocast", "float32 weights, sparse down", "float32"],
+    ids=["autocast", "float32 weights, sparse down", "float32", "float32, sparse down", "the same, odd"],
 )
 def test_options_that_need_the_most_memory(kernel: str, options: dict[str, Any], tmp_path: Path) -> None:
-    d, r = 768, 64
     options = dict(options)
+    d, r, arch = options.pop("d", 768), options.pop("r", 64), options.pop("arch", 90)
     if options.pop("sparse_down", False):
         options["assignment_down"] = torch.empty(r, d, dtype=torch.uint8, device="meta")
         options["w_down_init"] = torch.empty(r, d, device="meta")
-    machine_code = compiled(call(d, r, options.pop("dtype"), options.pop("weight_dtype", None), **options), kernel, 90)
-    _, spilled = registers_and_spills(machine_code, 90, tmp_path)
+    machine_code = compiled(
+        call(d, r, options.pop("dtype"), options.pop("weight_dtype", None), **options), kernel, arch
+    )
+    _, spilled = registers_and_spills(machine_code, arch, tmp_path)
     assert machine_code.metadata.shared <= SMALL_SHARED
     assert spilled == 0
 
