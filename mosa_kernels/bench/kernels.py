@@ -71,13 +71,23 @@ def cases(operators: Sequence[str], points: Sequence[Point], device: torch.devic
             yield from (make(point, device) for point in of_a_model(points, name))
     if "alignment" in operators:
         for point in of_a_model(points, "alignment"):
+            _forget_compiled(effort)
             yield AlignmentCase(point, device, effort.compiled)
     wanted = [direction for direction in DIRECTIONS if OPERATORS[direction] in operators]
     if wanted:
         for point in points:
+            _forget_compiled(effort)
             adapter = Adapter(point, device, effort.compiled)
             yield from (adapter.case(direction) for direction in wanted)
             del adapter
+
+
+def _forget_compiled(effort: Effort) -> None:
+    """The points share a function, and torch.compile gives up on one that it has compiled eight times."""
+    if effort.compiled:
+        import torch._dynamo
+
+        torch._dynamo.reset()
 
 
 _ALL_ADAPTERS: dict[str, Callable[[Point, torch.device], Case]] = {"merge": MergeCase, "masked_adamw": MaskedAdamWCase}

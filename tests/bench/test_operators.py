@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo import config as dynamo
 
 from mosa_kernels.bench import kernels, records, report, run
 from mosa_kernels.bench.adapter import Adapter
@@ -145,6 +146,18 @@ def test_compiled_providers_run_in_every_direction() -> None:
         for operator in ("adapter_forward", "adapter_backward"):
             effort = Effort(rounds=3, seconds=0.1, compiled=("compile",), providers=("compile",))
             (case,) = cases((operator,), (SMALL,), CPU, effort)
+            (row,) = measure_case(case, CPU, LIMITS, effort)["rows"]
+            assert row["status"] == "ok", row
+
+
+@pytest.mark.parametrize("operator", ["adapter_forward", "alignment"])
+def test_every_point_is_compiled_however_many_there_are(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    effort = Effort(rounds=3, seconds=0.1, compiled=("compile",), providers=("compile",))
+    points = [SMALL._replace(model=model) for model in ("swin_b_4", "vit_ti", "vit_s", "vit_b")]
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiled(f, backend="eager", **options))
+    with dynamo.patch(recompile_limit=2), kernels.fresh_compiler():
+        for case in cases((operator,), points, CPU, effort):
             (row,) = measure_case(case, CPU, LIMITS, effort)["rows"]
             assert row["status"] == "ok", row
 
