@@ -80,6 +80,34 @@ def test_idle_experts_have_no_gradient_and_that_is_checked() -> None:
     assert "exactly zero" in str(expected.check(leak).reason)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_what_the_adapter_adds_is_held_to_account(dtype: str) -> None:
+    """It is a small part of the output, and drowns in the rounding of the rest if only the output is looked at."""
+    adapter = Adapter(Point("vit_ti", 4, 16, 4, dtype, "call"), CPU)
+    expected = adapter.expected("expert", "both")
+    carried = {"out": (adapter.x + adapter.residual).detach(), "x": adapter.grad_out}
+    for name, rest in carried.items():
+        added = expected.exact[name] - rest.double()
+        for share, green in ((1.0, True), (0.95, False), (0.85, False)):
+            found = (rest.double() + share * added).to(rest.dtype)
+            verdict = expected.check({**expected.eager, name: found})
+            assert verdict.green is green, (share, verdict)
+        for wrong in (slice(-1, None), (slice(None), slice(None), slice(-8, None))):  # an image, the last channels
+            part = added.clone()
+            part[wrong] = 0
+            verdict = expected.check({**expected.eager, name: (rest.double() + part).to(rest.dtype)})
+            assert not verdict.green
+        lost = expected.eager[name].clone()
+        lost[-1, -1, -16:] = 0
+        assert not expected.check({**expected.eager, name: lost}).green
+
+
+def test_a_gradient_that_is_not_there_is_red() -> None:
+    expected = Adapter(POINTS[0], CPU).expected("expert", "both")
+    found = {name: tensor for name, tensor in expected.eager.items() if name != "w_up"}
+    assert expected.check(found).reason == "w_up: there is none"
+
+
 def test_bytes_of_vit_b_are_those_counted_by_hand() -> None:
     point = Point("vit_b", 128, 64, 4, "bf16")
     activations, bottleneck = 128 * 197 * 768 * 2, 128 * 197 * 64 * 2

@@ -43,6 +43,15 @@ def test_twice_the_error_is_allowed_and_no_more() -> None:
         assert Expected({"x": exact}, {"x": eager}, {}).check({"x": (exact + error).float()}).green is green
 
 
+def test_one_wrong_entry_among_many_is_red() -> None:
+    exact = torch.ones(100_000, dtype=torch.float64)
+    eager = (exact + 1e-3).float()
+    found = eager.clone()
+    found[77] = 1.1
+    verdict = Expected({"x": exact}, {"x": eager}, {}).check({"x": found})
+    assert str(verdict.reason).startswith("x: an entry is off by 0.1")
+
+
 def test_what_no_active_expert_owns_has_to_be_exactly_zero() -> None:
     exact = torch.tensor([1.0, 0.0], dtype=torch.float64)
     idle = {"w_up": torch.tensor([False, True])}
