@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mosa_kernels.bench.records import Record, timings
+from mosa_kernels.bench.records import Record, failures, timings
 from mosa_kernels.bench.run import JSON, Say, read
 
 ORDER = (0, 1, 1, 0)  # a drift of the machine hits both alike
@@ -42,7 +42,7 @@ def measure_commits(names: Sequence[str], arguments: Sequence[str], clone: Path,
         clone: the repository.
 
     Raises:
-        ValueError: a name is no commit, or a commit does not build or has no such command.
+        ValueError: a name is no commit, or a commit does not build, has no such command or dies of it.
     """
     commits = [resolve(name, clone) for name in names]
     with tempfile.TemporaryDirectory(prefix="mosa-bench-") as scratch:
@@ -64,12 +64,16 @@ def measure_commits(names: Sequence[str], arguments: Sequence[str], clone: Path,
 
 
 def faster(first: Record, second: Record) -> Record:
-    """The first report with the rows of the second where those are faster."""
+    """The first report with the rows of the second where those are faster, or wrong: once is enough."""
     others = dict(timings(second))
     for name, row in timings(first):
         other = others.get(name, {})
         if "ms" in row and "ms" in other and other["ms"]["median"] < row["ms"]["median"]:
             row["ms"] = other["ms"]
+        elif "ms" in row and other.get("status") in ("red", "failed"):
+            del row["ms"]
+            row |= {"status": other["status"], "reason": other["reason"]}
+    first["broken"] = list(dict.fromkeys([*first.get("broken", []), *second.get("broken", [])]))
     return first
 
 
@@ -91,10 +95,11 @@ def _measure(tree: Path, name: str, arguments: Sequence[str], output: Path) -> R
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", code, "bench", *arguments, "--output", str(output)]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    if not (output / JSON).is_file():
+    report = read(output) if (output / JSON).is_file() else None
+    wrong = done.returncode == 1 and report is not None and failures(report)  # it says so, and so does the comparison
+    if report is None or not (wrong or done.returncode == 0):
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
-        raise ValueError(f"compare: measuring {name} failed: {last[0]}")
-    report = read(output)
+        raise ValueError(f"compare: measuring {name} ended with exit status {done.returncode}: {last[0]}")
     module = json.loads(
         subprocess.run(
             [sys.executable, "-c", "import json, mosa_kernels; print(json.dumps(mosa_kernels.__file__))"],

@@ -48,15 +48,31 @@ def regressions(differences: list[Difference]) -> list[Difference]:
     return [difference for difference in differences if difference.ours and difference.verdict in ("slower", "lost")]
 
 
+def broken(before: Record, after: Record) -> list[str]:
+    """The cases that broke as a whole in the second report, and not in the first."""
+    return [line for line in after.get("broken", []) if line not in before.get("broken", [])]
+
+
+def same_device(before: Record, after: Record) -> bool:
+    """Whether times of the two say something about the code."""
+    return before["machine"]["device"] == after["machine"]["device"]
+
+
 def markdown(before: Record, after: Record, names: tuple[str, str], differences: list[Difference]) -> str:
-    """The regressions first, then everything."""
-    bad = regressions(differences)
+    """The regressions first, then everything; of different devices, the figures alone."""
+    bad, broke = regressions(differences), broken(before, after)
     parts = [f"# {names[1]} against {names[0]}"]
     parts += [f"Note: {note}." for note in caveats(before, after)]
-    parts.append(f"{len(bad)} regression(s) beyond the noise." if bad else "No regression beyond the noise.")
-    others = [d for d in differences if not d.ours and d.verdict == "slower"]
-    if others:
-        parts.append(f"{len(others)} of what is not ours became slower too: the machine may have.")
+    if same_device(before, after):
+        parts.append(f"{len(bad)} regression(s) beyond the noise." if bad else "No regression beyond the noise.")
+        others = [d for d in differences if not d.ours and d.verdict == "slower"]
+        if others:
+            parts.append(f"{len(others)} of what is not ours became slower too: the machine may have.")
+    else:
+        parts.append("The reports are not comparable: other devices have other times, whatever became of the code.")
+        bad, differences = [], [difference._replace(verdict="") for difference in differences]
+    if broke:
+        parts.append(f"{len(broke)} case(s) broke:\n\n" + "\n".join(f"- {line}" for line in broke))
     if not any(difference.ratio for difference in differences):
         parts.append("The reports have no case in common.")
     for title, chosen in (("Regressions", bad), ("Everything", differences)):
@@ -65,19 +81,49 @@ def markdown(before: Record, after: Record, names: tuple[str, str], differences:
     return "\n\n".join(parts) + "\n"
 
 
+_ALIKE = {
+    "device": "device",
+    "threads": "number of threads",
+    "compiled_cpu_kernels": "kernels compiled for the CPU",
+    "compiled_cuda_kernels": "kernels compiled for CUDA",
+    "driver": "driver",
+    "power_limit": "power limit",
+    "most_sm_clock": "highest clock",
+}
+_CLOCKS = {"sm_clock": "clock", "memory_clock": "memory clock"}
+_CLOCK_CHANGE = 0.03  # of a clock, which is never twice the same
+
+
 def caveats(before: Record, after: Record) -> list[str]:
     """What else differs between the two."""
     found = []
-    for what, key in (("device", "device"), ("number of threads", "threads")):
-        a, b = before["machine"][key], after["machine"][key]
+    for which, report in (("first", before), ("second", after)):
+        if not report.get("complete", True):
+            found.append(f"the {which} report was ended before it was done")
+    for what, name in (("preset", "preset"), ("--processor-time", "processor_time")):
+        a, b = (report.get(name, report.get("request", {}).get(name)) for report in (before, after))
         if a != b:
+            found.append(f"{what} differs: {a} and {b}")
+    machines = [{**report["machine"], **(report["machine"].get("gpu") or {})} for report in (before, after)]
+    for key, what in {**_ALIKE, **_CLOCKS}.items():
+        a, b = (machine.get(key) for machine in machines)
+        if a != b and not (key in _CLOCKS and _close(a, b)):
             found.append(f"the {what} differs: {a} and {b}")
-    versions = before["machine"]["versions"], after["machine"]["versions"]
+    versions = [machine["versions"] for machine in machines]
     for package in sorted(versions[0].keys() | versions[1].keys()):
         a, b = (version.get(package) for version in versions)
         if a != b and package != "mosa_kernels":
             found.append(f"{package} differs: {a} and {b}")
     return found
+
+
+def _close(a: str | None, b: str | None) -> bool:
+    """Of clocks such as "1980 MHz"."""
+    try:
+        x, y = (float(str(clock).split()[0]) for clock in (a, b))
+    except (ValueError, IndexError):
+        return False
+    return abs(x - y) <= _CLOCK_CHANGE * max(x, y)
 
 
 _HEAD = ("part", "case", "provider", "before, ms", "after, ms", "after / before", "")
@@ -87,7 +133,7 @@ def _line(difference: Difference) -> tuple[str, ...]:
     before, after, ratio = (
         "-" if value is None else f"{value:.4g}" for value in (difference.before, difference.after, difference.ratio)
     )
-    words = difference.verdict if difference.reason is None else f"{difference.verdict}: {difference.reason}"
+    words = ": ".join(filter(None, (difference.verdict, difference.reason)))
     return (*difference.name, before, after, ratio, words)
 
 

@@ -78,20 +78,20 @@ class Expected(NamedTuple):
 
 
 def _along(wrong: Tensor, theirs: Tensor, added: Tensor, share: float) -> str | None:
-    """Why an error [..., d] is too large along what was to be added, in a row, in a column or over all; None: it is not.
+    """Why an error [..., d] is too large along what was to be added, in a row, in a column or over all, if it is.
 
     A share of all that is added is allowed in any case.
     """
     ours, eager, part = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (wrong, theirs, added))  # [T, d]
     tiny = torch.finfo(torch.float64).tiny
-    ways = {"a row": 1, "a column": 0, "the whole": (0, 1)}
+    ways: dict[str, tuple[int, ...]] = {"a row": (1,), "a column": (0,), "the whole": (0, 1)}
     sizes = {way: part.square().sum(dims).sqrt().clamp_min(tiny) for way, dims in ways.items()}
     noise = max(float(((eager * part).sum(dims) / sizes[way]).abs().max()) for way, dims in ways.items())
     found = []
     for way, dims in ways.items():
         component = ((ours * part).sum(dims) / sizes[way]).abs()
-        times = (component / (TIMES_EAGER * noise + share * sizes[way])).max()
-        found.append((float(times), f"{float((component / sizes[way]).max()):.1%} along {way}"))
+        over = (component / (TIMES_EAGER * noise + share * sizes[way])).max()
+        found.append((float(over), f"{float((component / sizes[way]).max()):.1%} along {way}"))
     times, words = max(found)
     return None if times <= 1 else f"what is added is off by {words}, {times:.1f} times what is allowed"
 

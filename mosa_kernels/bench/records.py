@@ -11,6 +11,36 @@ FORMAT = 1
 Record = dict[str, Any]
 
 
+_MACHINE = ("device", "device_type", "threads", "versions")
+_LISTS: dict[str, tuple[str, ...]] = {
+    "kernels": ("operator", "case", "rows"),
+    "models": ("case", "training", "inference"),
+    "growth": ("operator", "case", "rows", "axis", "value"),
+}
+_ROW = ("ours", "status")
+
+
+def missing_in(report: Record) -> str | None:
+    """The first thing that a report of this format has and this one has not, such as "machine.device"."""
+    parts: list[tuple[str, Any, tuple[str, ...]]] = [("machine", report.get("machine"), _MACHINE)]
+    for part, names in _LISTS.items():
+        for number, record in enumerate(report.get(part, [])):
+            parts.append((f"{part}[{number}]", record, names))
+            for kind in ("rows", "training", "inference"):
+                for line, row in enumerate(record.get(kind, []) if isinstance(record, dict) else []):
+                    place = f"{part}[{number}].{kind}[{line}]"
+                    parts.append((place, row, ("provider" if kind == "rows" else "variant", *_ROW)))
+                    if isinstance(row, dict) and "ms" in row:
+                        parts.append((f"{place}.ms", row["ms"], ("median", "p20", "p80")))
+    for place, found, names in parts:
+        if not isinstance(found, dict):
+            return place
+        missing = next((name for name in names if name not in found), None)
+        if missing is not None:
+            return f"{place}.{missing}"
+    return None
+
+
 def name_of(case: dict[str, Any]) -> str:
     """A case in words: its key without what is usual."""
     parts = []
@@ -52,7 +82,7 @@ def timings(report: Record) -> Iterator[tuple[tuple[str, str, str], Record]]:
 
 
 def failures(report: Record) -> list[str]:
-    """What of ours was there and gave a wrong result or none."""
+    """What broke as a whole, and what of ours was there and gave a wrong result or none."""
     return list(report.get("broken", [])) + [
         f"{part}, {case}, {provider}: {row['reason']}"
         for (part, case, provider), row in timings(report)

@@ -20,7 +20,7 @@ from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
 from mosa_kernels.bench.model import measure_model, settings
 from mosa_kernels.bench.model_variants import Setting
 from mosa_kernels.bench.plots import draw
-from mosa_kernels.bench.records import FORMAT, Record, name_of
+from mosa_kernels.bench.records import FORMAT, Record, missing_in, name_of
 from mosa_kernels.bench.report import markdown
 from mosa_kernels.bench.shapes import PRESETS, Axes, points
 from mosa_kernels.bench.timing import warm_up
@@ -140,6 +140,7 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
     report: Record = {
         "format": FORMAT,
         "preset": request.preset,
+        "complete": False,
         "request": asdict(request),
         "machine": describe(device),
         "limits": {**limits._asdict(), "known": None if known is None else known._asdict()},
@@ -156,8 +157,7 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
             report["broken"].append(f"{name}: {first_line(error)}")
         report["seconds"] = time.perf_counter() - began
         keep(report)
-    report["seconds"] = time.perf_counter() - began
-    return report
+    return report | {"complete": True, "seconds": time.perf_counter() - began}
 
 
 def _pieces(
@@ -198,6 +198,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     path = path / JSON if path.is_dir() else path
     report = read_json(path)
-    if report.get("format") != FORMAT or "machine" not in report:
+    if report.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a report of format {FORMAT}, got {report.get('format')!r}")
+    if (missing := missing_in(report)) is not None:
+        raise ValueError(f"{path}: expected a report with {missing}, got none")
     return report

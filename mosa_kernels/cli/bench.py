@@ -16,7 +16,7 @@ from mosa_kernels.backends import measured
 from mosa_kernels.backends.measured import REFERENCE
 from mosa_kernels.bench.choose import BACKENDS, DeviceLostError, choose
 from mosa_kernels.bench.commits import measure_commits
-from mosa_kernels.bench.compare import compare, markdown, regressions
+from mosa_kernels.bench.compare import broken, compare, markdown, regressions, same_device
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.kernels import PROVIDERS
 from mosa_kernels.bench.records import Record, failures, losses
@@ -28,6 +28,7 @@ from mosa_kernels.train.folder import write_json, write_text
 
 _KERNELS, _WHICH = "Shapes of the kernels", "What to measure"
 _TABLE_WIDTH = 120
+_OUTPUT = Path("mosa-bench")
 
 
 def bench(
@@ -84,7 +85,7 @@ def bench(
 ) -> None:
     """Measure kernels and whole models on this machine; a report with tables and pictures. Lists take commas.
 
-    Exits with 1 where a kernel is wrong or, with --compare, where something became slower.
+    Exits with 1 where a kernel is wrong or, with --compare, where something became slower or broke or devices differ.
     """
     console = Console(soft_wrap=True, highlight=False)
 
@@ -120,10 +121,10 @@ def bench(
         if choosing:
             _choose(request, output, console, say)
             return
-        output = Path("mosa-bench") if output is None else output
         if against is not None:
             bad = _compare(against, request, console, output)
             raise typer.Exit(1 if bad else 0)
+        output = _OUTPUT if output is None else output
         report = measure(request, say, lambda unfinished: write_json(output / JSON, unfinished))
         paths = write(report, output)
         _conclude(report, console)
@@ -191,8 +192,8 @@ def _conclude(report: Record, console: Console) -> None:
         console.print(f"[red]wrong[/red] {line}")
 
 
-def _compare(names: tuple[str, str], request: Request, console: Console, output: Path) -> bool:
-    """Whether there are regressions. Both names are reports, or both are commits."""
+def _compare(names: tuple[str, str], request: Request, console: Console, output: Path | None) -> bool:
+    """Whether something is worse, or nothing can be said. Both names are reports, or both are commits."""
     paths = [Path(name) for name in names]
     there = [path.is_file() or (path / JSON).is_file() for path in paths]
     if any(there):
@@ -202,6 +203,7 @@ def _compare(names: tuple[str, str], request: Request, console: Console, output:
     differences = compare(reports[0], reports[1])
     text = markdown(reports[0], reports[1], names, differences)
     console.print(text, markup=False)
-    if not any(there):
-        write_text(output / "compare.md", text)
-    return bool(regressions(differences))
+    if not any(there) or output is not None:
+        write_text((output or _OUTPUT) / "compare.md", text)
+    comparable = same_device(*reports)
+    return not comparable or bool(regressions(differences) or broken(*reports))

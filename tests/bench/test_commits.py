@@ -10,15 +10,19 @@ import pytest
 from reports import record, report, row
 
 from mosa_kernels.bench.commits import measure_commits, resolve
+from mosa_kernels.bench.compare import broken, compare, markdown
 
 PROGRAM = """
-import pathlib, shutil, sys
+import os, pathlib, shutil, sys
 def app():
     out = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
     out.mkdir(parents=True)
     here = pathlib.Path(__file__).parents[2]
     (here / "built").stat()
     shutil.copy(here / "made.json", out / "report.json")
+    if (here / "status").is_file():
+        print("Segmentation fault", file=sys.stderr, flush=True)
+        os._exit(int((here / "status").read_text()))
 """
 
 
@@ -40,6 +44,14 @@ def clone(tmp_path: Path) -> Path:
     for name, median in (("one", 1.0), ("two", 2.0)):
         (folder / "made.json").write_text(json.dumps(report(record("adapter", [row("triton", median, True)]))))
         (folder / "setup.py").write_text("open('built', 'w').close()")
+        git(folder, "add", "--all")
+        git(folder, "commit", "--quiet", "--message", name)
+        git(folder, "tag", name)
+    for name, status in (("dies", 139), ("wrong", 1)):
+        made = report(record("adapter", [row("triton", 1.0, True)]))
+        made["broken"] = ["adapter: no memory"] if name == "wrong" else []
+        (folder / "made.json").write_text(json.dumps(made))
+        (folder / "status").write_text(str(status))
         git(folder, "add", "--all")
         git(folder, "commit", "--quiet", "--message", name)
         git(folder, "tag", name)
@@ -67,3 +79,15 @@ def test_what_goes_wrong_is_said(clone: Path, tmp_path: Path) -> None:
         ):
             resolve("nowhere", folder)
     assert resolve("one", clone) == git(clone, "rev-parse", "one")
+
+
+def test_a_commit_whose_process_dies_is_no_measurement(clone: Path) -> None:
+    with pytest.raises(ValueError, match="measuring dies ended with exit status 139: Segmentation fault"):
+        measure_commits(("one", "dies"), [], clone, lambda line: None)
+    assert len(git(clone, "worktree", "list").splitlines()) == 1
+
+
+def test_what_a_commit_says_is_broken_is_kept(clone: Path) -> None:
+    reports = measure_commits(("one", "wrong"), [], clone, lambda line: None)
+    assert broken(*reports) == ["adapter: no memory"]
+    assert "1 case(s) broke:\n\n- adapter: no memory" in markdown(*reports, ("one", "wrong"), compare(*reports))

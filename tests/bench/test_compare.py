@@ -6,7 +6,7 @@ import pytest
 from reports import ms, record, report, row
 
 from mosa_kernels.bench.commits import faster
-from mosa_kernels.bench.compare import caveats, compare, markdown, regressions
+from mosa_kernels.bench.compare import caveats, compare, markdown, regressions, same_device
 
 
 def pair(before: float | None, after: float | None) -> list:
@@ -52,14 +52,44 @@ def test_a_slower_baseline_is_no_regression_of_ours_but_said() -> None:
     assert "1 of what is not ours became slower too" in markdown(before, after, ("a", "b"), differences)
 
 
-def test_other_machines_and_versions_are_said() -> None:
+def test_other_versions_presets_and_clocks_are_said() -> None:
     before = report(record("adapter", [row("triton", 1.0, True)]))
-    after = report(record("merge", [row("triton", 1.0, True)]), device="NVIDIA A100", versions={"torch": "2.12.0"})
+    machine = {"versions": {"torch": "2.12.0"}, "compiled_cpu_kernels": "avx512", "compiled_cuda_kernels": None}
+    machine["gpu"] = {"driver": "1.3", "sm_clock": "900 MHz", "memory_clock": "1300 MHz"}
+    after = report(record("merge", [row("triton", 1.0, True)]), **machine)
+    after |= {"preset": "full", "request": {"processor_time": True}, "complete": False}
+    before["machine"]["gpu"] |= {"sm_clock": "1800 MHz", "memory_clock": "1310 MHz"}
+    text = markdown(before, after, ("a", "b"), compare(before, after))
+    for words in (
+        "torch differs: 2.11.0 and 2.12.0", "preset differs: quick and full", "processor-time differs: None and True",
+        "compiled for the CPU differs: avx2 and avx512", "compiled for CUDA differs: 90-real and None",
+        "driver differs: 1.2 and 1.3", "the clock differs: 1800 MHz and 900 MHz", "the second report was ended",
+        "no case in common",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "memory clock" not in text
+    assert caveats(before, before) == []
+
+
+def test_of_other_devices_nothing_is_called_a_regression() -> None:
+    before = report(record("adapter", [row("triton", 1.0, True)]))
+    after = report(record("adapter", [row("triton", 2.0, True)]), device="NVIDIA A100")
+    assert not same_device(before, after)
     text = markdown(before, after, ("a", "b"), compare(before, after))
     assert "the device differs: NVIDIA H200 and NVIDIA A100" in text
-    assert "torch differs: 2.11.0 and 2.12.0" in text
-    assert "no case in common" in text
-    assert caveats(before, before) == []
+    assert "not comparable" in text
+    assert "| 1 | 2 | 2 |  |" in text
+    assert "egression" not in text
+    assert "slower" not in text
+
+
+def test_what_is_wrong_in_one_of_two_runs_is_wrong() -> None:
+    red = {"provider": "triton", "ours": True, "status": "red", "reason": "error gate red: x"}
+    rows = ([row("triton", 1.0, True)], [red])
+    for order in (rows, rows[::-1]):
+        (found,) = faster(*(report(record("adapter", list(each))) for each in order))["kernels"][0]["rows"]
+        assert "ms" not in found
+        assert found["status"] == "red"
 
 
 def test_of_two_runs_the_faster_counts_row_by_row() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,28 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "missing"),
+    [
+        (lambda made: made.update(machine={}), "machine.device"),
+        (lambda made: made.pop("machine"), "machine"),
+        (lambda made: made.update(kernels=[7]), r"kernels\[0\]"),
+        (lambda made: made["kernels"][1].pop("rows"), r"kernels\[1\].rows"),
+        (lambda made: made["kernels"][0]["rows"][3].pop("ours"), r"kernels\[0\].rows\[3\].ours"),
+        (lambda made: made["kernels"][0]["rows"][0]["ms"].pop("p80"), r"kernels\[0\].rows\[0\].ms.p80"),
+        (lambda made: made.update(growth=made["kernels"][:1]), r"growth\[0\].axis"),
+    ],
+)
+def test_a_report_that_lacks_something_is_refused_with_its_name(
+    spoil: Callable[[dict], object], missing: str, tmp_path: Path
+) -> None:
+    made = gpu_report()
+    spoil(made)
+    (tmp_path / "report.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=rf"report.json: expected a report with {missing}, got none"):
+        read(tmp_path)
 
 
 def test_pictures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
