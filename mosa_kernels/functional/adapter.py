@@ -6,17 +6,18 @@ same class sits behind the operator's Autograd key.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mosa_kernels.backends import reference
 from mosa_kernels.backends.arguments import MERGED, AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.choice import backend_module, choose_adapter_backend
 from mosa_kernels.functional.checks import check_adapter
+from mosa_kernels.functional.derivatives import definition_gradients
 
 LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
 
@@ -112,6 +113,18 @@ def _nobody_watches(x: Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 and type(x) in (Tensor, torch.nn.Parameter)
 
 
+def _definition(args: AdapterArguments) -> Tensor:
+    if args.x.device.type == "meta":  # PyTorch raises where it is asked about autocast there
+        return reference.adapter(args)
+    with torch.autocast(args.x.device.type, enabled=False):
+        return reference.adapter(args)
+
+
+def _by_definition(options: Sequence[Any], tensors: Sequence[Any]) -> Tensor:
+    *fields, _ = options  # the backend comes last
+    return _definition(AdapterArguments(*tensors, *fields))
+
+
 class AdapterFunction(torch.autograd.Function):
     """Saves its arguments and the LayerNorm statistics (8 bytes a token); the bottleneck is computed again."""
 
@@ -133,23 +146,28 @@ class AdapterFunction(torch.autograd.Function):
         return out, mean, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)
         mean, rstd, *tensors = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if ctx.needs_input_grad[_RESIDUAL]:
+            found[_RESIDUAL] = grad_out.to(ctx.residual_dtype)
+        if torch.is_grad_enabled():
+            needed = [need and position != _RESIDUAL for position, need in enumerate(ctx.needs_input_grad[:_TENSORS])]
+            graph = definition_gradients(partial(_by_definition, ctx.options), tensors, needed, [grad_out])
+            for position, gradient in enumerate(graph):
+                found[position] = found[position] if gradient is None else gradient
+            return tuple(found)
         needs = [ctx.needs_input_grad[position] for position in _NEEDS_POSITIONS]
         if _nobody_watches(grad_out):
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 grads = _backward_kernel(grad_out, mean, rstd, needs, *tensors, *ctx.options)
         else:
             grads = _backward_op(grad_out, mean, rstd, needs, *tensors, *ctx.options)
-        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for position, grad, need in zip(_NEEDS_POSITIONS, grads, needs, strict=True):
             if need:
                 found[position] = grad
-        if ctx.needs_input_grad[_RESIDUAL]:
-            found[_RESIDUAL] = grad_out.to(ctx.residual_dtype)
         return tuple(found)
 
 
@@ -242,13 +260,16 @@ def mosa_adapter(
             generator.
         assignment_down, w_down_init: a sparse down-projection: uint8 [r, d] and the values [r, d] that an expert sees
             outside its own entries.
-        expert_scale: factor on the active expert's entries (not on its bias).
-        merged_scale: factor on the merged projection: 1/N is the mean of the experts, 1 Eq. 7.
+        expert_scale: factor on the active expert's entries (not on its bias); of a sparse down-projection on what they
+            differ from `w_down_init` by.
+        merged_scale: the same for the merged projection: 1/N is the mean of the experts, 1 Eq. 7.
         activity: float32 [N] that requires grad: its gradient is 1 for each expert that ran.
-        backend: None for the automatic choice, or "reference", "cpu", ... (see `available_backends`).
+        backend: None for the automatic choice, or "reference", "cpu", ... (see `available_backends`). Within transforms
+            of torch.func that is "reference".
 
     Returns:
-        Tensor with the shape and dtype of x, differentiable once (with backend="reference" any number of times).
+        Tensor with the shape and dtype of x, differentiable any number of times; where a graph of the backward pass is
+        built (`create_graph=True`), its gradients are computed by the PyTorch definition.
 
     Raises:
         TypeError: a tensor has a dtype that the operator does not take.
@@ -290,10 +311,13 @@ def mosa_adapter(
         compute_dtype,
     )
     check_adapter(args)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if backend not in (None, "reference"):
+            raise ValueError(f"backend: expected None or 'reference' within transforms of torch.func, got {backend!r}")
+        backend = "reference"
     name = choose_adapter_backend(args, backend)
     if name == "reference":
-        with torch.autocast(x.device.type, enabled=False) if autocasts else nullcontext():
-            return reference.adapter(args)
+        return _definition(args)
     if torch.compiler.is_compiling():
         return torch.ops.mosa_kernels.adapter_forward(*args, name)[0]
     return AdapterFunction.apply(*args, name)[0]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mosa_kernels.backends import alignment as reference
 from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
+from mosa_kernels.functional.derivatives import definition_gradients
 
 LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
 LIBRARY.define("feature_alignment(Tensor[] features1, Tensor[] features2, str backend) -> Tensor")
@@ -99,11 +99,17 @@ class _FeatureAlignment(torch.autograd.Function):
             return _forward_op(list(features[:count]), list(features[count:]), backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features = ctx.saved_tensors
         count = len(features) // 2
         needs = list(ctx.needs_input_grad[1:])
+        if torch.is_grad_enabled():
+            return None, *definition_gradients(
+                lambda both: reference.feature_alignment(both[:count], both[count:]),  # type: ignore[arg-type]
+                features,
+                needs,
+                [grad],
+            )
         grads = _backward_op(grad, list(features[:count]), list(features[count:]), needs, ctx.backend)
         return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
@@ -123,8 +129,7 @@ def feature_alignment(
     Args:
         features1, features2: floating point, one tensor a layer; shapes may differ from layer to layer. Two halves of
             one tensor need no copy.
-        backend: None for the automatic choice, "reference" or "triton": one launch forward and one backward, which is
-            differentiable once.
+        backend: None for the automatic choice, "reference" or "triton": one launch forward and one backward.
 
     Returns:
         Tensor [], float32, or float64 for float64 features.

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mosa_kernels.backends import consistency as reference
 from mosa_kernels.backends.consistency import ConsistencyArguments
 from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
+from mosa_kernels.functional.derivatives import definition_gradients
 
 LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
 _ARGUMENTS = "Tensor logits1, Tensor logits2, Tensor target, float label_smoothing, bool detach_targets, str backend"
@@ -114,12 +114,20 @@ class _Consistency(torch.autograd.Function):
         return cross_entropy, divergence, saved
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_cross_entropy: Tensor | None, grad_divergence: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         saved, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled():
+            *fields, _ = ctx.options  # the backend comes last
+            graph = definition_gradients(
+                lambda seen: reference.consistency(ConsistencyArguments(*[*seen, *fields])),
+                tensors,
+                [*needs, False],
+                [grad_cross_entropy, grad_divergence],
+            )
+            return *graph, None, None, None
         grads = _backward_op(grad_cross_entropy, grad_divergence, saved, needs, *tensors, *ctx.options)
         first, second = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return first, second, None, None, None, None
@@ -149,8 +157,7 @@ def consistency(
             floating point [B, C].
         label_smoothing: of the cross-entropy, from 0 to 1.
         detach_targets: whether the first distribution of each divergence is a constant.
-        backend: None for the automatic choice, "reference" or "triton": one launch forward and one backward, which is
-            differentiable once.
+        backend: None for the automatic choice, "reference" or "triton": one launch forward and one backward.
 
     Returns:
         Two tensors [], float32, or float64 for float64 logits.

@@ -169,13 +169,39 @@ def test_flops_are_counted_by_formula() -> None:
     assert counter.get_total_flops() == 10 * 10 * D * R
 
 
-def test_second_derivatives_are_refused_not_wrong() -> None:
-    w = _weights()
-    x = torch.randn(2, 5, D, requires_grad=True)
-    out = mk.mosa_adapter(x, assignment=_assignment(), expert=1, backend="cpu", **w)
-    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("expert", [1, -1, torch.tensor([2, 0])], ids=str)
+def test_second_derivatives_are_those_of_the_definition(expert: int | Tensor) -> None:
+    w, assignment = _weights(), _assignment()
+    start = torch.randn(2, 5, D, requires_grad=True)
+    probes = [torch.randn_like(tensor) for tensor in (start, *w.values())]
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        x = start * start  # a way to the input besides the adapter's own graph
+        out = mk.mosa_adapter(
+            x, assignment=assignment, expert=expert, residual=2 * start, dropout_p=0.3, seed=5, backend=backend, **w
+        )
+        inputs = (start, *w.values())
+        first = torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
+        product = sum((grad * probe).sum() for grad, probe in zip(first, probes, strict=True))
+        return *first, *torch.autograd.grad(product, inputs)
+
+    for found, wanted in zip(second("cpu"), second("reference"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_transforms_of_torch_func_run_the_definition() -> None:
+    w = {name: value.detach() for name, value in _weights().items()}
+    x, assignment = torch.randn(3, 5, D), _assignment()
+
+    def loss(w_up: Tensor, tokens: Tensor, backend: str | None = None) -> Tensor:
+        return mk.mosa_adapter(tokens, assignment=assignment, expert=1, backend=backend, **{**w, "w_up": w_up}).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(w["w_up"], x)
+    for gradient, tokens in zip(per_sample, x, strict=True):
+        leaf = w["w_up"].clone().requires_grad_()
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, tokens), leaf)[0])
+    with pytest.raises(ValueError, match="backend: expected None or 'reference' within transforms"):
+        torch.func.grad(loss)(w["w_up"], x[0], "cpu")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

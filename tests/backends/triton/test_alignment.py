@@ -119,6 +119,18 @@ def test_only_the_gradients_asked_for() -> None:
         assert not feature_alignment(features[:2], features[2:], backend="triton").requires_grad
 
 
+def test_second_derivatives_are_those_of_the_definition() -> None:
+    start, other = (torch.randn(3, 8, device=DEVICE, requires_grad=True) for _ in range(2))
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        loss = feature_alignment([start * start, start], [other, other], backend=backend)
+        first = torch.autograd.grad(loss, (start, other), create_graph=True)
+        return *first, *torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), (start, other))
+
+    for found, wanted in zip(second("triton"), second("reference"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_operator_is_registered_rightly() -> None:
     def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
         return [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]

@@ -160,6 +160,19 @@ class Output(NamedTuple):
     features2: list[Tensor]
 
 
+def test_second_derivatives_are_those_of_the_definition() -> None:
+    start, other = (torch.randn(5, 7, device=DEVICE, requires_grad=True) for _ in range(2))
+    target = torch.randint(7, (5,), device=DEVICE)
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        cross_entropy, divergence = consistency(start * start, other, target, backend=backend)
+        first = torch.autograd.grad(cross_entropy + 0.5 * divergence, (start, other), create_graph=True)
+        return *first, *torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), (start, other))
+
+    for found, wanted in zip(second("triton"), second("reference"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def output(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
     def halves(*shape: int) -> tuple[Tensor, Tensor]:
         both = torch.randn(6, *shape, device=DEVICE).to(dtype).requires_grad_()
