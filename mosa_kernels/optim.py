@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.weak import TensorWeakRef
 
 from mosa_kernels.functional.masked_adamw import OPERATOR, masked_adamw
 from mosa_kernels.nn.projection import Projection, taken_in_turns
@@ -25,7 +26,8 @@ class MoSAAdamW(Optimizer):
     bias correction. It equals `torch.optim.AdamW` on N separate masked copies whose gradients are None while
     inactive. An expert is active when any forward pass that contributed to the gradient since it was last cleared ran
     it, on any rank of `torch.distributed`; merged passes run all experts. A gradient that no backward pass through
-    the layer in training mode explains counts for all experts too. Parameters that experts share, and those of other
+    the layer in training mode explains counts for all experts too; one that the user puts in the place of what the
+    passes left counts for the experts that it is not zero for. Parameters that experts share, and those of other
     modules, see ordinary AdamW.
 
     The host reads nothing from a GPU, so that a CUDA graph can hold the step, after a few steps outside of it; give
@@ -67,6 +69,7 @@ class MoSAAdamW(Optimizer):
                 raise ValueError("params: expected a module with trainable parameters, got one without")
         self.backend = backend
         self._histories: dict[Tensor, _ActivityHistory] = {}
+        self._copied = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -96,17 +99,37 @@ class MoSAAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        copied = "_histories" not in self.__dict__
         self.__dict__.setdefault("_histories", {})
+        self._copied = copied
         for group in self.param_groups:
             group.setdefault("maximize", False)
             self._watch(group["params"])
             for parameter in group["params"]:
                 if "step" in self.state.get(parameter, ()):
-                    self.state[parameter]["step"] = self._loaded_steps(parameter, self.state[parameter]["step"])
+                    steps = torch.as_tensor(self.state[parameter]["step"], dtype=torch.float32, device=parameter.device)
+                    if copied and steps.dim() and parameter not in self._histories:
+                        continue  # the module that it is the parameter of may be copied yet, see `_watch_copies`
+                    self.state[parameter]["step"] = self._loaded_steps(parameter, steps)
 
-    def _loaded_steps(self, parameter: Tensor, steps: Tensor | float) -> Tensor:
+    def _watch_copies(self) -> None:
+        """Finds the modules of a copy's parameters, which need not be there yet when the optimizer is copied."""
+        if not self._copied:
+            return
+        for group in self.param_groups:
+            self._watch(group["params"])
+            for parameter in group["params"]:
+                if "step" in self.state.get(parameter, ()):
+                    self._loaded_steps(parameter, self.state[parameter]["step"])
+        self._copied = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every optimizer."""
+        self._watch_copies()
+        super().zero_grad(set_to_none)
+
+    def _loaded_steps(self, parameter: Tensor, steps: Tensor) -> Tensor:
         """Counts as this optimizer keeps them; one count, as `torch.optim.AdamW` saves it, goes to every expert."""
-        steps = torch.as_tensor(steps, dtype=torch.float32, device=parameter.device)
         history = self._histories.get(parameter)
         shape = () if history is None else (history.num_experts,)
         if steps.shape not in ((), shape):
@@ -123,6 +146,7 @@ class MoSAAdamW(Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        self._watch_copies()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -224,7 +248,8 @@ class _ActivityHistory:
 
     Nobody says when a gradient is cleared: `model.zero_grad` knows nothing of optimizers. So each backward pass looks
     at the gradient that it is about to add to. If that is None, what was known is forgotten; if it was changed in
-    place since the last pass, what was known is kept only if anything of the gradient is left.
+    place since the last pass, what was known is kept only if anything of the gradient is left; if another tensor has
+    taken its place, that tells which experts it is from.
 
     The engine calls the hooks of one pass in any order; the first of them looks.
     """
@@ -239,6 +264,7 @@ class _ActivityHistory:
         self._pass = -1
         self._reported = self._accumulated = False  # in this pass
         self._version = (-1, -1)
+        self._left: TensorWeakRef | None = None  # the gradient that the last pass added to
         # The hooks must not keep a discarded optimizer alive, nor go on running for it.
         this = weakref.ref(self)
         frozen = not parameter.requires_grad  # it may thaw later, and only what is not frozen takes hooks
@@ -260,7 +286,24 @@ class _ActivityHistory:
         self._settle()
         if self._parameter.grad is None:
             return torch.zeros(self.num_experts, device=self._parameter.device)
+        if self._replaced():
+            return self._experts_of(self._parameter.grad)
         return self._all() if self._flags is None else self._flags.to(self._parameter.device)
+
+    def _replaced(self) -> bool:
+        return self._left is not None and self._left() is not self._parameter.grad
+
+    def _experts_of(self, grad: Tensor) -> Tensor:
+        """The experts in whose entries or rows the gradient is not zero, float32 [N]."""
+        flags = torch.zeros(self.num_experts, device=grad.device)
+        nonzero, rows = local_part(grad) != 0, slice(None)
+        if is_sharded(self._parameter):
+            rows = local_rows(self._parameter)
+        if self.owner is None:
+            flags[rows] = nonzero.any(1).float()
+        else:
+            flags.scatter_reduce_(0, self.owner[rows].flatten().long(), nonzero.flatten().float(), "amax")
+        return flags
 
     def _look(self) -> None:
         current = torch._C._current_graph_task_id()
@@ -270,6 +313,8 @@ class _ActivityHistory:
         self._pass, grad = current, self._parameter.grad
         if grad is None:
             self._flags = None
+        elif self._replaced():
+            self._flags = self._experts_of(grad)
         elif self._flags is not None and _versions(grad) != self._version:
             # Selected, not multiplied: a replayed CUDA graph may find anything in the flags of before its capture.
             self._flags = torch.where((local_part(grad) != 0).any(), self._flags.to(grad.device), 0)
@@ -285,6 +330,7 @@ class _ActivityHistory:
         assert self._parameter.grad is not None
         self._accumulated = True
         self._version = _versions(self._parameter.grad)
+        self._left = TensorWeakRef(self._parameter.grad)
 
     def _settle(self) -> None:
         """A pass that added to the gradient without a report may have run any expert."""

@@ -400,6 +400,58 @@ def test_takes_over_the_state_of_adamw_and_refuses_other_expert_counts() -> None
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "model last"])
+def test_a_copied_optimizer_goes_on(how: str) -> None:
+    """Alone, or before its model: the copy's parameters then belong to no module yet."""
+    model = small_model()
+    optimizer = MoSAAdamW(model, lr=0.1)
+    train(model, optimizer, 3, seed=1)
+    if how == "model last":
+        resumed, other = copy.deepcopy((optimizer, model))
+        train(model, optimizer, 4, seed=2)
+        train(other, resumed, 4, seed=2)
+        for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(mine, theirs), name
+        return
+    if how == "deepcopy":
+        resumed = copy.deepcopy(optimizer)
+    else:
+        buffer = io.BytesIO()
+        torch.save(optimizer, buffer)
+        buffer.seek(0)
+        resumed = torch.load(buffer, weights_only=False)
+    again = small_model()
+    again.load_state_dict(model.state_dict())
+    heir = MoSAAdamW(again)
+    heir.load_state_dict(resumed.state_dict())
+    train(model, optimizer, 4, seed=2)
+    train(again, heir, 4, seed=2)
+    for (name, mine), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    with pytest.raises(ValueError, match=r"state_dict: expected step counts of shape \[\], got \[3\]"):
+        resumed.step()  # its parameters are nobody's
+
+
+@pytest.mark.parametrize("sparse", ["up", "both"])
+def test_a_gradient_that_the_user_makes_moves_the_experts_it_is_from(sparse: str) -> None:
+    layer = adapter(num_experts=3, sparse=sparse)
+    optimizer = MoSAAdamW(layer, lr=1e-2, weight_decay=0.1)
+    parts = []
+    for expert in (0, 2):
+        optimizer.zero_grad()
+        backward(layer, expert)
+        parts.append([parameter.grad.clone() for parameter in layer.parameters()])
+    for parameter, *grads in zip(layer.parameters(), *parts, strict=True):
+        parameter.grad = sum(grads)
+    assert step_and_see(layer, optimizer) == [0, 2]
+    optimizer.zero_grad()
+    backward(layer, 0)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    backward(layer, 1)
+    assert step_and_see(layer, optimizer) == [1]
+
+
 def test_copies_pickles_and_moves_keep_their_experts() -> None:
     layer = adapter(num_experts=3)
     watched = MoSAAdamW(layer)

@@ -83,6 +83,29 @@ class Projection(nn.Module):
         super().register_parameter(name, param)
         self._register()
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As every module; owners of another number of experts, which no shape need show, are an error."""
+        owners = state_dict.get(prefix + "assignment")
+        if isinstance(owners, Tensor) and self.activity is not None and not owners.is_meta and owners.numel():
+            expected, found = self.activity.num_experts, int(owners.max()) + 1
+            if found != expected:
+                error_msgs.append(
+                    f"{prefix}assignment: expected owners for num_experts={expected}, got {found} experts"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Projection:
         super()._apply(fn, recurse)
         self._register()
