@@ -11,6 +11,15 @@ from mosa_kernels.functional.merge import MergedWeights, MergeInput, merge_adapt
 from mosa_kernels.functional.split import split
 from mosa_kernels.nn.activity import ExpertActivity
 from mosa_kernels.nn.dense import DenseAdapter
+from mosa_kernels.nn.options import (
+    check_choice,
+    check_count,
+    check_eps,
+    check_expert,
+    check_number,
+    check_probability,
+    check_whole,
+)
 from mosa_kernels.nn.projection import Projection
 from mosa_kernels.nn.sampler import Draw, ExpertSampler
 
@@ -47,7 +56,8 @@ class FusedMoSAAdapter(nn.Module):
         bias: whether the projections have biases; `expert_bias` says of what kind.
 
     Raises:
-        ValueError: an option is out of range; the message names it, what was expected and what came.
+        TypeError, ValueError: an option is of the wrong type or out of range; the message names it, what was expected
+            and what came.
     """
 
     def __init__(
@@ -79,18 +89,16 @@ class FusedMoSAAdapter(nn.Module):
         out_dim = dim if out_dim is None else out_dim
         sizes = (("dim", dim), ("bottleneck", bottleneck), ("num_experts", num_experts), ("out_dim", out_dim))
         for name, size in sizes:
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        if sparse not in SPARSE:
-            raise ValueError(f"sparse: expected one of {', '.join(SPARSE)}, got {sparse!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if merge_rule not in MERGE_RULES:
-            raise ValueError(f"merge_rule: expected one of {', '.join(MERGE_RULES)}, got {merge_rule!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= p < 1, got {dropout}")
-        if isinstance(expert_scale, str) and expert_scale != "N":
-            raise ValueError(f"expert_scale: expected a number or 'N', got {expert_scale!r}")
+            check_count(name, size)
+        check_whole("seed", seed)
+        check_choice("sparse", sparse, SPARSE)
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        check_choice("merge_rule", merge_rule, MERGE_RULES)
+        check_probability("dropout", dropout)
+        check_number("scale", scale)
+        check_eps("norm_eps", norm_eps)
+        if expert_scale != "N":
+            check_number("expert_scale", expert_scale, "a number or 'N'")
         self.dim, self.out_dim, self.bottleneck, self.num_experts = dim, out_dim, bottleneck, num_experts
         self.activation, self.dropout, self.sparse, self.granularity = activation, dropout, sparse, granularity
         self.merge_rule, self.pruned = merge_rule, pruned
@@ -166,12 +174,17 @@ class FusedMoSAAdapter(nn.Module):
 
         Returns:
             Tensor with the shape and dtype of x.
+
+        Raises:
+            TypeError, ValueError: see `mosa_adapter`.
         """
         draw = self._draw(x, x.shape[0], expert)
         return self._run(x, draw, self.up.weight, self.up.bias, self.up.assignment, residual, add_input)
 
     def _draw(self, x: Tensor, samples: int, expert: Tensor | int | None) -> Draw:
         """What this pass over `samples` images has drawn, or has been told."""
+        if expert is not None and not isinstance(expert, Tensor):
+            check_whole("expert", expert, "a number or an integer tensor")
         draw = self.sampler(samples, x.device, self.training and self.dropout > 0)
         return draw if expert is None else Draw(expert, draw.seed)
 
@@ -226,13 +239,13 @@ class FusedMoSAAdapter(nn.Module):
         """What the merge kernel needs of this layer, for several layers to be merged in one launch.
 
         Raises:
+            TypeError: `expert` is no whole number.
             ValueError: `rule` is neither "mean" nor "jigsaw", or there is no such expert.
         """
         rule = self.merge_rule if rule is None else rule
-        if rule not in MERGE_RULES:
-            raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
-        if expert is not None and not 0 <= expert < self.num_experts:
-            raise ValueError(f"expert: expected a number from 0 to {self.num_experts - 1}, got {expert}")
+        check_choice("rule", rule, MERGE_RULES)
+        if expert is not None:
+            check_expert("expert", expert, self.sampler.choices)
         w_down: Tensor = self.down.weight
         w_up: Tensor = self.up.weight
         b_up: Tensor | None = self.up.bias
@@ -272,6 +285,7 @@ class FusedMoSAAdapter(nn.Module):
             expert: only this one, as it runs by itself, in place of all by a rule.
 
         Raises:
+            TypeError: `expert` is no whole number.
             ValueError: `rule` is neither, or there is no such expert.
         """
         return self.dense_from(merge_adapters([self.merge_input(rule, expert)])[0])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosa_kernels.backends.activations import ACTIVATIONS
+from mosa_kernels.nn.options import check_choice, check_count, check_eps
 
 
 class DenseAdapter(nn.Module):
@@ -21,6 +22,9 @@ class DenseAdapter(nn.Module):
         activation: one of "gelu", "gelu_tanh", "relu", "silu", "identity".
         norm: whether x is normalised first, without affine parameters.
         norm_eps: its epsilon.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type or out of range.
     """
 
     def __init__(
@@ -34,8 +38,10 @@ class DenseAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        for name, size in (("dim", dim), ("bottleneck", bottleneck)):
+            check_count(name, size)
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        check_eps("norm_eps", norm_eps)
         self.activation, self.norm, self.norm_eps = activation, norm, norm_eps
         self.down = nn.Linear(dim, bottleneck, device=device, dtype=dtype)
         self.up = nn.Linear(bottleneck, dim, device=device, dtype=dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.nn.options import check_count
 
 
 class FusedMoSALoRA(FusedMoSAAdapter):
@@ -29,7 +30,8 @@ class FusedMoSALoRA(FusedMoSAAdapter):
             `FusedMoSAAdapter`.
 
     Raises:
-        ValueError: an option is out of range; the message names it, what was expected and what came.
+        TypeError, ValueError: an option is of the wrong type or out of range; the message names it, what was expected
+            and what came.
     """
 
     def __init__(
@@ -53,8 +55,8 @@ class FusedMoSALoRA(FusedMoSAAdapter):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+            if size is not None:
+                check_count(name, size)
         super().__init__(
             in_features,
             bottleneck,
@@ -141,6 +143,7 @@ class FusedMoSALoRA(FusedMoSAAdapter):
             expert: only this one, as it runs by itself, in place of all by a rule.
 
         Raises:
+            TypeError: `expert` is no whole number.
             ValueError: `rule` is neither, or there is no such expert.
         """
         given = self.merge_input(rule, expert)
@@ -160,6 +163,7 @@ class FusedMoSALoRA(FusedMoSAAdapter):
         """`delta` as a plain linear layer without a bias, in the layer's dtype, for those who do not fold it.
 
         Raises:
+            TypeError: `expert` is no whole number.
             ValueError: `rule` is neither "mean" nor "jigsaw", or there is no such expert.
         """
         linear = nn.Linear(self.dim, self.out_dim, bias=False, device="meta")

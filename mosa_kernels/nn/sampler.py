@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mosa_kernels.backends.arguments import MERGED
+from mosa_kernels.nn.options import check_choice, check_expert
 from mosa_kernels.nn.streams import derived_seed, read_mark
 
 EXPERT_PER = ("sample", "batch")
@@ -45,8 +46,7 @@ class ExpertSampler(nn.Module):
 
     def __init__(self, num_experts: int, expert_per: str = "sample", fixed: int | None = None) -> None:
         super().__init__()
-        if expert_per not in EXPERT_PER:
-            raise ValueError(f"expert_per: expected one of {', '.join(EXPERT_PER)}, got {expert_per!r}")
+        check_choice("expert_per", expert_per, EXPERT_PER)
         self.num_experts = num_experts
         self.expert_per = expert_per
         self.fixed = fixed
@@ -59,7 +59,12 @@ class ExpertSampler(nn.Module):
     @property
     def chooses(self) -> bool:
         """Whether there is anything to draw."""
-        return self.fixed is None and self.num_experts > 1
+        return self.choices > 1
+
+    @property
+    def choices(self) -> int:
+        """How many experts can run."""
+        return self.num_experts if self.fixed is None else 1
 
     def _assigned(self, samples: int) -> Tensor | None:
         """`assigned`, where it fits the batch."""
@@ -130,18 +135,22 @@ def samplers(model: nn.Module) -> list[ExpertSampler]:
 @contextmanager
 def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator[None]:
     """Within the context, evaluation runs these experts (Table 10): None for the merged adapter, "stochastic" for a
-    random one at each pass, a number for that expert in every adapter.
+    random one at each pass, a number for that expert in every adapter (of a plain or pruned one, 0).
 
     Raises:
-        ValueError: neither None, nor "stochastic", nor the number of an expert.
+        TypeError: neither None, nor a string, nor a whole number.
+        ValueError: another string, an adapter that has no such expert, or a model without adapters.
     """
     found = samplers(model)
-    if isinstance(inference, str) and inference != "stochastic":
-        raise ValueError(f"inference: expected None, 'stochastic' or an expert's number, got {inference!r}")
-    if isinstance(inference, int):
-        fewest = min((sampler.num_experts for sampler in found), default=0)
-        if not 0 <= inference < fewest:
-            raise ValueError(f"inference: expected an expert from 0 to {fewest - 1}, got {inference}")
+    expected = "None, 'stochastic' or an expert's number"
+    if isinstance(inference, str):
+        if inference != "stochastic":
+            raise ValueError(f"inference: expected {expected}, got {inference!r}")
+    elif inference is not None:
+        if not found:
+            raise ValueError(f"model: expected adapters, of which to run expert {inference!r}, got none")
+        fewest = min(sampler.choices for sampler in found)
+        check_expert("inference", inference, fewest, expected)
     with _within(found, "inference", inference):
         yield
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.functional.split import GRANULARITIES, MAX_EXPERTS
 from mosa_kernels.nn.adapter import MERGE_RULES, SPARSE
+from mosa_kernels.nn.options import check_choice, check_count, check_number, check_probability, check_whole
 from mosa_kernels.nn.sampler import EXPERT_PER
 from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site, Style
 
@@ -88,31 +88,28 @@ class MoSAConfig:
             ("expert_per", EXPERT_PER),
             ("method", METHODS),
         ):
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         if self.activation is not None:
-            _check_choice("activation", self.activation, tuple(ACTIVATIONS))
+            check_choice("activation", self.activation, tuple(ACTIVATIONS))
         for name in ("bottleneck", "prompt_length"):
-            _check_count(name, getattr(self, name), None)
+            check_count(name, getattr(self, name))
         if _is_listing(self.num_experts):
             object.__setattr__(self, "num_experts", tuple(self.num_experts))  # type: ignore[arg-type]
         if not self._experts:
             raise ValueError("num_experts: expected a number or one for each block, got an empty list")
         for count in self._experts:
-            _check_count("num_experts", count, MAX_EXPERTS)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed: expected a whole number, got {self.seed!r}")
+            check_count("num_experts", count, MAX_EXPERTS)
+        check_whole("seed", self.seed)
         for name in ("expert_bias", "anchored", "learnable_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.norm is not None and not isinstance(self.norm, bool):
             raise TypeError(f"norm: expected True, False or None, got {self.norm!r}")
         if self.scale is not None:
-            _check_number("scale", self.scale)
-        _check_number("dropout", self.dropout)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout!r}")
+            check_number("scale", self.scale)
+        check_probability("dropout", self.dropout)
         if self.expert_scale != "N":
-            _check_number("expert_scale", self.expert_scale, "a number or 'N'")
+            check_number("expert_scale", self.expert_scale, "a number or 'N'")
         if self.mode == "pruned" and min(self._experts) < 2:
             raise ValueError(f"num_experts: expected at least 2 for mode 'pruned', got {self.num_experts}")
         if self.mode == "pruned" and self.sparse == "none":
@@ -215,25 +212,6 @@ class MoSAConfig:
         return cls.from_dict(values)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_count(name: str, value: Any, most: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    if value < 1 or (most is not None and value > most):
-        raise ValueError(f"{name}: expected at least 1{'' if most is None else f' and at most {most}'}, got {value}")
-
-
-def _check_number(name: str, value: Any, expected: str = "a number") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected {expected} that is finite, got {value!r}")
-
-
 def _is_listing(value: Any) -> bool:
     return hasattr(value, "__iter__") and not isinstance(value, (str, bytes))
 
@@ -252,8 +230,7 @@ def _check_layers(layers: Any) -> tuple[int, ...]:
         raise TypeError(f"layers: expected None or a list of block indices, got {layers!r}")
     found = tuple(layers)
     for index in found:
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"layers: expected whole numbers, got {index!r}")
+        check_whole("layers", index, "whole numbers")
     if not found:
         raise ValueError("layers: expected None (all blocks) or at least one index, got an empty list")
     if len(set(found)) != len(found):

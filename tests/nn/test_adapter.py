@@ -153,6 +153,16 @@ def test_inference_mechanisms() -> None:
     for bad in ("random", 4, -1):
         with pytest.raises(ValueError, match="inference: expected"), mk.inference_experts(layer, bad):
             pass
+    for wrong in (1.5, True, [0]):
+        with (
+            pytest.raises(
+                TypeError, match="inference: expected None, 'stochastic' or an expert's number from 0 to 3, got"
+            ),
+            mk.inference_experts(layer, wrong),  # type: ignore[arg-type]
+        ):
+            pass
+    with pytest.raises(ValueError, match="model: expected adapters"), mk.inference_experts(nn.Linear(2, 2), 0):
+        pass
 
 
 def test_copies_and_moves_keep_what_the_optimizer_needs() -> None:
@@ -202,11 +212,31 @@ def test_compiled_layer_is_one_graph_and_draws_anew() -> None:
         ({"expert_per": "token"}, "expert_per: expected one of sample, batch, got 'token'"),
         ({"granularity": "rows"}, "granularity: expected one of"),
         ({"activation": "swish"}, "activation: expected one of"),
+        ({"bottleneck": 2.5}, "bottleneck: expected a whole number, got 2.5"),
+        ({"num_experts": True}, "num_experts: expected a whole number, got True"),
+        ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
+        ({"scale": float("nan")}, "scale: expected a number that is finite, got nan"),
+        ({"scale": "1"}, "scale: expected a number, got '1'"),
+        ({"expert_scale": float("inf")}, "expert_scale: expected a number or 'N' that is finite, got inf"),
+        ({"dropout": None}, "dropout: expected 0 <= p < 1, got None"),
+        ({"norm_eps": -1.0}, "norm_eps: expected at least 0, got -1.0"),
+        ({"norm_eps": float("nan")}, "norm_eps: expected a number that is finite, got nan"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         mk.FusedMoSAAdapter(**{"dim": D, "bottleneck": R, **options})
+
+
+@pytest.mark.parametrize("expert", [[0, 1], 1.5, True, "0"], ids=repr)
+def test_an_expert_of_another_type_is_named(expert: object) -> None:
+    layer, x = trained_layer(), torch.randn(2, 3, D)
+    with pytest.raises(TypeError, match="expert: expected a number or an integer tensor, got"):
+        layer(x, expert=expert)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expert: expected a number from 0 to 3, got"):
+        layer.merge(expert=expert)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expert: expected a number from 0 to 0, got 1"):
+        trained_layer(pruned=True).merge(expert=1)
 
 
 def test_bad_rule_is_named() -> None:

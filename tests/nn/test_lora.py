@@ -168,5 +168,9 @@ def test_what_it_refuses() -> None:
         layer(tokens(6, 2, 12), add_input=True)
     with pytest.raises(ValueError, match="rule: expected one of mean, jigsaw, got 'sum'"):
         layer.delta("sum")
+    with pytest.raises(TypeError, match="expert: expected a number from 0 to 3, got True"):
+        layer.delta(expert=True)
+    with pytest.raises(ValueError, match="scale: expected a number that is finite, got nan"):
+        made(scale=float("nan"))
     with pytest.raises(ValueError, match="out_features: expected at least 1, got 0"):
         FusedMoSALoRA(4, 0)
