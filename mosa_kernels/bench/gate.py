@@ -41,6 +41,7 @@ class Expected(NamedTuple):
     eager: dict[str, Tensor]  # the definition at the precision of the call
     idle: dict[str, Tensor]  # bool, where a gradient has to be exactly zero
     added: Mapping[str, Tensor] = {}  # float64, the part of an exact result that the call adds to its input
+    floor: float = _ROUNDINGS * torch.finfo(torch.float32).eps  # relative error that is allowed in any case
 
     def check(self, found: Mapping[str, Tensor]) -> Verdict:
         """The verdict over everything that there is to find."""
@@ -60,9 +61,7 @@ class Expected(NamedTuple):
         size = max(_rms(exact), torch.finfo(torch.float64).tiny)
         error, eager_error = _rms(wrong) / size, _rms(theirs) / size
         eps = torch.finfo(found.dtype).eps
-        floor = _ROUNDINGS * torch.finfo(torch.float32).eps
-        if exact.numel() < _FEW:
-            floor = max(4 * floor, eps)
+        floor = max(4 * self.floor, eps) if exact.numel() < _FEW else self.floor
         reason = None
         if not error <= TIMES_EAGER * eager_error + floor:  # NaN fails
             reason = f"relative error {error:.2g}, eager PyTorch has {eager_error:.2g}"

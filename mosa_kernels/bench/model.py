@@ -8,12 +8,9 @@ import timm
 import torch
 
 from mosa_kernels.bench.case import first_line
-from mosa_kernels.bench.gate import TIMES_EAGER
 from mosa_kernels.bench.memory import peak_bytes, saved_bytes
 from mosa_kernels.bench.model_variants import BACKBONE, INFERENCE, TRAINING, Ready, Setting, Shop, Variant
 from mosa_kernels.bench.timing import in_turn
-
-_FLOAT32_ERROR = 1e-5  # relative, of logits behind a dozen blocks, beside twice eager's error
 
 
 def settings(preset: str, device_type: str, models: list[str] | None = None, batch: int | None = None) -> list[Setting]:
@@ -73,13 +70,13 @@ def _share(rows: list[dict[str, Any]]) -> None:
 
 
 def admit_variant(shop: Shop, variant: Variant) -> tuple[dict[str, Any], Ready | None]:
-    """The variant, if it is there and its logits are right, and a row that says so or why not."""
+    """The variant, if it is there and its logits, loss and gradients are right, and a row that says so or why not."""
     row: dict[str, Any] = {"variant": variant.name, "ours": variant.ours, "status": "ok", "reason": None}
     if variant.reason is not None:
         return row | {"status": "unavailable", "reason": variant.reason}, None
     try:
         made = variant.build()
-        reason = None if made.logits is None else _red(made.logits(), *shop.expected(made.merged))
+        reason = _red(shop, made)
         made.run()
     except Exception as error:
         return row | {"status": "failed", "reason": first_line(error)}, None
@@ -88,9 +85,14 @@ def admit_variant(shop: Shop, variant: Variant) -> tuple[dict[str, Any], Ready |
     return row, made
 
 
-def _red(found: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor) -> str | None:
-    size = exact.square().mean().sqrt()
-    error, theirs = (float((logits.double() - exact).square().mean().sqrt() / size) for logits in (found, eager))
-    if error <= TIMES_EAGER * theirs + _FLOAT32_ERROR:
-        return None
-    return f"logits: relative error {error:.2g}, eager PyTorch has {theirs:.2g}"
+def _red(shop: Shop, made: Ready) -> str | None:
+    """What is wrong with a variant's logits, or with the loss and the gradients of a step."""
+    if made.logits is not None:
+        verdict = shop.expected(made.merged).check({"logits": made.logits()})
+        if not verdict.green:
+            return verdict.reason
+    step = {} if made.step is None else made.step()
+    for name, tensor in step.items():
+        if not bool(tensor.isfinite().all()):
+            return f"{name}: not finite"
+    return None if made.like is None else shop.expected_step(made.like).check(step).reason

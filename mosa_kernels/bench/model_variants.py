@@ -19,6 +19,7 @@ from mosa_kernels.backends.choice import available_backends
 from mosa_kernels.backends.lookup import prefer_backends, preferred_backends
 from mosa_kernels.bench.case import EAGER
 from mosa_kernels.bench.dense_copies import DenseCopiesAdapter
+from mosa_kernels.bench.gate import Expected
 from mosa_kernels.losses import MoSALoss
 from mosa_kernels.nn.dense import DenseAdapter
 from mosa_kernels.nn.sampler import inference_experts, samplers
@@ -28,9 +29,15 @@ from mosa_kernels.peft.book import book_of, find_book
 from mosa_kernels.peft.placement import find_blocks
 from mosa_kernels.train.backbones import data_config
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of images and labels."""
+
 CLASSES, LR = 100, 1e-4
 TRAINING, INFERENCE = "training", "inference"
 BACKBONE, NO_ADAPTERS = "backbone alone", "no adapters"
+_CHECKED_IMAGES = 2  # that the error gate looks at: in float64 all would take long
+_FLOAT32_ERROR = 1e-5  # relative, of what lies behind a dozen blocks, beside twice eager's error
+_FLOORS = {False: _FLOAT32_ERROR, True: 1e-2}  # of a step; under bf16 autocast a loss or bias is exact by luck
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,19 @@ class Setting:
         }  # fmt: skip
 
 
+class Kind(NamedTuple):
+    """What a training step computes, whoever does it."""
+
+    mode: str = "mosa"
+    expert_per: str = "sample"
+    aligned: bool = False
+
+
+_USUAL = Kind()
+
+
 class Ready(NamedTuple):
-    """A variant, ready to run. `own` exists without its activations; `logits` shows that it computes what it should."""
+    """A variant, ready to run. `own` exists without its activations; `logits` and `step` show that it is right."""
 
     run: Callable[[], object]
     forward: Callable[[], object]
@@ -70,6 +88,8 @@ class Ready(NamedTuple):
     state: Callable[[], int]
     logits: Callable[[], Tensor] | None = None
     merged: bool = False  # whether these logits are of the merged adapters, or of expert 0 in each
+    step: Callable[[], dict[str, Tensor]] | None = None  # the loss and every gradient of a small step
+    like: Kind | None = None  # what this step has to agree with; None: with nothing, but it is finite
 
 
 class Variant(NamedTuple):
@@ -108,9 +128,9 @@ class Shop:
         for name in self.fused:
             training |= {
                 f"MoSA {name}, expert per sample": partial(mosa, name),
-                f"MoSA {name}, expert per batch": partial(mosa, name, expert_per="batch"),
-                f"MoSA {name}, expert per sample, alignment": partial(mosa, name, criterion=MoSALoss()),
-                f"AdaptFormer {name}": partial(mosa, name, mode="dense"),
+                f"MoSA {name}, expert per batch": partial(mosa, name, Kind(expert_per="batch")),
+                f"MoSA {name}, expert per sample, alignment": partial(mosa, name, Kind(aligned=True)),
+                f"AdaptFormer {name}": partial(mosa, name, Kind("dense")),
             }
             inference[f"unmerged, {name}"] = partial(self._unmerged, name)
         training |= {
@@ -127,12 +147,23 @@ class Shop:
         ]
 
     @cache  # noqa: B019 (a shop lives as long as its models are measured)
-    def expected(self, merged: bool) -> tuple[Tensor, Tensor]:
+    def expected(self, merged: bool) -> Expected:
         """Logits of the definition in float64 and at the precision of the setting: expert 0 everywhere, or merged."""
         model = self._adapted()
         with preferring(self.device.type, "reference"):
-            eager = self._logits(model, merged)
-            return self._logits(model.double(), merged), eager
+            eager, exact = ({"logits": self._logits(each, merged)} for each in (model, copy.deepcopy(model).double()))
+        return Expected(exact, eager, {}, floor=_FLOAT32_ERROR)
+
+    @cache  # noqa: B019
+    def expected_step(self, kind: Kind) -> Expected:
+        """Loss and gradients of the definition, in float64 and at the precision of the setting."""
+        model = self._adapted(kind.mode, kind.expert_per).train()
+        with preferring(self.device.type, "reference"):
+            eager, exact = (
+                self._step(each, partial(self._two_pass_loss, each, kind))
+                for each in (model, copy.deepcopy(model).double())
+            )
+        return Expected(exact, eager, {}, floor=_FLOORS[self.setting.half])
 
     def _copy(self) -> Any:
         return copy.deepcopy(self.backbone)
@@ -151,19 +182,26 @@ class Shop:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=draws))
         return model
 
-    def _two_pass(
-        self, backend: str, mode: str = "mosa", expert_per: str = "sample", criterion: MoSALoss | None = None
-    ) -> Ready:
-        model = self._adapted(mode, expert_per).train()
-        loss = criterion or self.criterion
+    def _two_pass(self, backend: str, kind: Kind = _USUAL) -> Ready:
+        model = self._adapted(kind.mode, kind.expert_per).train()
+        loss = partial(self._two_pass_loss, model, kind)
+        logits = (lambda: self._logits(model, merged=False)) if kind.mode == "mosa" else None
+        return self._by(backend, self._ready(model, loss, MoSAAdamW(model, lr=LR), logits, kind))
 
-        def forward() -> Tensor:
-            with self._precision():
-                out = two_pass(model, self.images, features=criterion is not None)
-            return loss(out, self.labels)
+    def _two_pass_loss(self, model: nn.Module, kind: Kind, images: Tensor, labels: Tensor) -> Tensor:
+        with self._precision(images.dtype):
+            out = two_pass(model, images, features=kind.aligned)
+        return (MoSALoss() if kind.aligned else self.criterion)(out, labels)
 
-        logits = (lambda: self._logits(model, merged=False)) if mode == "mosa" else None
-        return self._by(backend, self._ready(model, forward, MoSAAdamW(model, lr=LR), logits))
+    def _step(self, model: nn.Module, loss: Loss) -> dict[str, Tensor]:
+        """The loss of a few images and every gradient, with the draws of a seed; a float64 model takes float64."""
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        images = self.images[:_CHECKED_IMAGES].to(next(iter(trained.values())).dtype)
+        with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
+            torch.manual_seed(2)
+            value = loss(images, self.labels[:_CHECKED_IMAGES])
+            gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True, materialize_grads=True)
+        return {"loss": value.detach(), **dict(zip(trained, gradients, strict=True))}
 
     def _unmerged(self, backend: str) -> Ready:
         return self._evaluated(self._adapted(), backend)
@@ -179,7 +217,8 @@ class Shop:
             return run
 
         logits = None if ready.logits is None else by(ready.logits)
-        return ready._replace(run=by(ready.run), forward=by(ready.forward), logits=logits)
+        step = None if ready.step is None else by(ready.step)
+        return ready._replace(run=by(ready.run), forward=by(ready.forward), logits=logits, step=step)
 
     def _copies(self) -> Ready:
         """Two passes one after the other: this layout runs one expert of an adapter at a time."""
@@ -189,15 +228,14 @@ class Shop:
             places[site] = DenseCopiesAdapter(adapter)
         model.train()
 
-        def forward() -> Tensor:
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
             with self._precision():
-                logits1, logits2 = model(self.images), model(self.images)
-            return self._consistent(logits1, logits2)
+                logits1, logits2 = model(images), model(images)
+            return self._consistent(logits1, logits2, labels)
 
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return self._ready(
-            model, forward, torch.optim.AdamW(parameters, lr=LR), lambda: self._logits(model, merged=False)
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=LR)
+        return self._ready(model, loss, optimizer, lambda: self._logits(model, merged=False))
 
     def _lora(self) -> Ready:
         from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
@@ -219,31 +257,35 @@ class Shop:
     def _doubled(self, model: nn.Module) -> Ready:
         model.eval()  # as `inject_adapter` leaves a backbone: no dropout, no stochastic depth
 
-        def forward() -> Tensor:
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
             with self._precision():
-                logits = model(torch.cat([self.images, self.images]))
-            return self._consistent(*logits.chunk(2))
+                logits1, logits2 = model(torch.cat([images, images])).chunk(2)
+            return self._consistent(logits1, logits2, labels)
 
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return self._ready(model, forward, torch.optim.AdamW(parameters, lr=LR), None)
+        return self._ready(model, loss, torch.optim.AdamW(parameters, lr=LR), None)
 
-    def _consistent(self, logits1: Tensor, logits2: Tensor) -> Tensor:
+    def _consistent(self, logits1: Tensor, logits2: Tensor, labels: Tensor) -> Tensor:
         out = SimpleNamespace(logits1=logits1, logits2=logits2, features1=None, features2=None)
-        return self.criterion(out, self.labels)
+        return self.criterion(out, labels)
 
     def _ready(
         self,
         model: nn.Module,
-        forward: Callable[[], Tensor],
+        loss: Loss,
         optimizer: torch.optim.Optimizer,
         logits: Callable[[], Tensor] | None,
+        like: Kind | None = None,
     ) -> Ready:
+        forward = partial(loss, self.images, self.labels)
+
         def step() -> None:
             optimizer.zero_grad()
             forward().backward()
             optimizer.step()
 
-        return Ready(step, forward, [*_tensors(model), self.images], lambda: state_bytes(model, optimizer), logits)
+        own, state = [*_tensors(model), self.images], partial(state_bytes, model, optimizer)
+        return Ready(step, forward, own, state, logits, step=partial(self._step, model, loss), like=like)
 
     def _evaluated(self, model: nn.Module, backend: str | None) -> Ready:
         plain = find_book(model) is None and not any(isinstance(m, DenseAdapter) for m in model.modules())
@@ -257,18 +299,17 @@ class Shop:
         ready = Ready(run, run, [], lambda: 0, logits, merged=True)
         return ready if backend is None else self._by(backend, ready)
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.half)
+    def _precision(self, dtype: torch.dtype = torch.float32) -> torch.autocast:
+        half = self.setting.half and dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def _logits(self, model: nn.Module, merged: bool) -> Tensor:
-        """Of two images, merged or with expert 0 in every adapter; a float64 model computes in float64."""
+        """Of a few images, merged or with expert 0 in every adapter; a float64 model computes in float64."""
         training = model.training
         model.eval()
-        images = self.images[:2].to(next(model.parameters()).dtype)
+        images = self.images[:_CHECKED_IMAGES].to(next(model.parameters()).dtype)
         expert = 0 if not merged and samplers(model) and self.setting.experts > 1 else None
-        half = self.setting.half and images.dtype == torch.float32
-        precision = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
-        with torch.no_grad(), inference_experts(model, expert), precision:
+        with torch.no_grad(), inference_experts(model, expert), self._precision(images.dtype):
             logits = model(images)
         model.train(training)
         return logits

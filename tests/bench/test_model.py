@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from mosa_kernels.backends import cpu
 from mosa_kernels.bench.dense_copies import DenseCopiesAdapter
 from mosa_kernels.bench.model import admit_variant, measure_model, settings
 from mosa_kernels.bench.model_variants import BACKBONE, TRAINING, Setting, Shop, state_bytes
@@ -54,6 +56,44 @@ def test_other_models_and_a_wrong_variant(model: str) -> None:
     assert row["status"] == "red"
     assert "error gate red: logits" in row["reason"]
     assert refused is None
+
+
+def spoiled(name: str) -> Callable[..., object]:
+    """The CPU's backward pass with one gradient wrong."""
+    right = cpu.adapter_backward
+
+    def backward(*arguments: object) -> object:
+        gradients = right(*arguments)
+        wrong = {"w_up": torch.zeros_like, "x": lambda x: x + 0.02 * x.flip(0), "nan": lambda x: x * float("nan")}
+        field = "x" if name == "nan" else name
+        tensor = getattr(gradients, field)
+        return gradients if tensor is None else gradients._replace(**{field: wrong[name](tensor)})
+
+    return backward
+
+
+@pytest.mark.parametrize("name", ["w_up", "x", "nan"])
+def test_a_wrong_training_step_is_red_in_every_variant_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = Shop(Setting("vit_tiny_patch16_224", 2, 4, 2, (("depth", 2), ("img_size", 32))), CPU)
+    variants = [variant for variant in shop.variants() if variant.part == TRAINING and variant.ours]
+    assert len(variants) == 4
+    monkeypatch.setattr(cpu, "adapter_backward", spoiled(name))
+    for variant in variants:
+        row, made = admit_variant(shop, variant)
+        assert row["status"] == "red", (variant.name, row)
+        assert made is None
+
+
+def test_a_step_that_is_not_finite_is_red_for_everybody() -> None:
+    shop = Shop(Setting("vit_tiny_patch16_224", 2, 4, 2, (("depth", 1), ("img_size", 32))), CPU)
+    for variant in shop.variants():
+        if variant.part == TRAINING and variant.reason is None:
+            made = variant.build()
+            step = made.step
+            assert step is not None
+            wrong = made._replace(step=lambda step=step: {**step(), "loss": torch.tensor(float("nan"))})
+            row, _ = admit_variant(shop, variant._replace(build=lambda wrong=wrong: wrong))
+            assert row["reason"] == "error gate red: loss: not finite", row
 
 
 def test_presets_name_the_models_of_the_paper() -> None:
