@@ -56,6 +56,7 @@ def merge_adapter(model: nn.Module, rule: str | None = None, *, expert: int | No
         weights can vanish, and merging in float32 before converting loses less.
 
     Raises:
+        TypeError: `expert` is no whole number.
         ValueError: the model has no adapters, the active one does not fold, is merged already, the rule is neither,
             or there is no such expert.
     """

@@ -42,6 +42,7 @@ def merge_and_unload(
         The model, with the adapter's head, and every parameter trainable that was before adapters came.
 
     Raises:
+        TypeError: `expert` is no whole number.
         ValueError: the model has no adapters, none of this name, one is merged already (see `unmerge_adapter`), the
             rule is neither, there is no such expert, or it is a baseline with prompts, which are tokens that no
             weight can take in.
@@ -56,16 +57,18 @@ def merge_and_unload(
     method = book.configs[name].method
     if method.startswith("vpt"):
         raise ValueError(f"method: {method!r} adds tokens, which do not merge into weights; keep the model as it is")
+    if method != "adapter" and expert is not None:
+        raise ValueError(f"expert: expected None for {method!r}, which has no experts, got {expert!r}")
     model = unwrap(model)
-    set_adapter(model, name)
-
     updates = low_rank_updates(book, name, rule, expert)
+    placed = [each for each in book.adapters(name) if not isinstance(each[2], FusedMoSALoRA)]
+    inputs = [adapter.merge_input(rule, expert) for _, _, adapter in placed]
+
+    set_adapter(model, name)
     if updates:
         fold(model, updates)
-    placed = [each for each in book.adapters(name) if not isinstance(each[2], FusedMoSALoRA)]
     if not placed:
         return remove_all(model, keep_head=True)
-    inputs = [adapter.merge_input(rule, expert) for _, _, adapter in placed]
     exact = merge_adapters(inputs, dtype=_working_dtype(inputs[0].w_down.dtype))
     merged = [
         _rounded(weights, adapter.down.weight.dtype) for weights, (_, _, adapter) in zip(exact, placed, strict=True)

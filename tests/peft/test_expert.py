@@ -9,6 +9,7 @@ import torch
 from timm_models import SWIN, VIT, Family, images, make, train_a_little
 
 import mosa_kernels as mk
+from mosa_kernels.peft import active_adapter
 
 
 @pytest.mark.parametrize("style", ["adaptformer", "pfeiffer", "houlsby", "lora"])
@@ -59,6 +60,21 @@ def test_what_cannot_be() -> None:
         mk.merge_and_unload(model, "mean", expert=1)
     with pytest.raises(ValueError, match="expert: expected a number from 0 to 3, got 4"):
         mk.merge_and_unload(model, expert=4)
+    for wrong in (True, 1.0, [1], "1"):
+        with pytest.raises(TypeError, match="expert: expected a number from 0 to 3, got"):
+            mk.merge_and_unload(model, expert=wrong)  # type: ignore[arg-type]
     lora = mk.inject_adapter(make(), mk.MoSAConfig(style="lora", bottleneck=4))
     with pytest.raises(ValueError, match="expert: expected a number from 0 to 3, got -1"):
         mk.merge_adapter(lora, expert=-1)
+    linear = mk.inject_adapter(make(), mk.MoSAConfig(method="linear"))
+    with pytest.raises(ValueError, match="expert: expected None for 'linear', which has no experts, got 0"):
+        mk.merge_and_unload(linear, expert=0)
+
+
+def test_a_merge_that_is_refused_changes_nothing() -> None:
+    for style in ("adaptformer", "lora"):
+        model = mk.inject_adapter(make(), mk.MoSAConfig(style=style, bottleneck=4), "first")
+        mk.inject_adapter(model, mk.MoSAConfig(style=style, bottleneck=4), "second")
+        with pytest.raises(ValueError, match="expert: expected"):
+            mk.merge_and_unload(model, adapter_name="first", expert=4)
+        assert active_adapter(model) == "second"
