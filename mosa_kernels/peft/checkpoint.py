@@ -38,6 +38,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     Raises:
         ValueError: the model has no adapters, or none of this name.
+        NotADirectoryError: the directory, or one above it, is a file.
     """
     book = book_of(model)
     check_unrouted(book)
@@ -84,7 +85,7 @@ def load_adapter(
         The model.
 
     Raises:
-        FileNotFoundError: the directory or a file in it is missing.
+        FileNotFoundError, NotADirectoryError: the directory or a file in it is missing, or it is a file itself.
         AdapterFileError: a file is damaged, or not what `save_adapter` writes.
         BackboneMismatchError: the backbone is another; the message says in what.
         ValueError: the head has another size, the name is taken by an adapter with another configuration, or an
@@ -157,9 +158,23 @@ def _load_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor], path:
     for key, place in places.items():
         if place.shape != tensors[key].shape:
             raise AdapterFileError(f"{path}: {key}: expected shape {list(place.shape)}, got {list(tensors[key].shape)}")
+    _check_splits(model, name, tensors, path)
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(tensors[key])
+
+
+def _check_splits(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    """A split is for as many experts as the configuration says; without biases for each no shape tells."""
+    for block, site, adapter in book_of(model).adapters(name):
+        for side in ("down", "up"):
+            key = f"{_ADAPTERS}{block}.{site}.{side}.assignment"
+            highest = int(tensors[key].max()) if key in tensors else 0
+            if highest >= adapter.num_experts:
+                raise AdapterFileError(
+                    f"{path}: num_experts: the configuration has {adapter.num_experts}, the split {key} names expert "
+                    f"{highest}"
+                )
 
 
 def _read_description(description: dict[str, Any], path: Path) -> tuple[MoSAConfig, str, int]:

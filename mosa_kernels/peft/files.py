@@ -30,8 +30,16 @@ def write_adapter(directory: Path, description: dict[str, Any], tensors: dict[st
 
     The description is in the weights file as well: whoever is interrupted between the two renames leaves the weights of
     one save beside the JSON of another, and `read_adapter` then goes by the weights' own.
+
+    Raises:
+        NotADirectoryError: the directory, or one above it, is a file.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"directory: expected a directory, or a place for one, got {directory}, where a file is in the way"
+        ) from error
     description = {**description, _DIGEST: tensors_digest(tensors)}
     description[_SAVE] = hashlib.sha256(json.dumps(description).encode()).hexdigest()
     text = json.dumps(description, indent=2) + "\n"
@@ -45,9 +53,12 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the tensors, on the CPU.
 
     Raises:
+        NotADirectoryError: it is a file.
         FileNotFoundError: the directory or one of the files is missing.
         AdapterFileError: a file is damaged.
     """
+    if directory.is_file():
+        raise NotADirectoryError(f"directory: expected one that save_adapter wrote, got {directory}, a file")
     if not directory.is_dir():
         raise FileNotFoundError(
             f"directory: expected one that save_adapter wrote, got {directory}, which does not exist"

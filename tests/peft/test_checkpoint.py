@@ -201,3 +201,27 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         save_adapter(trained().to("meta"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert issubclass(AdapterFileError, ValueError)
+
+
+@pytest.mark.parametrize("options", [{"style": "lora"}, {"expert_bias": False}, {"style": "lora", "sparse": "down"}])
+def test_an_edited_number_of_experts_is_named(options: dict, tmp_path: Path) -> None:
+    save_adapter(inject_adapter(make(), MoSAConfig(bottleneck=4, **options)), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    description = json.loads(path.read_text())
+    description["config"]["num_experts"] = 2
+    path.write_text(json.dumps(description))
+    assert "num_experts: the configuration has 2, the split adapters.blocks.0." in (
+        message := refused(make(), tmp_path)
+    )
+    assert message.endswith("assignment names expert 3")
+
+
+def test_a_path_that_is_no_directory_is_named(tmp_path: Path) -> None:
+    model, path = inject_adapter(make(), MoSAConfig(bottleneck=4)), tmp_path / "file"
+    path.write_text("mine")
+    for place in (path, path / "below"):
+        with pytest.raises(NotADirectoryError, match=r"directory: expected a directory, or a place for one, got .*file"):
+            save_adapter(model, place)
+    assert path.read_text() == "mine"
+    with pytest.raises(NotADirectoryError, match=r"directory: expected one that save_adapter wrote, got .*file, a file"):
+        load_adapter(make(), path)
