@@ -22,22 +22,39 @@ class Roofline(NamedTuple):
     """What the maker states, without sparsity."""
 
     bandwidth: float  # GB/s
-    half: float  # TFLOP/s of fp16 and bf16 matrix products that add in fp32
-    single: float  # TFLOP/s in fp32 without matrix units
+    half: float | None  # TFLOP/s of fp16 and bf16 matrix products that add in fp32; None: it depends on the clocks
+    single: float | None  # TFLOP/s in fp32 without matrix units
     source: str
 
 
+_V100 = "NVIDIA V100 datasheet, January 2020 (fp16 only)"
+_A100 = "NVIDIA A100 datasheet, June 2021 and May 2020"
+_H100, _H200 = "NVIDIA H100 datasheet", "NVIDIA H200 datasheet"
+_GH200 = "NVIDIA GH200 datasheet"
 KNOWN: dict[str, Roofline] = {
-    "V100": Roofline(900, 125, 15.7, "NVIDIA V100 datasheet, January 2020, V100 SXM2 (fp16 only)"),
-    "A100-SXM4-40GB": Roofline(1555, 312, 19.5, "NVIDIA A100 datasheet, June 2021, A100 40GB SXM"),
-    "A100": Roofline(2039, 312, 19.5, "NVIDIA A100 datasheet, June 2021, A100 80GB SXM"),
-    "H100 PCIe": Roofline(2000, 756, 51, "NVIDIA H100 datasheet, H100 PCIe"),
-    "H100": Roofline(3350, 989, 67, "NVIDIA H100 datasheet, H100 SXM"),
-    "H200": Roofline(4800, 989, 67, "NVIDIA H200 datasheet, H200 SXM"),
+    "V100-SXM2-16GB": Roofline(900, 125, 15.7, f"{_V100}, SXM2"),
+    "V100-SXM2-32GB": Roofline(900, 125, 15.7, f"{_V100}, SXM2"),
+    "V100-PCIE-16GB": Roofline(900, 112, 14, f"{_V100}, PCIe"),
+    "V100-PCIE-32GB": Roofline(900, 112, 14, f"{_V100}, PCIe"),
+    "V100S-PCIE-32GB": Roofline(1134, 130, 16.4, f"{_V100}, V100S PCIe"),
+    "A100-SXM4-40GB": Roofline(1555, 312, 19.5, f"{_A100}, 40GB SXM"),
+    "A100-PCIE-40GB": Roofline(1555, 312, 19.5, f"{_A100}, 40GB PCIe"),
+    "A100-SXM4-80GB": Roofline(2039, 312, 19.5, f"{_A100}, 80GB SXM"),
+    "A100 80GB PCIe": Roofline(1935, 312, 19.5, f"{_A100}, 80GB PCIe"),
+    "H100 80GB HBM3": Roofline(3350, 989, 67, f"{_H100}, SXM"),
+    "H100 PCIe": Roofline(2000, 756, 51, f"{_H100}, PCIe"),
+    "H100 NVL": Roofline(3938, 835, 60, f"{_H100}, NVL"),
+    "H200": Roofline(4800, 989, 67, f"{_H200}, SXM"),
+    "H200 NVL": Roofline(4800, 835, 60, f"{_H200}, NVL"),
+    "GH200 480GB": Roofline(4000, 990, 67, f"{_GH200}, 96 GB of HBM3"),
+    "GH200 144G HBM3e": Roofline(4900, 990, 67, f"{_GH200}, 144 GB of HBM3e"),
     "L4": Roofline(300, 121, 30.3, "NVIDIA L4 datasheet"),
     "RTX 4090": Roofline(1008, 165, 82.6, "NVIDIA Ada GPU architecture whitepaper, GeForce RTX 4090"),
+    "RTX 4090 Laptop GPU": Roofline(576, None, None, "256 bits of GDDR6 at 18 Gbit/s"),
 }
-"""By a part of the name that the driver gives; the longest that matches counts."""
+"""By the whole name that the driver gives, without maker and brand: a part of it, a suffix for another board, an
+instance of a part of a GPU (MIG) has other limits."""
+_BRANDS = ("NVIDIA ", "Tesla ", "GeForce ")
 
 
 class Limits(NamedTuple):
@@ -55,10 +72,9 @@ class Limits(NamedTuple):
 
 def known_roofline(name: str) -> Roofline | None:
     """The maker's figures for a GPU of this name, or None where it is not in the table."""
-    words = name.replace("-", " ").split()
-    matches = [key for key in KNOWN if key in name or (len(key.split()) == 1 and key in words)]
-    matches = [key for key in matches if key not in ("L4",) or "L4" in words]  # an L40 is another
-    return KNOWN[max(matches, key=len)] if matches else None
+    for brand in _BRANDS:
+        name = name.removeprefix(brand)
+    return KNOWN.get(name)
 
 
 def measure_limits(device: torch.device, *, quick: bool = False) -> Limits:

@@ -95,8 +95,9 @@ def limits_line(report: Record) -> str:
     known = limits["known"]
     if known:
         text += (
-            f" The maker's: {known['bandwidth']:g} GB/s, {known['half']:g} TFLOP/s in 16 bits ({known['source']}); "
-            f"copying reaches {limits['copy'] / known['bandwidth']:.0%} of it."
+            f" The maker's: {known['bandwidth']:g} GB/s"
+            + (f", {known['half']:g} TFLOP/s in 16 bits" if known["half"] else "")
+            + f" ({known['source']}); copying reaches {limits['copy'] / known['bandwidth']:.0%} of it."
         )
     return text
 

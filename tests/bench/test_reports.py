@@ -10,9 +10,10 @@ import pytest
 from reports import record, report, row
 
 from mosa_kernels.bench.goals import NOT_MEASURED, answers
+from mosa_kernels.bench.limits import known_roofline
 from mosa_kernels.bench.plots import draw
 from mosa_kernels.bench.records import failures, losses, name_of, timings
-from mosa_kernels.bench.report import HOW_TO_SEND, markdown
+from mosa_kernels.bench.report import HOW_TO_SEND, limits_line, markdown
 from mosa_kernels.bench.run import read, write
 
 FAST = {"copy_share": 0.85, "launches": 1, "saved_bytes": 128 * 197 * 8, "host_us": {"host": 12.0, "wall": 50.0}}
@@ -86,6 +87,21 @@ def test_markdown_says_everything_once() -> None:
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.endswith("|")
+
+
+def test_the_makers_figures_stand_where_they_are_known() -> None:
+    made = gpu_report()
+    for name, words in (
+        (
+            "NVIDIA H200",
+            "The maker's: 4800 GB/s, 989 TFLOP/s in 16 bits (NVIDIA H200 datasheet, SXM); copying reaches 83%",
+        ),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "The maker's: 576 GB/s (256 bits of GDDR6 at 18 Gbit/s); copying"),
+    ):
+        known = known_roofline(name)
+        assert known is not None
+        made["limits"]["known"] = known._asdict()
+        assert words in limits_line(made)
 
 
 def test_a_report_is_written_and_read_back(tmp_path: Path) -> None:

@@ -80,9 +80,17 @@ def test_a_request_can_be_handed_on_as_words() -> None:
 @pytest.mark.parametrize(
     ("name", "bandwidth"),
     [
-        ("NVIDIA H200", 4800), ("NVIDIA H100 80GB HBM3", 3350), ("NVIDIA H100 PCIe", 2000),
-        ("Tesla V100-SXM2-32GB", 900), ("NVIDIA A100-SXM4-40GB", 1555), ("NVIDIA A100-SXM4-80GB", 2039),
-        ("NVIDIA L4", 300), ("NVIDIA GeForce RTX 4090", 1008), ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 3090", None),
+        ("Tesla V100-SXM2-16GB", 900), ("Tesla V100-SXM2-32GB", 900), ("Tesla V100-PCIE-32GB", 900),
+        ("Tesla V100S-PCIE-32GB", 1134), ("NVIDIA A100-SXM4-40GB", 1555), ("NVIDIA A100-PCIE-40GB", 1555),
+        ("A100-PCIE-40GB", 1555), ("NVIDIA A100-SXM4-80GB", 2039), ("NVIDIA A100 80GB PCIe", 1935),
+        ("NVIDIA H100 80GB HBM3", 3350), ("NVIDIA H100 PCIe", 2000), ("NVIDIA H100 NVL", 3938),
+        ("NVIDIA H200", 4800), ("NVIDIA H200 NVL", 4800), ("NVIDIA GH200 480GB", 4000),
+        ("NVIDIA GH200 144G HBM3e", 4900), ("NVIDIA L4", 300), ("NVIDIA GeForce RTX 4090", 1008),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 576), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA L40S", None),
+        ("NVIDIA L40", None), ("NVIDIA GeForce RTX 3090", None), ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA RTX A4000", None), ("NVIDIA A10", None), ("NVIDIA A100X", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("GRID A100-10C", None), ("NVIDIA H20", None), ("Tesla T4", None), ("NVIDIA B200", None),
     ],
 )  # fmt: skip
 def test_rooflines_by_name(name: str, bandwidth: float | None) -> None:
