@@ -56,7 +56,7 @@ def ratios_of_large_calls(reports: Path) -> str:
                 ratio = eager["ms"]["median"] / ours["ms"]["median"]
                 found.setdefault(_PASSES[record["operator"]], []).append(ratio)
     parts = [f"{name} {min(values):.1f} to {max(values):.1f}" for name, values in found.items()]
-    return "64 x 197 in bf16: " + (", ".join(parts) or "not measured")
+    return ", ".join(parts) or NOT_MEASURED
 
 
 def cpu_section(reports: Path = REPORTS) -> str:
@@ -94,26 +94,54 @@ def cpu_section(reports: Path = REPORTS) -> str:
             "on your machine in its place. "
             f"[This report](benchmarks/reports/{CPU}/report.md). A [longer one](benchmarks/reports/cpu_all/report.md) "
             "sets `torch.compile`, N copies and a merged adapter beside them, and measures backward alone, merge, "
-            "optimizer, alignment, whole models and how cost grows. Our times are the same there. Eager PyTorch's are "
-            "not: they depend on what its allocator has at hand, so the ratios do too "
-            f"({ratios_of_large_calls(reports)}), and are smaller in a loop whose allocations all return warm memory "
-            "to it. Where ours loses, it says so.",
+            "optimizer, alignment, whole models and how cost grows. Over both reports the ratios at 64 x 197 in "
+            f"bf16 are {ratios_of_large_calls(reports)}; eager PyTorch's time depends on what its allocator has at hand. Where "
+            "ours loses, they say so.",
         ]
+    )
+
+
+def gpu_reports(reports: Path) -> dict[str, tuple[Path, Record, int]]:
+    """For each GPU its newest report, and how many older ones there are."""
+    found: dict[str, list[tuple[str, Path, Record]]] = {}
+    for path in sorted(reports.glob("*/report.json")):
+        report = json.loads(path.read_text())
+        machine = report["machine"]
+        if machine["device_type"] == "cuda":
+            name = machine["device"].removeprefix("NVIDIA ")
+            found.setdefault(name, []).append((machine["made"], path, report))
+    newest = {name: max(entries, key=lambda entry: entry[:2]) for name, entries in sorted(found.items())}
+    return {name: (path, report, len(found[name]) - 1) for name, (_, path, report) in newest.items()}
+
+
+def is_a(wanted: str, name: str) -> bool:
+    """Whether a device's name, such as "A100-SXM4-80GB" or "Tesla V100-SXM2-16GB", is of a whole GPU of this kind."""
+    first = name.removeprefix("Tesla ").replace("-", " ").split()[0]
+    return first == wanted and "MIG" not in name.split()
+
+
+def gpu_state(reports: Path = REPORTS) -> str:
+    """Whether any GPU has run the kernels, and what that means for somebody who installs them."""
+    found = list(gpu_reports(reports))
+    if not found:
+        return (
+            "Not measured yet: no GPU has run these kernels so far. A fresh installation therefore runs plain PyTorch "
+            "on a GPU, and says so."
+        )
+    return (
+        f"Measured on {', '.join(found)}. On a GPU for which the package ships no table of what is the fastest, a "
+        "fresh installation runs plain PyTorch, and says so."
     )
 
 
 def gpu_section(reports: Path = REPORTS) -> str:
     """One column for each GPU with a report, and one for each that is wanted."""
-    found = {}
-    for path in sorted(reports.glob("*/report.json")):
-        report = json.loads(path.read_text())
-        if report["machine"]["device_type"] == "cuda":
-            found[report["machine"]["device"].removeprefix("NVIDIA ")] = (path, report)
-    wanted = [name for name in WANTED_GPUS if not any(name in gpu for gpu in found)]
+    found = gpu_reports(reports)
+    wanted = [name for name in WANTED_GPUS if not any(is_a(name, gpu) for gpu in found)]
     rows = []
     for operator, direction in _PASSES.items():
         for model, title in _MODELS.items():
-            cells = [gpu_cell(report, operator, model) for _, report in found.values()]
+            cells = [gpu_cell(report, operator, model) for _, report, _ in found.values()]
             rows.append((f"{title}, {direction}", *cells, *(NOT_MEASURED for _ in wanted)))
     parts = [
         "The fastest of the fused backends on 128 images in bf16, r = 64, N = 4, one expert a call, the cache flushed: "
@@ -121,11 +149,12 @@ def gpu_section(reports: Path = REPORTS) -> str:
         "measured copy bandwidth that its own bytes make.",
         table(("", *found, *wanted), rows),
     ]
-    parts += [
-        f"[{name}: the whole report]({path.parent.relative_to(reports.parents[1])}/report.md)"
-        for name, (path, _) in found.items()
-        if (path.parent / "report.md").is_file()
-    ]
+    for name, (path, report, older) in found.items():
+        date = report["machine"]["made"][:10]
+        words = [f"{name}: the newest of {older + 1} reports, of {date}"] if older else []
+        if (path.parent / "report.md").is_file():
+            words.append(f"[{name}: the whole report]({path.parent.relative_to(reports.parents[1])}/report.md)")
+        parts += words
     parts.append(
         "You have one that is missing? `benchmarks/gpu.sh benchmarks/reports/NAME` builds, tests and measures in under "
         "ten minutes; `python scripts/update_readme.py` fills in the column; "
@@ -168,7 +197,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-SECTIONS = {"demo": demo_section, "cpu": cpu_section, "gpu": gpu_section}
+SECTIONS = {"demo": demo_section, "cpu": cpu_section, "gpu state": gpu_state, "gpu": gpu_section}
 
 
 def updated(text: str) -> str:

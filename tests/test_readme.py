@@ -85,6 +85,42 @@ def test_gpu_columns_come_from_reports_and_missing_ones_say_how_to_fill_them(tmp
     assert "|  | A100-SXM4-80GB | H200 | V100 |" in load_updater().gpu_section(reports)
 
 
+def test_the_readme_says_whether_a_gpu_has_run_the_kernels(tmp_path: Path) -> None:
+    module = load_updater()
+    assert "no GPU has run these kernels" in module.gpu_state(tmp_path)
+    assert module.gpu_state(tmp_path) in README or module.gpu_reports(module.REPORTS)
+    write_json(tmp_path / "h200" / "report.json", report())
+    assert module.gpu_state(tmp_path).startswith("Measured on H200.")
+    assert "no GPU" not in module.gpu_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "columns"),
+    [
+        ("NVIDIA RTX A1000", "RTX A1000 | A100 | V100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB | V100"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe | V100"),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "A100-SXM4-80GB MIG 1g.10gb | A100 | V100"),
+        ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-16GB | A100"),
+        ("Tesla V100S-PCIE-32GB", "Tesla V100S-PCIE-32GB | A100 | V100"),
+    ],
+)
+def test_a_column_is_filled_by_that_gpu_alone(device: str, columns: str, tmp_path: Path) -> None:
+    reports = tmp_path / "benchmarks" / "reports"
+    write_json(reports / "one" / "report.json", report(device=device, device_type="cuda"))
+    assert f"|  | {columns} |" in load_updater().gpu_section(reports)
+
+
+def test_of_two_reports_of_a_gpu_the_newer_counts_and_that_is_said(tmp_path: Path) -> None:
+    reports = tmp_path / "benchmarks" / "reports"
+    for name, median, made in (("a", 0.1, "2026-05-01T00:00:00+00:00"), ("b", 0.2, "2026-04-01T00:00:00+00:00")):
+        rows = [row("eager", 0.4), row("triton", median, True)]
+        write_json(reports / name / "report.json", report(record("adapter_forward", rows), made=made))
+    section = load_updater().gpu_section(reports)
+    assert "| ViT-B, forward | triton 0.1 ms, 4.0x eager |" in section
+    assert "H200: the newest of 2 reports, of 2026-05-01" in section
+
+
 def test_the_cpu_table_comes_from_its_report(tmp_path: Path) -> None:
     rows = [row("eager", 10.0), row("cpu", 4.0, True)]
     red = {"provider": "cpu", "ours": True, "status": "red", "reason": "error gate red"}
