@@ -220,8 +220,12 @@ def test_a_path_that_is_no_directory_is_named(tmp_path: Path) -> None:
     model, path = inject_adapter(make(), MoSAConfig(bottleneck=4)), tmp_path / "file"
     path.write_text("mine")
     for place in (path, path / "below"):
-        with pytest.raises(NotADirectoryError, match=r"directory: expected a directory, or a place for one, got .*file"):
+        with pytest.raises(
+            NotADirectoryError, match=r"directory: expected a directory, or a place for one, got .*file"
+        ):
             save_adapter(model, place)
     assert path.read_text() == "mine"
-    with pytest.raises(NotADirectoryError, match=r"directory: expected one that save_adapter wrote, got .*file, a file"):
+    with pytest.raises(
+        NotADirectoryError, match=r"directory: expected one that save_adapter wrote, got .*file, a file"
+    ):
         load_adapter(make(), path)
