@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -67,10 +67,12 @@ class ExpertSampler(nn.Module):
         return self.num_experts if self.fixed is None else 1
 
     def _assigned(self, samples: int) -> Tensor | None:
-        """`assigned`, where it fits the batch."""
+        """`assigned`, where it fits the batch and the experts there are."""
         experts = self.assigned
         if experts is not None and experts.dim() and experts.shape[0] != samples:
             raise ValueError(f"experts: expected one for each of the batch's {samples} samples, got {len(experts)}")
+        if experts is not None and experts.is_cpu and not torch.compiler.is_compiling():
+            _check_numbers(experts, self.num_experts)
         return experts
 
     def draw(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
@@ -119,6 +121,7 @@ class ExpertSampler(nn.Module):
         if self.inference == "stochastic" or (self.assigned is not None and self.chooses):
             return self.draw(batch_size, device, dropout=False)
         if isinstance(self.inference, int) and self.fixed is None:
+            check_expert("inference", self.inference, self.num_experts)
             return Draw(self.inference, None)
         return Draw(self.fixed, None)
 
@@ -127,19 +130,38 @@ class ExpertSampler(nn.Module):
         return f"num_experts={self.num_experts}, per={self.expert_per}{fixed}"
 
 
+class Alternatives(nn.ModuleDict):
+    """Modules by name of which some run and the others rest."""
+
+    def running(self) -> Collection[str]:
+        """The names of those that run."""
+        return self.keys()
+
+
 def samplers(model: nn.Module) -> list[ExpertSampler]:
-    """The samplers of all adapters in a model, in module order."""
+    """The samplers of all adapters that run in a model, in module order; not of those at rest in `Alternatives`."""
+    resting = {
+        module
+        for choice in model.modules()
+        if isinstance(choice, Alternatives)
+        for name in choice.keys() - set(choice.running())
+        for module in choice[name].modules()
+    }
+    return [sampler for sampler in _all_samplers(model) if sampler not in resting]
+
+
+def _all_samplers(model: nn.Module) -> list[ExpertSampler]:
     return [module for module in model.modules() if isinstance(module, ExpertSampler)]
 
 
 @contextmanager
 def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator[None]:
     """Within the context, evaluation runs these experts (Table 10): None for the merged adapter, "stochastic" for a
-    random one at each pass, a number for that expert in every adapter (of a plain or pruned one, 0).
+    random one at each pass, a number for that expert in every adapter that runs (of a plain or pruned one, 0).
 
     Raises:
         TypeError: neither None, nor a string, nor a whole number.
-        ValueError: another string, an adapter that has no such expert, or a model without adapters.
+        ValueError: another string, an adapter that runs has no such expert, or none runs.
     """
     found = samplers(model)
     expected = "None, 'stochastic' or an expert's number"
@@ -148,10 +170,10 @@ def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator
             raise ValueError(f"inference: expected {expected}, got {inference!r}")
     elif inference is not None:
         if not found:
-            raise ValueError(f"model: expected adapters, of which to run expert {inference!r}, got none")
+            raise ValueError(f"model: expected adapters that run, to run expert {inference!r} of, got none")
         fewest = min(sampler.choices for sampler in found)
         check_expert("inference", inference, fewest, expected)
-    with _within(found, "inference", inference):
+    with _within(_all_samplers(model), "inference", inference):
         yield
 
 
@@ -166,7 +188,7 @@ def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) 
     checkpointing the backward pass belongs into the context too, since it runs the blocks again.
 
     Args:
-        model: with adapters of more than one expert.
+        model: with adapters of more than one expert; those that do not run are not asked.
         experts: the number of an expert for each sample, integers [B], or one for all; -1 is the merged adapter.
 
     Raises:
@@ -186,11 +208,18 @@ def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) 
     if given.dim() > 1 or given.numel() == 0:
         raise ValueError(f"experts: expected one number or one for each sample, got shape {list(given.shape)}")
     fewest = min(sampler.num_experts for sampler in found)
-    known = not given.is_cuda  # a GPU is not waited for
-    if known and not (given.ge(MERGED).all() and given.lt(fewest).all()):
-        raise ValueError(f"experts: expected numbers from 0 to {fewest - 1}, or -1, got {experts!r}")
-    with _within(found, "assigned", given.to(next(model.parameters()).device, non_blocking=True)):
+    if given.is_cpu:  # a GPU is not waited for
+        _check_numbers(given, fewest)
+    own = [sampler for sampler in _all_samplers(model) if sampler.chooses]  # whichever is switched to in the context
+    with _within(own, "assigned", given.to(next(model.parameters()).device, non_blocking=True)):
         yield model
+
+
+def _check_numbers(experts: Tensor, count: int) -> None:
+    listed = experts.tolist()
+    numbers = listed if isinstance(listed, list) else [listed]
+    if numbers and not (min(numbers) >= MERGED and max(numbers) < count):
+        raise ValueError(f"experts: expected numbers from 0 to {count - 1}, or {MERGED}, got {listed}")
 
 
 @contextmanager

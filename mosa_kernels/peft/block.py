@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
+from mosa_kernels.nn.sampler import Alternatives
 from mosa_kernels.peft.attention import updated_attention
 from mosa_kernels.peft.placement import BlockKind, block_kind, forward_class
 from mosa_kernels.peft.prompts import Prompts
@@ -29,7 +30,7 @@ Sites: TypeAlias = "nn.ModuleDict | dict[str, Callable[..., Tensor]]"
 """What runs in a block, by site."""
 
 
-class AdapterSlot(nn.ModuleDict):
+class AdapterSlot(Alternatives):
     """The adapters of one block: adapter name -> site -> adapter.
 
     Attributes:
@@ -48,22 +49,25 @@ class AdapterSlot(nn.ModuleDict):
         self.routes: Routes | None = None
         self.folded = False
 
+    def running(self) -> tuple[str, ...]:
+        if self.folded:
+            return ()
+        if self.routes is not None:
+            return tuple(name for name in self.routes.groups if name in self)
+        return () if self.active is None or self.active not in self else (self.active,)
+
     def current(self) -> Sites | None:
         """What runs, by site; None where the block computes as the backbone does.
 
         Raises:
             RuntimeError: in training mode while the adapters are in the block's own weights.
         """
-        if self.folded:
-            if self.training:
-                raise RuntimeError("model: its adapter is merged into the frozen weights; train after unmerge_adapter")
-            return None
-        if self.routes is not None:
-            found = {name: self.named(name) for name in self.routes.groups if name in self}
-            return routed_sites(self.routes, found) if found else None
-        if self.active is None or self.active not in self:
-            return None
-        return self.named(self.active)
+        if self.folded and self.training:
+            raise RuntimeError("model: its adapter is merged into the frozen weights; train after unmerge_adapter")
+        found = {name: self.named(name) for name in self.running()}
+        if self.routes is not None and found:
+            return routed_sites(self.routes, found)
+        return next(iter(found.values()), None)
 
     def named(self, name: str) -> nn.ModuleDict:
         """The adapters of one name, by site."""
