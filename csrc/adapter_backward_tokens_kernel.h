@@ -99,6 +99,7 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
   const int stride = kListed ? buffers.stride : kRank;
   const typename T::First warp;
   const P patch(shared.patch[warp.warp]);
+  const float rise = 1.0f / reach_of<E>(p);
   float c1[P::kCount] = {};
   float c2[P::kCount] = {};
   float dscale = 0.0f;
@@ -115,10 +116,11 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
       const int e = tokens.expert[row];
       const float factor = p.assignment != nullptr && e != kNoExpert ? factor_of(p, e) : 1.0f;
       const Dropout dropout(p, tokens.valid(row) ? first + row : 0);
+      const float rstd = tokens.rstd[row] * rise;
       float pre[kVector];
 #pragma unroll
       for (int n = 0; n < kVector; ++n) {
-        const float normed = tokens.rstd[row] * (active[i][n] - tokens.seen[row] * units.s[unit + n]);
+        const float normed = rstd * (active[i][n] - tokens.seen[row] * units.s[unit + n]);
         const float input = normed + units.bias[unit + n];
         const float kept = dropout.factor(drawn, unit + n);
         active[i][n] = kept == 0.0f ? 0.0f : kept * activate(input, p.activation);

@@ -53,6 +53,7 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
   const Warp warp;
   const P patch(shared.output.patch[warp.warp]);
   const UnitsOf<kListed> units(p, e);
+  const float rise = 1.0f / reach_of<E>(p);
 #pragma unroll
   for (int tile = 0; tile < Warp::kTiles; tile += F::kPatchTiles) {
     float value[P::kCount][kVector];
@@ -62,8 +63,9 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
       const int row = warp.row() + patch.row(i);
       const int unit = warp.column() + tile * kUnit + patch.column(i);
       const Dropout dropout(p, tokens.valid(row) ? first + row : 0);
+      const float rstd = tokens.rstd[row] * rise;
       for (int n = 0; n < kVector; ++n) {
-        const float normed = tokens.rstd[row] * (value[i][n] - tokens.seen[row] * shared.units.s[unit + n]);
+        const float normed = rstd * (value[i][n] - tokens.seen[row] * shared.units.s[unit + n]);
         const float kept = dropout.factor(units, unit + n);
         const float active = activate(normed + shared.units.bias[unit + n], p.activation);
         value[i][n] = kept == 0.0f ? 0.0f : kept * active;

@@ -84,7 +84,15 @@ struct UnitTable {
   float bias[kRank];
 };
 
-// accumulators = x Wg^T for expert e, or (x - shift) Wg^T where x is converted on its way; fills `units`. With
+// What LayerNorm's tokens are multiplied with on their way into a product in half precision: a column of 100 000 in a
+// float32 stream, which LayerNorm makes small, is beyond fp16.
+template <typename E>
+__device__ inline float reach_of(const AdapterParams& p) {
+  const bool wider = Element<E>::kDType == kFloat16 && p.x.dtype != kFloat16 && p.gamma.data != nullptr;
+  return wider ? 0.0625f : 1.0f;
+}
+
+// accumulators = x Wg^T for expert e, or reach_of (x - shift) Wg^T where x is converted on its way; fills `units`. With
 // kStatistics it finds mean and rstd, else they are in the table. Ends with a barrier.
 template <bool kStatistics, typename E, int kRank, bool kListed, typename Accumulators>
 __device__ inline void project(const AdapterParams& p, int first, int e, TokenTable<Step<E, kRank>::kTokens>& tokens,
@@ -100,6 +108,7 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
   const bool direct = p.x.dtype == Element<E>::kDType && p.x.wide && !(norm && p.x.dtype == kFloat32);
   const bool centre = norm && !direct;
   const auto take = [&](int row) { return tokens.valid(row); };
+  const float reach = reach_of<E>(p);
 
   X x;
   const Warp warp;
@@ -154,6 +163,7 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
           total[j] += value[i];
           squares[j] += value[i] * value[i];
         }
+        value[i] *= reach;
       }
     });
     down.finish(p, next, e, shared.down[kBuffers == 1 ? 0 : buffer]);
@@ -172,7 +182,7 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
       const int row = x.row(j);
       tokens.mean[row] = shift[j] + offset;
       tokens.rstd[row] = 1.0f / sqrtf(fmaxf(square - offset * offset, 0.0f) + p.norm_eps);
-      tokens.seen[row] = centre ? offset : shift[j] + offset;
+      tokens.seen[row] = centre ? reach * offset : shift[j] + offset;
     }
   } else if (norm) {
     for (int row = thread_of_block(); row < Step<E, kRank>::kTokens; row += kThreads) {

@@ -209,6 +209,9 @@ def project(
     Returns:
         x Wg^T [BLOCK_T, BLOCK_R]; s = Wg 1 and the bias b_down + Wd beta [BLOCK_R]; both sums [BLOCK_T]. All float32.
     """
+    # Tokens of a wider range than fp16's: a column of 100 000 is one that LayerNorm would have made small.
+    WIDER: tl.constexpr = CENTRE and DTYPE == tl.float16 and x.dtype.element_ty != tl.float16
+    REACH: tl.constexpr = 16 if WIDER else 1
     acc = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     s = tl.zeros([BLOCK_R], tl.float32)
     bias = tl.zeros([BLOCK_R], tl.float32)
@@ -232,6 +235,8 @@ def project(
         if beta is not None:
             b = tl.load(beta + cols, mask=inside(cols, D, BLOCK_D), other=0).to(tl.float32)
             bias += tl.sum(w * b[None, :], 1)
+        if REACH != 1:
+            centred *= 1.0 / REACH
         operand = centred.to(DTYPE) if CENTRE else tile.to(DTYPE)
         acc = tl.dot(operand, tl.trans(wg), acc, input_precision=PRECISION)
-    return acc, s, bias, total, squares
+    return acc * REACH, s, bias, total, squares

@@ -156,6 +156,16 @@ def test_outlier_columns_and_a_mean_far_from_zero(machine: Machine, dtype: torch
 
 
 @on_machines
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_a_column_beyond_fp16_in_a_wider_stream(machine: Machine, stream: torch.dtype) -> None:
+    """LayerNorm makes it small before eager PyTorch rounds."""
+    x = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(8))
+    x[:, 3, 5], x[:, 7, 90] = 1e5, -3e5
+    x = x.to(stream).requires_grad_()
+    machine.check(full_call(2, 20, 96, 16, stream, torch.float32, x=x, compute_dtype=torch.float16))
+
+
+@on_machines
 def test_statistics_survive_a_large_mean(machine: Machine) -> None:
     x = torch.randn(1, 9, 200, generator=torch.Generator().manual_seed(6)) + 1000
     args = on(full_call(1, 9, 200, 4, x=x), machine.device)

@@ -317,6 +317,15 @@ def test_tokens_far_from_zero_in_another_half_precision() -> None:
         assert plan.plan_of(args._replace(compute_dtype=other), 80).centre
 
 
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_a_column_beyond_fp16_in_a_wider_stream(stream: torch.dtype) -> None:
+    """LayerNorm makes it small before eager PyTorch rounds."""
+    x = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(8))
+    x[:, 3, 5], x[:, 7, 90] = 1e5, -3e5
+    x = x.to(stream).requires_grad_()
+    check(call(2, 20, 96, 16, stream, torch.float32, x=x, compute_dtype=torch.float16))
+
+
 def test_one_token_of_each_image_makes_no_kernel_of_each_length() -> None:
     strides = {plan.rows_of(torch.randn(3, length, 48)[:, 0]).stride for length in (20, 50, 197)}
     assert strides == {48}
