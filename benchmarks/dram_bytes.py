@@ -13,6 +13,7 @@ import io
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,11 @@ def main() -> None:
         sys.exit("ncu (Nsight Compute) is not installed")
     if options.output is None:
         parser.error("expected a file for the figures")
-    rows = [
-        measure(options.shape, options.images, direction, provider, ncu)
-        for direction in OPERATORS
-        for provider in PROVIDERS
-    ]
-    write_json(options.output, {"case": point.key(), "rows": rows})
-    for row in rows:
-        print(row)
+    rows: list[dict[str, Any]] = []
+    for direction, provider in product(OPERATORS, PROVIDERS):
+        rows.append(measure(options.shape, options.images, direction, provider, ncu))
+        print(rows[-1], flush=True)
+        write_json(options.output, {"case": point.key(), "rows": rows})  # what there is, should time run out
 
 
 if __name__ == "__main__":

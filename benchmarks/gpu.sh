@@ -5,16 +5,18 @@
 #
 # builds the package in place, runs the tests marked gpu, measures (mosa-kernels bench, first with --choose), and runs
 # compute-sanitizer over small calls of every kernel. Each phase has its own limit, and what one breaks leaves the
-# others: OUT gets summary.md, phases.json, report.json, report.md, pictures, choice/DEVICE.json (which backend is the
+# others; the exit status is 1 where any did not pass (the counters of dram_bytes apart, which not everybody may read).
+# OUT gets summary.md, phases.json, report.json, report.md, pictures, choice/DEVICE.json (which backend is the
 # fastest for which call; in mosa_kernels/assets/choice it is what the package uses on such a device), one_launch/ (the
 # CUDA backward pass by thread-block clusters), and all output in logs.tar.gz.
 #
 # MOSA_GPU_SECONDS    what all phases together may take (570)
 # MOSA_GPU_PHASES     some of "build tests bench sanitizers" (all)
 # MOSA_GPU_BENCH      options of mosa-kernels bench in place of "--preset quick"
+# MOSA_COMMIT         the commit that the report names where there is no .git, as in a copy of the files
 # MOSA_GPU_SH_DRY=1   the same phases on a CPU with the smallest shapes, to try the script itself
-# PYTHON              (python3) with torch, triton, timm, typer, rich, matplotlib, pytest, hypothesis, and for the build
-#                     cmake, ninja, pybind11 and nvcc
+# PYTHON              (python3) with torch, triton, timm, typer, rich, pytest, hypothesis, for pictures matplotlib, and
+#                     for the build cmake, ninja, pybind11 and nvcc
 set -uo pipefail
 if [ $# -ne 1 ]; then
   echo "usage: benchmarks/gpu.sh OUT" >&2
@@ -49,9 +51,7 @@ phase() { # NAME SECONDS COMMAND...: runs it within its limit, and records how i
 
 wanted() { [[ " ${MOSA_GPU_PHASES:-build tests bench sanitizers} " == *" $1 "* ]]; }
 
-bench() { "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' bench "$@"; }
-export -f bench
-export PYTHON
+mosa=("$PYTHON" -c 'from mosa_kernels.cli.main import app; app()')
 
 if [ "$DRY" = 1 ]; then
   DEVICE=cpu
@@ -68,30 +68,32 @@ else
   wanted build && phase build 180 "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
 fi
 
-phase doctor 40 "$PYTHON" -c 'from mosa_kernels.cli.main import app; app()' doctor
+phase doctor 40 "${mosa[@]}" doctor
 wanted tests && phase tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --durations=10 "${selected[@]}"
 
 if wanted bench; then
-  chosen="--device cuda --deadline 130"
-  [ "$DRY" = 1 ] && chosen="--device cpu --threads 1 --shapes vit_ti --images 1 --bottlenecks 8 --dtypes fp32 --rounds 3"
-  phase choose 150 bash -c "bench --choose $chosen --output '$OUT/choice'"
+  chosen=(--device cuda --deadline 130)
+  [ "$DRY" = 1 ] && chosen=(--device cpu --threads 1 --shapes vit_ti --images 1 --bottlenecks 8 --dtypes fp32 --rounds 3)
+  phase choose 150 "${mosa[@]}" bench --choose "${chosen[@]}" --output "$OUT/choice"
 fi
 
 if [ "$DRY" = 1 ]; then
   seconds=240
-  measured="--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw"
+  measured=(--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw)
 else
   reserve=$(wanted sanitizers && echo 190 || echo 110) # for the phases after it
   seconds=$(($(left 3600) - reserve > 60 ? $(left 3600) - reserve : 60))
-  measured="${MOSA_GPU_BENCH:---preset quick} --device cuda"
+  read -ra measured <<<"${MOSA_GPU_BENCH:---preset quick}"
+  measured+=(--device cuda)
 fi
-wanted bench && phase bench "$seconds" bash -c "bench $measured --deadline $((seconds * 8 / 10)) --output '$OUT'"
+wanted bench &&
+  phase bench "$seconds" "${mosa[@]}" bench "${measured[@]}" --deadline $((seconds * 8 / 10)) --output "$OUT"
 
 if wanted bench && [ "$DRY" != 1 ]; then # what memory really moved, where the profiler may read its counters
   phase dram_bytes 60 "$PYTHON" benchmarks/dram_bytes.py "$OUT/logs/dram_bytes.json"
   # the CUDA backend's backward pass by thread-block clusters, beside the same eager PyTorch as above
-  one_launch="--preset quick --only adapter_backward --providers eager,cuda --device cuda --deadline 40"
-  phase one_launch 50 env MOSA_CUDA_ONE_LAUNCH=1 bash -c "bench $one_launch --output '$OUT/one_launch'"
+  one_launch=(--preset quick --only adapter_backward --providers eager,cuda --device cuda --deadline 40)
+  phase one_launch 50 env MOSA_CUDA_ONE_LAUNCH=1 "${mosa[@]}" bench "${one_launch[@]}" --output "$OUT/one_launch"
 fi
 
 if wanted sanitizers; then

@@ -1,6 +1,8 @@
 """What the phases of gpu.sh came to: summary.md and phases.json, and the logs in one archive.
 
 python benchmarks/gpu_summary.py OUT
+
+Exits with 1 where a phase did not pass.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from mosa_kernels.bench.run import JSON, MARKDOWN, read, write
 from mosa_kernels.train.folder import write_json, write_text
 
 _ENDED = {0: "passed", 5: "no tests", 9: "errors found", 124: "out of time", 137: "out of time"}
+_PASSED = ("passed", "no tests")
+_MAY_FAIL = ("dram_bytes",)  # a profiler that is not there, or not allowed to read the counters
 _LAST = 15  # lines of a log that are shown
 
 
@@ -85,7 +89,8 @@ def main() -> None:
         report = read(out)
         if not (out / MARKDOWN).is_file():  # the phase was ended before it had finished
             write(report, out)
-        parts.append(f"Figures: [{MARKDOWN}]({MARKDOWN}), on {report['machine']['device']}.")
+        ended_early = "" if report.get("complete", True) else " It was ended before it was done."
+        parts.append(f"Figures: [{MARKDOWN}]({MARKDOWN}), on {report['machine']['device']}.{ended_early}")
         parts += [goals_section(report)] if answers(report) else []
     for table_file in sorted((out / "choice").glob("*.json")):
         operators = Table(table_file, json.loads(table_file.read_text())).summary()
@@ -95,7 +100,7 @@ def main() -> None:
     if moved.is_file():
         parts.append(moved_section(json.loads(moved.read_text())))
     for phase in ended:
-        if phase["ended"] not in ("passed", "no tests"):
+        if phase["ended"] not in _PASSED:
             last = (out / "logs" / f"{phase['phase']}.log").read_text(errors="replace").splitlines()[-_LAST:]
             parts.append(f"## {phase['phase']}\n\n```\n" + "\n".join(last) + "\n```")
     write_json(out / "phases.json", {"phases": ended})
@@ -104,6 +109,8 @@ def main() -> None:
         archive.add(out / "logs", "logs")
     shutil.rmtree(out / "logs")
     print("\n\n".join(parts))
+    if any(phase["ended"] not in _PASSED and phase["phase"] not in _MAY_FAIL for phase in ended):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def cpu_section(reports: Path = REPORTS) -> str:
             f"[This report](benchmarks/reports/{CPU}/report.md). A [longer one](benchmarks/reports/cpu_all/report.md) "
             "sets `torch.compile`, N copies and a merged adapter beside them, and measures backward alone, merge, "
             "optimizer, alignment, whole models and how cost grows. Over both reports the ratios at 64 x 197 in "
-            f"bf16 are {ratios_of_large_calls(reports)}; eager PyTorch's time depends on what its allocator has at hand. Where "
-            "ours loses, they say so.",
+            f"bf16 are {ratios_of_large_calls(reports)}; eager PyTorch's time depends on what its "
+            "allocator has at hand. Where ours loses, they say so.",
         ]
     )
 

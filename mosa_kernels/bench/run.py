@@ -181,11 +181,13 @@ def _pieces(
 
 
 def write(report: Record, folder: Path) -> list[Path]:
-    """Writes report.json, report.md and the pictures, and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw(report, folder)
+    """Writes report.json, report.md and, with matplotlib, the pictures, and returns their paths."""
     write_json(folder / JSON, report)
-    write_text(folder / MARKDOWN, markdown(report, pictures))
+    try:
+        pictures, remark = draw(report, folder), ""
+    except ModuleNotFoundError as error:
+        pictures, remark = [], f"\nPictures were left out: {error}.\n"
+    write_text(folder / MARKDOWN, markdown(report, pictures) + remark)
     return [folder / name for name in (JSON, MARKDOWN, *pictures)]
 
 

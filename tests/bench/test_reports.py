@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,16 @@ def test_a_report_is_written_and_read_back(tmp_path: Path) -> None:
     assert read(tmp_path / "new" / "folder") == json.loads(paths[0].read_text()) == made
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     assert not list(paths[0].parent.glob(".*"))
+
+
+def test_without_matplotlib_the_pictures_alone_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    paths = write(gpu_report(), tmp_path)
+    assert [path.name for path in paths] == ["report.json", "report.md"]
+    assert "Pictures were left out: " in paths[1].read_text()
+    assert "![" not in paths[1].read_text()
 
 
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -64,7 +65,7 @@ def test_tuning_is_a_module(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it needs coreutils' timeout")
 def test_the_gpu_script_goes_through_its_phases(tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output = tmp_path / "what's out"
     environment = {**ENVIRONMENT, "MOSA_GPU_SH_DRY": "1", "PYTHON": sys.executable}
     done = subprocess.run([BENCHMARKS / "gpu.sh", output], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,11 +91,29 @@ def test_the_gpu_script_goes_through_its_phases(tmp_path: Path) -> None:
 def test_the_gpu_script_outlives_phases_that_run_out_of_time(tmp_path: Path) -> None:
     environment = {**ENVIRONMENT, "MOSA_GPU_SH_DRY": "1", "MOSA_GPU_SECONDS": "0", "PYTHON": sys.executable}
     done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "| bench | out of time | 124 |" in (tmp_path / "summary.md").read_text()
     phases = json.loads((tmp_path / "phases.json").read_text())["phases"]
     assert len(phases) == 5
     assert {phase["ended"] for phase in phases} == {"out of time"}
     assert all(phase["limit"] == 1 for phase in phases)
+
+
+@pytest.mark.parametrize(
+    ("phase", "rc", "status"), [("choose", 1, 1), ("bench", 1, 1), ("tests", 5, 0), ("dram_bytes", 1, 0)]
+)
+def test_the_summary_ends_with_an_error_where_a_phase_failed(
+    phase: str, rc: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "phases.tsv").write_text(f"doctor\t0\t1\t9\n{phase}\t{rc}\t1\t9\n")
+    for name in ("doctor", phase):
+        (tmp_path / "logs" / f"{name}.log").write_text("the last line")
+    monkeypatch.setattr(sys, "argv", ["gpu_summary.py", str(tmp_path)])
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext():
+        load("gpu_summary").main()
+    assert (tmp_path / "summary.md").is_file()
+    assert (tmp_path / "logs.tar.gz").is_file()
 
 
 def test_the_gpu_script_wants_a_folder() -> None:
@@ -138,6 +157,12 @@ def test_bytes_that_memory_moved_are_added_up(monkeypatch: pytest.MonkeyPatch) -
     assert row == {
         "operator": "adapter_forward", "provider": "triton", "read": 151_000, "kernels": 2, "counted": 300_000,
     }  # fmt: skip
+    written: list[int] = []
+    monkeypatch.setattr(module, "write_json", lambda _, made: written.append(len(made["rows"])))
+    monkeypatch.setattr(module.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sys, "argv", ["dram_bytes.py", "out.json"])
+    module.main()
+    assert written == list(range(1, 10))  # after each of them, should time run out
     missing = {"operator": "adapter", "provider": "cuda", "reason": "not here"}
     section = load("gpu_summary").moved_section({"case": {"shape": "vit_b"}, "rows": [row, missing]})
     assert "| adapter_forward | triton | 2 | 0.2 | 0.3 | 0.50 |" in section
