@@ -178,15 +178,25 @@ class FusedMoSAAdapter(nn.Module):
         Raises:
             TypeError, ValueError: see `mosa_adapter`.
         """
-        draw = self._draw(x, x.shape[0], expert)
+        draw = self._draw(x, expert)
         return self._run(x, draw, self.up.weight, self.up.bias, self.up.assignment, residual, add_input)
 
-    def _draw(self, x: Tensor, samples: int, expert: Tensor | int | None) -> Draw:
-        """What this pass over `samples` images has drawn, or has been told."""
+    def _draw(self, x: Tensor, expert: Tensor | int | None, samples: int | None = None) -> Draw:
+        """What this pass over `samples` images (None: x.shape[0]) has drawn, or has been told."""
         if expert is not None and not isinstance(expert, Tensor):
             check_whole("expert", expert, "a number or an integer tensor")
-        draw = self.sampler(samples, x.device, self.training and self.dropout > 0)
-        return draw if expert is None else Draw(expert, draw.seed)
+        if x.dim() == 0:
+            raise ValueError(f"x: expected [B, ..., {self.dim}], got []")
+        draw = self.sampler(x.shape[0] if samples is None else samples, x.device, self.training and self.dropout > 0)
+        if x.shape[0] == 0:
+            return Draw(self.sampler.fixed, draw.seed)
+        if expert is not None:
+            return Draw(expert, draw.seed)
+        if x.dim() == 1 and isinstance(draw.expert, Tensor) and draw.expert.dim() == 1:
+            raise ValueError(
+                f"x: expected [B, ..., {self.dim}], for an expert is drawn for each of B samples, got {list(x.shape)}"
+            )
+        return draw
 
     def _run(
         self,
@@ -198,7 +208,9 @@ class FusedMoSAAdapter(nn.Module):
         residual: Tensor | None,
         add_input: bool,
     ) -> Tensor:
-        return mosa_adapter(
+        activity = self.activity if self.training else None
+        empty = x.shape[0] == 0
+        out = mosa_adapter(
             x,
             self.down.weight,
             self.down.bias,
@@ -219,9 +231,12 @@ class FusedMoSAAdapter(nn.Module):
             w_down_init=self.down.initial,
             expert_scale=self.expert_scale,
             merged_scale=self.merged_scale,
-            activity=self.activity if self.training else None,
+            activity=None if empty else activity,
             backend=self.backend,
         )
+        if empty and activity is not None:
+            out = out + activity.sum().to(out.dtype)  # reports that no expert ran: the gradient is a sum of nothing
+        return out
 
     @property
     def activity(self) -> Tensor | None:

@@ -105,10 +105,9 @@ class FusedMoSALoRA(FusedMoSAAdapter):
         Raises:
             ValueError: `samples` does not divide B, or `add_input` with different widths.
         """
-        samples = x.shape[0] if samples is None else samples
-        if samples != x.shape[0] and (samples < 1 or x.shape[0] % samples):
+        if samples not in (None, x.shape[0]) and (samples < 1 or x.shape[0] % samples):
             raise ValueError(f"samples: expected a divisor of x.shape[0] = {x.shape[0]}, got {samples}")
-        draw = self._draw(x, samples, expert)
+        draw = self._draw(x, expert, samples)
         if self.out_dim == self.dim:
             return self._run(x, draw, self.up.weight, None, self.up.assignment, residual, add_input)
         if add_input:

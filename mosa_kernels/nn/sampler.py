@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mosa_kernels.backends.arguments import MERGED
 from mosa_kernels.nn.options import check_choice, check_expert
-from mosa_kernels.nn.streams import derived_seed, read_mark
+from mosa_kernels.nn.streams import derived_seed, read_mark, seeded_generator
 
 EXPERT_PER = ("sample", "batch")
 
@@ -98,7 +98,7 @@ class ExpertSampler(nn.Module):
         shape = (1,) if self.expert_per == "batch" and (assigned is None or assigned.dim() == 0) else (samples,)
         experts, seeds = [], []
         for number in passes:
-            generator = torch.Generator(device).manual_seed(derived_seed(stream, number, self.index))
+            generator = seeded_generator(device, derived_seed(stream, number, self.index))
             if self.anchored and number == 0:
                 experts.append(torch.full(shape, MERGED, device=device))
             elif assigned is not None:
@@ -205,7 +205,7 @@ def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) 
     given = given if isinstance(given, Tensor) else torch.tensor(given)
     if given.dtype not in (torch.int64, torch.int32) and given.numel():
         raise TypeError(f"experts: expected integers, got {experts!r}")
-    if given.dim() > 1 or given.numel() == 0:
+    if given.dim() > 1:
         raise ValueError(f"experts: expected one number or one for each sample, got shape {list(given.shape)}")
     fewest = min(sampler.num_experts for sampler in found)
     if given.is_cpu:  # a GPU is not waited for

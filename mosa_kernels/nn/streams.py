@@ -42,6 +42,11 @@ def default_generator(device: torch.device) -> torch.Generator | None:
     return generators[module.current_device() if device.index is None else device.index]
 
 
+def seeded_generator(device: torch.device, seed: int) -> torch.Generator | None:
+    """A generator of its own; None on the meta device, where nothing is drawn."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 @contextmanager
 def marked_generator(stream: int, passes: tuple[int, ...], device: torch.device) -> Iterator[None]:
     """Within the context the device's default generator says which passes of which stream run."""

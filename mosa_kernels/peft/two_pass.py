@@ -15,6 +15,7 @@ from mosa_kernels.nn.sampler import Draw, ExpertSampler
 from mosa_kernels.nn.streams import STREAM_BITS, marked_generator
 from mosa_kernels.peft.block import AdapterSlot
 from mosa_kernels.peft.book import AdapterBook, book_of, check_settled
+from mosa_kernels.peft.images import Images, doubled, patches_of
 from mosa_kernels.peft.placement import select_layers
 
 MODES = ("batched", "sequential")
@@ -41,7 +42,7 @@ class TwoPassOutput:
 
 
 def two_pass(
-    model: nn.Module, images: Tensor, mode: str = "batched", features: bool | Iterable[int] = True
+    model: nn.Module, images: Images, mode: str = "batched", features: bool | Iterable[int] = True
 ) -> TwoPassOutput:
     """Runs the images through the model twice, with experts and dropout drawn anew for each pass.
 
@@ -53,20 +54,20 @@ def two_pass(
 
     Args:
         model: with adapters, in training mode: in evaluation mode both passes would be the same.
-        images: [B, channels, height, width].
+        images: [B, channels, height, width]; or, of timm's NaFlex models, a mapping with "patches" [B, N, ...], whose
+            other tensors have B rows too.
         mode: "batched", one pass over the doubled batch, or "sequential".
         features: True collects the outputs of all blocks, False of none; or the indices of blocks (negative from
             the end).
 
     Raises:
-        TypeError: the model's output is no tensor, or `images` is none.
+        TypeError: the model's output is no tensor, or `images` is neither one nor a mapping with patches.
         ValueError: an argument is out of range, or the model has no active adapters.
         RuntimeError: the model is in evaluation mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    if not isinstance(images, Tensor) or images.dim() < 1:
-        raise TypeError(f"images: expected a tensor [B, channels, height, width], got {type(images).__name__}")
+    patches_of(images)
     book = book_of(model)
     check_settled(book)
     if book.active is None:
@@ -82,17 +83,18 @@ def two_pass(
     samplers = [adapter.sampler for _, _, adapter in book.adapters(book.active)]
     for index, sampler in enumerate(samplers):
         sampler.index = index
+    for index, slot in enumerate(slots):
+        slot.index = index
     stream = int(torch.randint(2**STREAM_BITS, ()))
     run = _Run(model, book, slots, blocks, stream)
-    size = images.shape[0]
     if mode == "sequential":
         logits1, features1 = run(images, (0,))
         logits2, features2 = run(images, (1,))
     else:
-        logits, both = run(torch.cat([images, images]), (0, 1))
+        logits, both = run(doubled(images), (0, 1))
         # Not sliced: the gradient of a slice is filled with zeros and added, twice a feature.
-        logits1, logits2 = logits.split(size)
-        pairs = [feature.split(size) for feature in both]
+        logits1, logits2 = logits.chunk(2)
+        pairs = [feature.chunk(2) for feature in both]
         features1, features2 = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return TwoPassOutput(logits1, logits2, features1, features2, tuple(blocks), len(slots))
 
@@ -117,10 +119,10 @@ class _Run:
     blocks: list[int]
     stream: int
 
-    def __call__(self, images: Tensor, passes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, images: Images, passes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the outputs of the chosen blocks."""
         with (
-            self._planned(images, passes),
+            self._planned(patches_of(images), passes),
             _recorded([self.slots[index] for index in self.blocks]) as record,
             _side_effects_under_checkpoint() if self.blocks else nullcontext(),
         ):

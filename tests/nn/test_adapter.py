@@ -242,3 +242,40 @@ def test_an_expert_of_another_type_is_named(expert: object) -> None:
 def test_bad_rule_is_named() -> None:
     with pytest.raises(ValueError, match="rule: expected one of mean, jigsaw, got 'median'"):
         trained_layer().merge("median")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_an_empty_batch_trains_nothing(options: dict, per: str) -> None:
+    options = {key: value for key, value in options.items() if key != "bottleneck"}
+    layer = trained_layer(**options, expert_per=per, dropout=0.3).train()
+    leaf = layer.track_activity()
+    x = torch.randn(0, 3, D, requires_grad=True)
+    for expert in (None, 0, torch.zeros(0, dtype=torch.int64)):
+        out = layer(x, torch.randn(0, 3, D), expert=expert)
+        assert out.shape == x.shape
+        layer.zero_grad()
+        out.sum().backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in layer.parameters())
+        assert leaf is None or (leaf.grad is not None and not leaf.grad.any())
+
+
+def test_an_empty_batch_moves_no_expert() -> None:
+    layer = trained_layer()
+    optimizer = mk.MoSAAdamW(layer, lr=0.1, weight_decay=0.1)
+    before = copy.deepcopy(layer.up)
+    layer(torch.randn(0, 3, D)).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.up.weight, before.weight)
+    assert torch.equal(layer.up.bias, before.bias)
+
+
+def test_tokens_without_a_batch() -> None:
+    layer, x = trained_layer(), torch.randn(D)
+    with pytest.raises(ValueError, match=r"x: expected \[B, ..., 20\], for an expert is drawn for each .* got \[20\]"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"x: expected \[B, ..., 20\], got \[\]"):
+        layer(x[0])
+    expected = layer_oracle(layer, x[None], 2, layer.merged_scale)[0]
+    torch.testing.assert_close(layer(x, expert=2).double(), expected, rtol=1e-5, atol=1e-5)
+    assert trained_layer(expert_per="batch")(x).shape == (D,)

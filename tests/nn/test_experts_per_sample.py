@@ -84,7 +84,6 @@ def test_what_cannot_be() -> None:
         (4, "experts: expected numbers from 0 to 3, or -1, got 4"),
         ([0, -2], r"experts: expected numbers from 0 to 3, or -1, got \[0, -2\]"),
         ([[0]], r"experts: expected one number or one for each sample, got shape \[1, 1\]"),
-        (torch.zeros(0, dtype=torch.int64), "experts: expected one number"),
     ]
     for experts, message in cases:
         with pytest.raises(ValueError, match=message), mk.experts_per_sample(layer, experts):
@@ -100,6 +99,15 @@ def test_what_cannot_be() -> None:
     for plain in (torch.nn.Linear(2, 2), trained_layer(num_experts=1), trained_layer(pruned=True)):
         with pytest.raises(ValueError, match="adapters with more than one"), mk.experts_per_sample(plain, 0):
             pass
+
+
+def test_a_batch_without_samples() -> None:
+    layer = trained_layer()
+    for none in ([], torch.zeros(0, dtype=torch.int64)):
+        with mk.experts_per_sample(layer, none):
+            assert layer(torch.randn(0, 3, D)).shape == (0, 3, D)
+            with pytest.raises(ValueError, match="expected one for each of the batch's 2 samples, got 0"):
+                layer(torch.randn(2, 3, D))
 
 
 @pytest.mark.parametrize("options", FOUR, ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm_models import SWIN, VIT, Family, images, make, train_a_little
+from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
 from torch import Tensor, nn
 
 from mosa_kernels.nn.sampler import Draw, ExpertSampler
@@ -196,3 +196,62 @@ def test_seeds_depend_on_every_number() -> None:
     assert len(seeds) == 512
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == 512, "the CPU's generator sees the lower half alone"
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_empty_batch(options: dict, mode: str) -> None:
+    model = trained(**options)
+    assert model(images()[:0]).shape == (0, 10)
+    out = two_pass(model, images()[:0], mode)
+    assert {len(each) for each in tensors(out)} == {0}
+    loss_of(out).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_shapes_on_the_meta_device(options: dict, mode: str) -> None:
+    expected = tensors(two_pass(trained(**options), images(), mode))
+    found = tensors(two_pass(trained(**options).to("meta"), images().to("meta"), mode))
+    assert [each.shape for each in found] == [each.shape for each in expected]
+    assert {each.device.type for each in found} == {"meta"}
+
+
+NAFLEX = next(family for family in FAMILIES if family.name.startswith("naflexvit"))
+
+
+def patches(batch: int) -> dict[str, object]:
+    """Images as patches, which differ in how many they are."""
+    generator = torch.Generator().manual_seed(4)
+    coordinates = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).expand(batch, 4, 2)
+    valid = torch.arange(4) < torch.tensor([4, 2, 3])[:batch, None]
+    return {
+        "patches": torch.randn(batch, 4, 16 * 16 * 3, generator=generator),
+        "patch_coord": coordinates,
+        "patch_valid": valid,
+        "attn_mask": None,
+    }
+
+
+def test_images_of_several_sizes_as_patches() -> None:
+    model, x = trained(NAFLEX), patches(3)
+    results = []
+    for mode in ("batched", "sequential"):
+        torch.manual_seed(7)
+        model.zero_grad()
+        out = two_pass(model, x, mode)
+        loss_of(out).backward()
+        results.append([*tensors(out), *gradients(model)])
+    assert not torch.allclose(results[0][0], results[0][1]), "the passes differ"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_that_do_not_fit_together() -> None:
+    model, x = trained(NAFLEX), patches(3)
+    with pytest.raises(ValueError, match=r"images\['patch_valid'\]: expected 3 rows, as images\['patches'\] .* got 2"):
+        two_pass(model, {**x, "patch_valid": patches(2)["patch_valid"]})
+    for wrong in ({}, {"patches": None}, [1], None):
+        with pytest.raises(TypeError, match=r"images: expected a tensor .* or a mapping"):
+            two_pass(model, wrong)  # type: ignore[arg-type]
