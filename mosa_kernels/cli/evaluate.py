@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mosa_kernels.cli.errors import plain_errors
-from mosa_kernels.cli.opened import describe, open_loader
+from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader
 from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.train.evaluate import MECHANISMS, warn_of_merge_loss
 from mosa_kernels.train.evaluate import evaluate as measure
@@ -24,6 +24,7 @@ def evaluate(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved adapter.")],
     data: Annotated[str | None, typer.Option(help="As for train; by default the data of the run.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
+    any_classes: Annotated[bool, typer.Option("--any-classes", help=ANY_CLASSES)] = False,
     inference: Annotated[
         str, typer.Option(help=f"{', '.join(MECHANISMS)}, several with commas, or all.")
     ] = "merged,stochastic",
@@ -46,7 +47,14 @@ def evaluate(
         mechanisms = _mechanisms(inference)
         saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)
         splits, loader = open_loader(
-            saved, split, data=data, data_root=data_root, batch_size=batch_size, workers=workers
+            saved,
+            split,
+            console,
+            data=data,
+            data_root=data_root,
+            any_classes=any_classes,
+            batch_size=batch_size,
+            workers=workers,
         )
         accelerator = make_accelerator(dataclasses.replace(saved.settings, mixed_precision=mixed_precision, cpu=cpu))
         runner, loader = accelerator.prepare(saved.model, loader)

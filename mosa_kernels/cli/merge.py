@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mosa_kernels.cli.errors import MendableError, plain_errors
-from mosa_kernels.cli.opened import describe, open_loader
+from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader
 from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.peft.book import find_book
 from mosa_kernels.train.backbones import data_config
@@ -26,6 +26,7 @@ def merge(
     rule: Annotated[str | None, typer.Option(help="mean or jigsaw; by default as configured.")] = None,
     data: Annotated[str | None, typer.Option(help="Also compare accuracies on these data.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
+    any_classes: Annotated[bool, typer.Option("--any-classes", help=ANY_CLASSES)] = False,
     split: Annotated[str, typer.Option(help="validation, or test.")] = "validation",
     weights: Annotated[str | None, typer.Option(help="best or last of a run; by default what it selected.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of the backbone in timm, where it is not recorded.")] = None,
@@ -48,7 +49,14 @@ def merge(
         loader: Iterable[Any] = random_images(data_config(saved.model, saved.settings.image_size)["input_size"])
         if data is not None:
             _, loader = open_loader(
-                saved, split, data=data, data_root=data_root, batch_size=batch_size, workers=workers
+                saved,
+                split,
+                console,
+                data=data,
+                data_root=data_root,
+                any_classes=any_classes,
+                batch_size=batch_size,
+                workers=workers,
             )
         merged = merged_copy(saved.model, chosen)
         check = check_merge(saved.model, merged, list(loader) if data is None else loader, chosen)
@@ -57,7 +65,7 @@ def merge(
             _compare(saved, loader, check, chosen, split, console)
         if not check.unchanged:
             raise MendableError("the merged model does not compute what the adapters do; nothing was written")
-        card = merged_card(saved.model, saved.settings, saved.num_classes, chosen, check)
+        card = merged_card(saved.model, saved.settings, saved.num_classes, chosen, check, saved.class_names)
         write_merged(merged, output, {**card, "from": str(path)})
         size = output.stat().st_size / 2**20
         console.print(f"wrote {output} ({size:.1f} MiB) and {output.with_suffix('.json')}", highlight=False)

@@ -6,30 +6,43 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch.utils.data import DataLoader
 
+from mosa_kernels.data.classes import differing_classes, mere_numbers
 from mosa_kernels.data.loaders import make_loaders
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.train.backbones import data_config
 from mosa_kernels.train.saved import Saved
 from mosa_kernels.train.setup import native_size, open_splits
 
+ANY_CLASSES = "Take data whose classes are not those of training, label by label."
 SPLITS = ("validation", "test")
 
 
 def open_loader(
-    saved: Saved, split: str, *, data: str | None, data_root: str | None, batch_size: int, workers: int
+    saved: Saved,
+    split: str,
+    console: Console,
+    *,
+    data: str | None,
+    data_root: str | None,
+    any_classes: bool,
+    batch_size: int,
+    workers: int,
 ) -> tuple[DataSplits, DataLoader[Any]]:
     """The images that a model is tried on, resized and normalised as in its run.
 
     Args:
         saved: the model and the settings of its run.
         split: "validation" or "test".
+        console: where it is said that classes could not be compared by name.
         data, data_root: other data than the run's.
+        any_classes: take data whose classes have other names, label by label.
         batch_size, workers: of the loader.
 
     Raises:
-        ValueError: no data is known, another number of classes, or an unknown split.
+        ValueError: no data is known, other classes or another number of them, or an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -41,6 +54,16 @@ def open_loader(
     splits = open_splits(settings, native_size(settings))
     if splits.num_classes != saved.num_classes:
         raise ValueError(f"data: {splits.name} has {splits.num_classes} classes, the model {saved.num_classes}")
+    difference = differing_classes(saved.class_names or splits.classes, splits.classes)
+    if difference and not any_classes:
+        raise ValueError(
+            f"data: {splits.name} has other classes than the model was trained on: {difference}; --any-classes takes "
+            "them as they are, label by label"
+        )
+    if saved.class_names is None:
+        console.print(f"note: {saved.weights} does not name its classes: only their number was compared")
+    elif mere_numbers(saved.class_names) != mere_numbers(splits.classes):
+        console.print(f"note: only one of model and {splits.name} names its classes: only their number was compared")
     loaders = make_loaders(
         splits,
         data_config(saved.model, settings.image_size),

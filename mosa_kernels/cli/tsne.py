@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mosa_kernels.cli.errors import plain_errors
-from mosa_kernels.cli.opened import open_loader
+from mosa_kernels.cli.opened import ANY_CLASSES, open_loader
 from mosa_kernels.train.embedding import NEIGHBOURS, draw_embeddings, embed
 from mosa_kernels.train.folder import versions, write_json
 from mosa_kernels.train.saved import open_saved
@@ -21,6 +21,7 @@ def tsne(
     output: Annotated[Path, typer.Option(help="PNG file; the figures go to a JSON file beside it.")],
     data: Annotated[str | None, typer.Option(help="As for train; by default the data of each run.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
+    any_classes: Annotated[bool, typer.Option("--any-classes", help=ANY_CLASSES)] = False,
     split: Annotated[str, typer.Option(help="test, or validation.")] = "test",
     images: Annotated[int, typer.Option(help="Drawn at most, chosen at random.", min=NEIGHBOURS + 1)] = 2000,
     classes: Annotated[int, typer.Option(help="The first so many are drawn.", min=2)] = 10,
@@ -37,7 +38,14 @@ def tsne(
         for path in runs:
             saved = open_saved(path)
             _, loader = open_loader(
-                saved, split, data=data, data_root=data_root, batch_size=batch_size, workers=workers
+                saved,
+                split,
+                console,
+                data=data,
+                data_root=data_root,
+                any_classes=any_classes,
+                batch_size=batch_size,
+                workers=workers,
             )
             method = saved.settings.method
             title = path.name if path.name == method else f"{path.name} ({method})"

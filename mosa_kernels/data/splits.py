@@ -112,6 +112,7 @@ class DataSplits:
         return {
             "name": self.name,
             "classes": self.num_classes,
+            "class_names": list(self.classes),
             "train": len(self.train),
             "validation": len(self.validation),
             "test": len(self.test),

@@ -215,8 +215,8 @@ def run_contender(
         if test and contender.method == "mosa":
             check = check_merge(prepared.model, merged, loader, rule)
     if keep_in is not None:
-        save_trained(prepared.model, Path(keep_in) / "adapter")
-        card = merged_card(prepared.model, settings, splits.num_classes, rule, check)
+        save_trained(prepared.model, Path(keep_in) / "adapter", splits.classes)
+        card = merged_card(prepared.model, settings, splits.num_classes, rule, check, splits.classes)
         write_merged(merged, Path(keep_in) / "merged.safetensors", card)
     return Outcome(
         contender=contender,

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from mosa_kernels.data.classes import differing_classes
 from mosa_kernels.train import state as training_state
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import evaluate, number_of_experts, warn_of_merge_loss
-from mosa_kernels.train.folder import RunFolder, read_json, require_same, versions, write_json
+from mosa_kernels.train.folder import RunFolder, SettingsDifferError, read_json, require_same, versions, write_json
 from mosa_kernels.train.keeping import copy_trained, load_trained, save_trained
 from mosa_kernels.train.loop import Row, Trainer
 from mosa_kernels.train.plots import plot_curve
@@ -71,8 +72,9 @@ class Job:
         config = self._config()
         if self.resume:
             stored = self.folder.read_config()
+            self._require_classes(stored["data"])
             for what in ("backbone", "data", "normalisation"):
-                require_same(_flat(stored[what]), _flat(_plain(config[what])), what)
+                require_same(_comparable(stored[what]), _comparable(_plain(config[what])), what)
             before, now = ({"processes": record["processes"]} for record in (stored, config))
             require_same(before, now, "number of processes")
             self._warn_of_versions(stored["versions"], config["versions"])
@@ -120,6 +122,13 @@ class Job:
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
         )
 
+    def _require_classes(self, stored: dict[str, Any]) -> None:
+        splits, names = self.prepared.splits, stored.get("class_names")
+        if names is None:
+            self.reporter.message("note: the run does not name its classes, so that their names were not compared")
+        elif len(names) == splits.num_classes and (difference := differing_classes(names, splits.classes)):
+            raise SettingsDifferError(f"resume: {splits.name} has other classes than the run began with: {difference}")
+
     def _warn_of_versions(self, before: dict[str, str], now: dict[str, str]) -> None:
         changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
         if changed:
@@ -153,7 +162,7 @@ class Job:
         self._plotted = time.monotonic()
 
     def _save_adapters(self) -> None:
-        save_trained(self.prepared.model, self.folder.last)
+        save_trained(self.prepared.model, self.folder.last, self.prepared.splits.classes)
         if self.trainer.progress.best_epoch == self.trainer.progress.epochs_done:
             copy_trained(self.folder.last, self.folder.best)
 
@@ -195,6 +204,7 @@ class Job:
             "method": settings.method,
             "model": settings.model,
             "data": self.prepared.splits.name,
+            "class_names": list(self.prepared.splits.classes),
             "recipe": recipe.name,
             "lr": recipe.lr,
             "seed": recipe.seed,
@@ -231,5 +241,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+def _comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """In one level, without the class names, which `_require_classes` compares."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k != "class_names"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,14 +14,20 @@ from torch import nn
 from mosa_kernels.peft import load_adapter, save_adapter
 from mosa_kernels.peft.backbone import describe_backbone
 from mosa_kernels.peft.book import find_book
+from mosa_kernels.train.folder import read_json, write_json
 from mosa_kernels.train.state import load_trained_state, trained_state
 
 HEAD_WEIGHTS = "head.safetensors"
+CLASSES = "classes.json"
 BACKBONE = "backbone_sha256"
 
 
-def save_trained(model: nn.Module, directory: Path) -> None:
-    """Writes the active adapter as `save_adapter` does; of a model without adapters, what trains and the buffers."""
+def save_trained(model: nn.Module, directory: Path, class_names: Sequence[str]) -> None:
+    """Writes the active adapter as `save_adapter` does; of a model without adapters, what trains and the buffers.
+
+    A file beside the weights names the outputs.
+    """
+    write_json(directory / CLASSES, {"class_names": list(class_names)})
     if find_book(model) is not None:
         save_adapter(model, directory)
         return
@@ -54,6 +61,12 @@ def load_trained(model: nn.Module, directory: Path) -> None:
     if recorded != here:
         raise ValueError(f"{weights}: the head was trained on other backbone weights ({recorded}, now {here})")
     load_trained_state(model, tensors)
+
+
+def read_class_names(directory: Path) -> tuple[str, ...] | None:
+    """The names of the outputs, where whoever saved the weights wrote them down."""
+    path = directory / CLASSES
+    return tuple(read_json(path)["class_names"]) if path.is_file() else None
 
 
 def copy_trained(source: Path, target: Path) -> None:

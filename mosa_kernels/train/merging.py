@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,12 @@ def random_images(size: tuple[int, ...], count: int = 32, seed: int = 0) -> Iter
 
 
 def merged_card(
-    model: nn.Module, settings: Settings, num_classes: int, rule: str, check: MergeCheck | None
+    model: nn.Module,
+    settings: Settings,
+    num_classes: int,
+    rule: str,
+    check: MergeCheck | None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What goes into the JSON file beside merged weights; `model` is the one before merging."""
     book = book_of(model)
@@ -109,6 +114,7 @@ def merged_card(
         "rule": rule,
         "config": book.configs[book.active].to_dict(),
         "num_classes": num_classes,
+        "class_names": None if class_names is None else list(class_names),
         "settings": settings.as_dict(),
         "backbone_sha256": backbone_hash(model),
         "check": None if check is None else check.as_dict(),

@@ -13,7 +13,7 @@ from torch import nn
 from mosa_kernels.peft.files import CONFIG_FILE, read_adapter
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.folder import CONFIG, read_json
-from mosa_kernels.train.keeping import HEAD_WEIGHTS, load_trained
+from mosa_kernels.train.keeping import HEAD_WEIGHTS, load_trained, read_class_names
 from mosa_kernels.train.methods import find_method, train_head_only
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.setup import seed_everything
@@ -29,12 +29,14 @@ class Saved:
             data in that case.
         weights: the folder that the weights came from.
         num_classes: outputs of the head.
+        class_names: what they mean; None where an older run, or an adapter, does not say.
     """
 
     model: nn.Module
     settings: Settings
     weights: Path
     num_classes: int
+    class_names: tuple[str, ...] | None = None
 
 
 def open_saved(
@@ -57,10 +59,12 @@ def open_saved(
         if weights is not None:
             raise ValueError(f"weights: {weights!r} needs the folder of a run, {path} holds an adapter")
         settings, num_classes, directory = _from_adapter(path)
+        names = read_class_names(path)
     else:
         config = read_json(run / CONFIG)
         settings = Settings.from_dict(config["settings"])
         num_classes = config["data"]["classes"]
+        names = config["data"].get("class_names")
         directory = path
         if run == path:
             chosen = weights or settings.recipe.select
@@ -82,7 +86,7 @@ def open_saved(
     if find_method(settings.method).mode is None:
         train_head_only(built)
     load_trained(built, directory)
-    return Saved(built.eval(), settings, directory, num_classes)
+    return Saved(built.eval(), settings, directory, num_classes, None if names is None else tuple(names))
 
 
 def _run_of(path: Path) -> Path | None:

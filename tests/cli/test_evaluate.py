@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def test_an_adapter_on_its_own(trained: tuple[Path, str], command: Any, pictures
     assert "does not say what it was trained on; give --data" in result.stderr
     result = command("evaluate", alone, "--data", pictures, "--cpu", "--output", tmp_path / "alone.json")
     assert result.exit_code == 0, result.output
+    assert "note" not in result.stdout
     command("evaluate", trained[0], "--weights", "last", "--cpu", "--output", tmp_path / "run.json")
     alone_found, run_found = (
         json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("alone", "run")
@@ -70,3 +72,43 @@ def test_folders_that_hold_nothing(command: Any, tmp_path: Path):
     result = command("evaluate", tmp_path / "nothing")
     assert result.exit_code == 1
     assert "no folder" in result.stderr
+
+
+@pytest.fixture
+def renamed(pictures: Path, tmp_path: Path) -> Path:
+    """The same pictures, the class that came first under a name that comes last."""
+    folder = tmp_path / "renamed"
+    shutil.copytree(pictures, folder)
+    for split in folder.iterdir():
+        (split / "cross").rename(split / "zigzag")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["evaluate", "merge", "tsne"])
+def test_data_with_other_classes_are_refused(name: str, trained: tuple[Path, str], command: Any, renamed: Path):
+    output = ("--output", renamed.parent / ("x.png" if name == "tsne" else "x.safetensors"))
+    words = (name, trained[0], "--data", renamed, *(() if name == "evaluate" else output))
+    result = command(*words)
+    assert result.exit_code == 1
+    assert (
+        "folder:renamed has other classes than the model was trained on: label 0 was 'cross' and is 'disc', label"
+        in (result.stderr)
+    )
+    if name != "tsne":  # which needs more pictures
+        assert command(*words, "--any-classes").exit_code == 0
+
+
+def test_a_run_that_does_not_name_its_classes_is_still_read(
+    trained: tuple[Path, str], command: Any, renamed: Path, tmp_path: Path
+):
+    older = tmp_path / "older"
+    shutil.copytree(trained[0], older)
+    config = json.loads((older / "config.json").read_text())
+    assert config["data"].pop("class_names") == ["cross", "disc", "stripes"]
+    (older / "config.json").write_text(json.dumps(config))
+    result = command("evaluate", older, "--data", renamed, "--cpu")
+    assert result.exit_code == 0, result.output
+    assert "does not name its classes: only their number was compared" in " ".join(result.stdout.split())
+    result = command("train", "--output", older, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "the run does not name its classes" in " ".join(result.stdout.split())

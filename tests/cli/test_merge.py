@@ -25,6 +25,7 @@ def test_the_file_computes_what_evaluation_did(rule: str, trained: tuple[Path, s
     card = json.loads(target.with_suffix(".json").read_text())
     assert card["rule"] == rule
     assert card["check"]["unchanged"] is True
+    assert card["class_names"] == ["cross", "disc", "stripes"]
     assert not [name for name in load_file(target) if "assignment" in name]
     model = open_saved(trained[0]).model
     images = torch.randn(5, 3, 32, 32)

@@ -210,6 +210,17 @@ def test_other_pictures_are_refused(whole: Path, pictures: Path, tiny: Any):
         extra.unlink()
 
 
+def test_other_classes_are_refused_by_name(whole: Path, tiny: Any):
+    config = json.loads((whole / "config.json").read_text())
+    assert config["data"]["class_names"] == result_of(whole)["class_names"] == ["cross", "disc", "stripes"]
+    config["data"]["class_names"] = ["cross", "ball", "stripes"]
+    (whole / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        SettingsDifferError, match="other classes than the run began with: label 1 was 'ball' and is 'disc'"
+    ):
+        Job(tiny(), whole, True, Reporter())
+
+
 def test_a_folder_in_use_is_refused(whole: Path, tiny: Any, tmp_path: Path):
     with pytest.raises(RunExistsError, match="it holds a run; go on with --resume"):
         Job(tiny(), whole, False, Reporter())
