@@ -42,7 +42,7 @@ class AdapterBook(nn.Module):
         super().__init__()
         self.configs: dict[str, MoSAConfig] = {}
         self.active: str | None = None
-        self.blocks = blocks
+        self._paths = blocks
         self.trainable = trainable
         self.backbone_head = None
         self.heads = nn.ModuleDict()
@@ -79,20 +79,34 @@ class AdapterBook(nn.Module):
             if path and id(module) not in own:
                 yield module
 
+    @property
+    def blocks(self) -> list[str]:
+        """The paths of the blocks that can carry adapters, in order."""
+        return [path for path, _ in self._placed()]
+
     def slots(self) -> list[AdapterSlot]:
         """The slot of every block, in order."""
-        model = self.model
-        return [model.get_submodule(f"{path}.{SLOT}") for path in self.blocks]  # type: ignore[misc]
+        return [slot for _, slot in self._placed()]
+
+    def _placed(self) -> Iterator[tuple[str, AdapterSlot]]:
+        """(path, slot) of the blocks; some may have left the model, as with timm's `prune_intermediate_layers`."""
+        for path in self._paths:
+            try:
+                slot = self.model.get_submodule(f"{path}.{SLOT}")
+            except AttributeError:
+                continue
+            assert isinstance(slot, AdapterSlot)
+            yield path, slot
 
     def adapters(self, name: str) -> Iterator[tuple[str, str, FusedMoSAAdapter]]:
         """(path of the block, site, adapter) for all adapters of a name, in the order of the blocks."""
-        for path, slot in zip(self.blocks, self.slots(), strict=True):
+        for path, slot in self._placed():
             for site, adapter in adapters_in(slot, name):
                 yield path, site, adapter
 
     def prompts(self, name: str) -> Iterator[tuple[str, str, Prompts]]:
         """(path of the block, site, prompts) of a name, in the order of the blocks; those with parameters."""
-        for path, slot in zip(self.blocks, self.slots(), strict=True):
+        for path, slot in self._placed():
             prompts = dict(slot.named(name).items()).get(PROMPTS) if name in slot else None
             if isinstance(prompts, Prompts) and prompts.weight is not None:
                 yield path, PROMPTS, prompts
@@ -101,6 +115,8 @@ class AdapterBook(nn.Module):
         """The parameters of the backbone that a baseline trains, or None."""
         found = self.tuned[name] if name is not None and name in self.tuned else None
         assert found is None or isinstance(found, Tuned)
+        if found is not None:
+            found.forget_gone(self.model)
         return found
 
     def originals(self) -> dict[str, Tensor]:

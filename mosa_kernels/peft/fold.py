@@ -93,8 +93,10 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     if book.folded is None:
         raise ValueError("model: expected one whose adapter is merged (see merge_adapter), got one where none is")
     inner = unwrap(model)
+    weights = dict(inner.named_parameters())
     for path, original in book.folded.items():
-        inner.get_parameter(path).copy_(original)
+        if path in weights:  # its block may have left the model
+            weights[path].copy_(original)
     book.folded = None
     for slot in book.slots():
         slot.folded = False

@@ -63,6 +63,8 @@ def inject_adapter(
     if book is not None:
         check_settled(book)
     blocks = find_blocks(model)
+    if book is not None:
+        _check_blocks(book, blocks)
     layers = select_layers(config.layers, len(blocks))
     _check_style(config, [blocks[index] for index in layers])
     if num_classes is not None and (
@@ -143,6 +145,16 @@ def _check_name(name: str, book: AdapterBook | None) -> None:
         )
     if book is not None and name in book.configs:
         raise ValueError(f"adapter_name: expected a new name, got {name!r}, which the model already has")
+
+
+def _check_blocks(book: AdapterBook, blocks: list[FoundBlock]) -> None:
+    known = set(book.blocks)
+    new = [path for path, _, _ in blocks if path not in known]
+    if new:
+        raise ValueError(
+            f"model: expected the blocks that it had when its first adapter came, got a new one at {new[0]}; "
+            "take the adapters out first (delete_adapter, merge_and_unload)"
+        )
 
 
 def _check_style(config: MoSAConfig, blocks: list[FoundBlock]) -> None:

@@ -27,6 +27,13 @@ class Tuned(nn.Module):
         self.paths = list(values)
         self.values = nn.ParameterList(nn.Parameter(value.detach().clone()) for value in values.values())
 
+    def forget_gone(self, model: nn.Module) -> None:
+        """Lets go of those that the model no longer has a place for."""
+        places = dict(model.named_parameters(remove_duplicate=False))
+        kept = {path: value for path, value in self.tensors().items() if path in places}
+        if len(kept) < len(self.paths):
+            self.paths, self.values = list(kept), nn.ParameterList(kept.values())
+
     def exchange(self, model: nn.Module) -> None:
         """Puts these into the model, and keeps what was there in their place."""
         for number, path in enumerate(self.paths):
