@@ -14,7 +14,7 @@ class DenseAdapter(nn.Module):
     """``[x] + [residual] + up(act(down(norm(x))))`` (arXiv 2312.02923, Eq. 1 and 8).
 
     A merged adapter folds LayerNorm's affine part into `down` and the scale into `up`: its norm has no parameters
-    and nothing here needs more than `torch.nn`, so it exports and scripts like any module.
+    and it computes with `torch.nn` alone, so it exports, traces and compiles like any module.
 
     Args:
         dim: width d.

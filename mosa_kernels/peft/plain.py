@@ -1,4 +1,7 @@
-"""How a merged adapter sits in a block: two modules of plain PyTorch, without hooks, for export and tracing."""
+"""How a merged adapter sits in a block: two modules of plain PyTorch, without hooks, for export and tracing.
+
+A merged model is pickled with these and with `mosa_kernels.nn.dense`; an exported program needs neither.
+"""
 
 from __future__ import annotations
 
