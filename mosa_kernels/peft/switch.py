@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from mosa_kernels.peft.book import AdapterBook, book_of, check_known, check_settled, unwrap
+from mosa_kernels.peft.book import AdapterBook, book_of, check_known, check_settled, find_book, unwrap
 from mosa_kernels.peft.head import Head, current_head, install_head
 
 
@@ -62,6 +62,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes what the backbone computed, with the head that it came with.
 
+    Afterwards the adapter that was active is so again; if it was deleted meanwhile, the first of the others.
+
     Raises:
         ValueError: the model has no adapters.
     """
@@ -71,7 +73,15 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _run(unwrap(model), book, before)
+        if find_book(model) is book:  # not all adapters were deleted or merged
+            _come_back(model, book, before)
+
+
+def _come_back(model: nn.Module, book: AdapterBook, name: str | None) -> None:
+    if name is not None and (book.active is not None or name not in book.configs):
+        set_adapter(model, name if name in book.configs else next(iter(book.configs)))  # it may have to train again
+    else:
+        _run(unwrap(model), book, name)
 
 
 def _run(model: nn.Module, book: AdapterBook, name: str | None) -> None:

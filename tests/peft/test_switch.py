@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from timm_models import SWIN, VIT, Family, images, make, train_a_little
@@ -12,6 +15,7 @@ from mosa_kernels.peft import (
     delete_adapter,
     disable_adapter,
     inject_adapter,
+    merge_and_unload,
     set_adapter,
 )
 
@@ -111,3 +115,35 @@ def test_a_checkpoint_of_the_backbone_still_loads() -> None:
     assert unexpected == []
     assert all("mosa" in key for key in missing)
     assert torch.equal(model(images()), plain(images()))
+
+
+@torch.no_grad()
+def test_what_is_done_to_a_disabled_model_lasts() -> None:
+    x = images()
+    model = two_tasks()
+    expected = set_adapter(copy.deepcopy(model), "pets")(x)
+    with disable_adapter(model):
+        delete_adapter(model, "cars")
+    assert active_adapter(model) == "pets"
+    assert torch.equal(model(x), expected)
+    with disable_adapter(model):
+        delete_adapter(model, "pets")
+    assert torch.equal(model(x), make()(x))
+
+    model = two_tasks()
+    with disable_adapter(model):
+        merge_and_unload(model, adapter_name="pets")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [lambda model: set_adapter(model, "pets"), lambda model: inject_adapter(model, MoSAConfig(bottleneck=2), "dogs")],
+)
+def test_after_a_switch_within_disable_adapter_the_first_trains_again(inside: Callable[[nn.Module], nn.Module]) -> None:
+    model = two_tasks()
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    with disable_adapter(model):
+        inside(model)
+    assert active_adapter(model) == "cars"
+    assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == trainable
