@@ -134,8 +134,8 @@ class Job:
         if changed:
             self.reporter.message(f"note: versions have changed since the run began: {', '.join(changed)}")
 
-    def _part(self) -> str:
-        return f"process-{self.accelerator.process_index}"
+    def _part(self, process: int | None = None) -> str:
+        return f"process-{self.accelerator.process_index if process is None else process}"
 
     def _save_epoch(self, row: Row) -> None:
         """Metrics, then the state, then the adapters: what a crash leaves half done is mended on resuming."""
@@ -167,12 +167,11 @@ class Job:
             copy_trained(self.folder.last, self.folder.best)
 
     def _restore(self) -> None:
-        found = training_state.latest(self.folder.state)
-        done = 0
-        if found is not None:
-            done, path = found
-            own = training_state.read_part(path, self._part())
-            self.trainer.load_state(training_state.read_part(path, "run"), own["generators"])
+        # All processes read all parts, so that they agree on what is damaged.
+        parts = ["run", *(self._part(process) for process in range(self.accelerator.num_processes))]
+        done, found = training_state.read_newest(self.folder.state, parts, self.reporter.message)
+        if done:
+            self.trainer.load_state(found["run"], found[self._part()]["generators"])
         if self.accelerator.is_main_process:
             self.rows = self.folder.forget_after(done)
             if done:

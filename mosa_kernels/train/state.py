@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 PREFIX = "epoch-"
 TENSORS, RECORD = "tensors.safetensors", "state.json"
+
+
+class StateError(ValueError):
+    """A file of a training state is damaged."""
 
 
 def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -115,11 +121,20 @@ def read_part(directory: Path, part: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder has no such part, for example because the run had fewer processes.
+        StateError: one of its files is damaged.
     """
     path = directory / f"{part}.{RECORD}"
     if not path.is_file():
         raise FileNotFoundError(f"training state {directory}: no part {part!r}; was it saved by fewer processes?")
-    state: dict[str, Any] = unflatten(json.loads(path.read_text()), load_file(directory / f"{part}.{TENSORS}"))
+    weights = directory / f"{part}.{TENSORS}"
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise StateError(f"{weights}: damaged: {error}") from error
+    try:
+        state: dict[str, Any] = unflatten(json.loads(path.read_text()), tensors)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise StateError(f"{path}: damaged: {error}") from error
     return state
 
 
@@ -140,9 +155,37 @@ def publish(root: Path, epoch: int) -> Path:
     return final
 
 
-def latest(root: Path) -> tuple[int, Path] | None:
-    """The last complete state: (epochs done, folder), or None."""
+def published(root: Path) -> list[tuple[int, Path]]:
+    """The completely written states, the newest first: (epochs done, folder)."""
     if not root.is_dir():
-        return None
-    found = sorted(path for path in root.iterdir() if path.is_dir() and path.name.startswith(PREFIX))
-    return (int(found[-1].name.removeprefix(PREFIX)), found[-1]) if found else None
+        return []
+    found = (path for path in root.iterdir() if path.is_dir() and path.name.startswith(PREFIX))
+    return sorted(((int(path.name.removeprefix(PREFIX)), path) for path in found), reverse=True)
+
+
+def read_newest(root: Path, parts: Sequence[str], warn: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
+    """The newest state of which no file is damaged: (epochs done, its parts by name); (0, {}) where there is none.
+
+    Args:
+        root: of the states.
+        parts: to be read.
+        warn: hears of a damaged state that an older one stands in for.
+
+    Raises:
+        FileNotFoundError: a state has no such part.
+        StateError: every state is damaged; the message says what is left.
+    """
+    states = published(root)
+    for number, (done, path) in enumerate(states):
+        try:
+            found = {part: read_part(path, part) for part in parts}
+        except StateError as error:
+            if number + 1 == len(states):
+                raise StateError(
+                    f"training state {error}; there is no older one. The weights of the last epoch are in "
+                    f"{root.parent / 'adapter'}; without the folder {root}, --resume begins with the first epoch"
+                ) from error
+            warn(f"warning: training state {error}; an older one is used")
+            continue
+        return done, found
+    return 0, {}

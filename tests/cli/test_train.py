@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,18 @@ def test_an_existing_run_is_not_overwritten(trained: tuple[Path, str], command: 
     result = command("train", "--output", folder, "--resume", "--epochs", 5)
     assert result.exit_code == 1
     assert "recipe.epochs: the run has 2, now 5" in result.stderr
+
+
+def test_a_damaged_state_is_one_line(trained: tuple[Path, str], command: Any, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    (folder / "result.json").unlink()
+    (weights,) = folder.glob("state/epoch-*/run.tensors.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = command("train", "--output", folder, "--resume")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: training state {weights}: damaged: ")
+    shutil.rmtree(folder / "state")
+    result = command("train", "--output", folder, "--resume")
+    assert result.exit_code == 0, result.output
+    assert (folder / "result.json").is_file()

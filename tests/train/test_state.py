@@ -75,7 +75,7 @@ def test_publishing_leaves_the_latest_complete_state_alone(tmp_path: Path):
         state.write_part(state.unfinished(tmp_path, epoch), "run", {"epoch": epoch})
         state.publish(tmp_path, epoch)
     state.write_part(state.unfinished(tmp_path, 3), "run", {"epoch": 3})  # killed before it was published
-    done, path = state.latest(tmp_path) or (0, tmp_path)
+    ((done, path),) = state.published(tmp_path)
     assert done == 2
     assert state.read_part(path, "run") == {"epoch": 2}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0002", "partial-epoch-0003"]
@@ -85,4 +85,22 @@ def test_a_missing_part_is_named(tmp_path: Path):
     state.write_part(tmp_path, "process-0", {})
     with pytest.raises(FileNotFoundError, match="no part 'process-1'; was it saved by fewer processes"):
         state.read_part(tmp_path, "process-1")
-    assert state.latest(tmp_path / "nothing") is None
+    assert state.published(tmp_path / "nothing") == []
+    assert state.read_newest(tmp_path / "nothing", ["run"], pytest.fail) == (0, {})
+
+
+@pytest.mark.parametrize("name", ["run.tensors.safetensors", "run.state.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_file_cut_short_is_named_and_an_older_state_stands_in(name: str, share: float, tmp_path: Path):
+    root = tmp_path / "state"
+    for epoch in (9, 10):
+        state.write_part(root / f"epoch-{epoch:04d}", "run", {"epoch": torch.tensor(epoch)})
+    assert state.read_newest(root, ["run"], pytest.fail) == (10, {"run": {"epoch": torch.tensor(10)}})
+    cut = [root / f"epoch-{epoch:04d}" / name for epoch in (10, 9)]
+    said: list[str] = []
+    cut[0].write_bytes(cut[0].read_bytes()[: int(share * cut[0].stat().st_size)])
+    assert state.read_newest(root, ["run"], said.append) == (9, {"run": {"epoch": torch.tensor(9)}})
+    assert said[0].startswith(f"warning: training state {cut[0]}: damaged: ")
+    cut[1].unlink() if name.endswith("safetensors") else cut[1].write_text("[]")
+    with pytest.raises(state.StateError, match="damaged: .*; there is no older one. The weights of the last epoch"):
+        state.read_newest(root, ["run"], said.append)
