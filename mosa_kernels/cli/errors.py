@@ -8,7 +8,11 @@ from contextlib import contextmanager
 
 import typer
 
-MENDABLE = (ValueError, FileNotFoundError, ConnectionError, ModuleNotFoundError, NotADirectoryError, PermissionError)
+MENDABLE = (
+    ValueError,
+    OSError,
+    ModuleNotFoundError,
+)  # an OSError: files missing or in the way, no network, a full disk
 
 
 class MendableError(Exception):

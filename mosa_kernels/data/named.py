@@ -90,7 +90,7 @@ def open_torchvision(
 
     Raises:
         ValueError: no such data set, or one that is not for classification.
-        RuntimeError, FileNotFoundError: its files are missing (torchvision's own error, with the folder named).
+        FileNotFoundError: its files are missing (torchvision's own words, with the folder named).
     """
     from torchvision import datasets
 
@@ -111,10 +111,7 @@ def open_torchvision(
         try:
             return RGBDataset(maker(**fixed, **which), f"torchvision:{name}")
         except (RuntimeError, FileNotFoundError) as error:
-            raise type(error)(
-                f"torchvision:{name} in {fixed.get('root')}: {error}"
-                + ("" if download else " (with download=True it is fetched)")
-            ) from error
+            raise FileNotFoundError(_missing(f"torchvision:{name}", fixed.get("root"), error, download)) from error
 
     parts: dict[str, RGBDataset] = {}
     if "split" in accepted:
@@ -157,6 +154,7 @@ def open_timm(
 
     Raises:
         ValueError: an iterable data set (they have no length and cannot be split), or an unknown name.
+        FileNotFoundError: its files are missing (timm's own words, with the folder named).
     """
     from timm.data import create_dataset
 
@@ -168,6 +166,8 @@ def open_timm(
             dataset = create_dataset(name, root=folder, split=split, download=download)
         except (AssertionError, KeyError) as error:
             raise ValueError(f"timm:{name} in {folder}, split {split!r}: {error or 'timm does not know it'}") from error
+        except (RuntimeError, FileNotFoundError) as error:
+            raise FileNotFoundError(_missing(f"timm:{name}", folder, error, download)) from error
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ValueError(f"timm:{name} is an iterable data set; only those with a length and items can be used")
         return RGBDataset(dataset, f"timm:{name}")
@@ -180,9 +180,14 @@ def open_timm(
     else:
         try:
             parts["test"] = make("test")
-        except (ValueError, RuntimeError, FileNotFoundError):
+        except (ValueError, FileNotFoundError):
             parts["test"] = make("validation")
     return _assemble(f"timm:{name}", parts, seed, validation_share, test_share, whole=True)
+
+
+def _missing(name: str, folder: str | None, error: Exception, download: bool) -> str:
+    hint = "" if download else " (download=True, on the command line `train --download`, fetches what can be fetched)"
+    return f"{name} in {folder}: {str(error).strip().rstrip('.')}{hint}"
 
 
 def _assemble(

@@ -162,8 +162,11 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         open_data("torchvision:folder", root=tmp_path)
     with pytest.raises(ValueError, match=r"root: expected the folder of torchvision:CIFAR10, got None"):
         open_data("torchvision:CIFAR10")
-    with pytest.raises(RuntimeError, match=r"torchvision:CIFAR10 in .*: .*with download=True it is fetched"):
-        open_data("torchvision:CIFAR10", root=tmp_path)
+    for name in ("torchvision:CIFAR10", "timm:torch/cifar10", "timm:folder"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{name} in .*: .* \(download=True, .*, fetches what can be fetched"
+        ):
+            open_data(name, root=tmp_path)
     with pytest.raises(ValueError, match=r"timm:torch/nonsense"):
         open_data("timm:torch/nonsense", root=tmp_path)
 
