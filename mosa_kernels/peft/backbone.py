@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mosa_kernels.peft.block import SLOT
+from mosa_kernels.peft.block import AdapterSlot
 from mosa_kernels.peft.book import BOOK, find_book
 from mosa_kernels.peft.files import tensors_digest
 from mosa_kernels.peft.head import head_paths
@@ -25,7 +25,11 @@ def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
     foreign = [f"{path}." for path in head_paths(model)]
     originals: dict[str, Tensor] = {}
     if book is not None:
-        foreign += [f"{BOOK}.", *(f"{path}.{SLOT}." for path in book.blocks)]
+        # Also where a block that stands in two places has them under its second name.
+        slots = (
+            path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, AdapterSlot)
+        )
+        foreign += [f"{BOOK}.", *(f"{path}." for path in slots)]
         originals = book.originals()
     return {
         name: originals.get(name, tensor).detach()

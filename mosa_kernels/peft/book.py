@@ -188,5 +188,5 @@ def check_known(book: AdapterBook, name: str) -> None:
     Raises:
         ValueError: no adapter has this name.
     """
-    if name not in book.configs:
+    if not isinstance(name, str) or name not in book.configs:
         raise ValueError(f"adapter_name: expected one of {', '.join(map(repr, book.configs))}, got {name!r}")

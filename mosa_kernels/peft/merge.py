@@ -95,8 +95,11 @@ def _place(model: nn.Module, path: str, kind: BlockKind, site: str, adapter: nn.
         return
     entry = kind.branch[0]
     if entry == "":
-        parent_path, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent_path), name, ParallelAdapter(block, adapter))
+        pair = ParallelAdapter(block, adapter)
+        places = [place for place, module in model.named_modules(remove_duplicate=False) if module is block]
+        for place in places:  # one, unless layers share the block
+            parent, _, name = place.rpartition(".")
+            setattr(model.get_submodule(parent), name, pair)
     elif entry.endswith("[]"):
         branches = block.get_submodule(entry[:-2])
         assert isinstance(branches, nn.ModuleList)

@@ -61,7 +61,8 @@ def two_pass(
             the end).
 
     Raises:
-        TypeError: the model's output is no tensor, or `images` is neither one nor a mapping with patches.
+        TypeError: the model's output is no tensor, `images` is neither one nor a mapping with patches, or `features`
+            lists nothing.
         ValueError: an argument is out of range, or the model has no active adapters.
         RuntimeError: the model is in evaluation mode.
     """
@@ -102,6 +103,8 @@ def two_pass(
 def _chosen(features: bool | Iterable[int], depth: int) -> list[int]:
     if isinstance(features, bool):
         return list(range(depth)) if features else []
+    if not isinstance(features, Iterable):
+        raise TypeError(f"features: expected True, False or block indices, got {features!r}")
     chosen = tuple(features)
     for index in chosen:
         if isinstance(index, bool) or not isinstance(index, int) or not -depth <= index < depth:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm_models import SWIN, VIT, Family, images, make, train_a_little
+from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
 from torch import Tensor, nn
 
 import mosa_kernels as mk
 from mosa_kernels.peft import set_adapter
 
 DEEPER = VIT._replace(kwargs={**VIT.kwargs, "depth": 4})
+PARALLEL = next(family for family in FAMILIES if "_xp_" in family.name)
 OPTIONS = [
     {},
     {"style": "lora"},
@@ -97,3 +98,21 @@ def test_a_new_block_is_named() -> None:
     with pytest.raises(ValueError, match=r"model: expected the blocks .* got a new one at blocks\.2"):
         mk.inject_adapter(model, mk.MoSAConfig(bottleneck=4), "second")
     assert mk.merge_and_unload(model)(images(DEEPER)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("family", [VIT, PARALLEL], ids=lambda family: family.name)
+def test_a_block_in_two_places(family: Family, tmp_path: Path) -> None:
+    def shared() -> nn.Module:
+        backbone = make(family)
+        backbone.blocks[1] = backbone.blocks[0]
+        return backbone
+
+    for style in family.styles:
+        model = mk.inject_adapter(shared(), mk.MoSAConfig(style=style, bottleneck=4))
+        train_a_little(model)
+        expected = model(images(family))
+        mk.save_adapter(model, tmp_path)
+        assert torch.equal(mk.load_adapter(shared(), tmp_path)(images(family)), expected)
+        merged = mk.merge_and_unload(model)
+        assert merged.blocks[0] is merged.blocks[1]
+        torch.testing.assert_close(merged(images(family)), expected, rtol=1e-4, atol=1e-4)

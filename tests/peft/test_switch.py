@@ -91,6 +91,8 @@ def test_unknown_names() -> None:
     model = two_tasks()
     with pytest.raises(ValueError, match="adapter_name: expected one of 'pets', 'cars', got 'dogs'"):
         set_adapter(model, "dogs")
+    with pytest.raises(ValueError, match="adapter_name: expected one of 'pets', 'cars', got"):
+        set_adapter(model, ["pets"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected one with adapters"), disable_adapter(make()):
         pass
 
