@@ -13,13 +13,15 @@ from mosa_kernels.backends import reference
 from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.choice import available_backends
 from mosa_kernels.backends.merge import MergeInput
-from mosa_kernels.bench.adapter_work import DENSE_COPIES, FLOOR, MERGED_DENSE, adapter_work
+from mosa_kernels.bench.adapter_work import FLOOR, MERGED_DENSE, adapter_work
 from mosa_kernels.bench.case import (
     BACKENDS,
     COMPILE,
     COMPILE_MAX,
     COMPILE_MODES,
+    DENSE_COPIES,
     EAGER,
+    LEFT_OUT,
     Prepared,
     Provider,
     Work,
@@ -303,7 +305,7 @@ class AdapterCase:
             if name in adapter.compiled:
                 found.append(self._provider(name, partial(adapter.compiled_run, name)))
             else:
-                found.append(unavailable(name, "left out by this preset; --providers asks for it"))
+                found.append(unavailable(name, LEFT_OUT))
         if point.expert_per == "call":
             found.append(self._provider(DENSE_COPIES, adapter.copies_run))
         else:

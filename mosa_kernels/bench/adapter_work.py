@@ -9,11 +9,10 @@ two launches (dx, then the weight gradients) it is 5A + 4H; eager 15A + 8H, comp
 
 from __future__ import annotations
 
-from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, EAGER, Work
+from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, DENSE_COPIES, EAGER, Work
 from mosa_kernels.bench.shapes import Point
 
 FLOOR = "floor"
-DENSE_COPIES = "N copies"
 MERGED_DENSE = "merged dense"
 
 _FORWARD = {

@@ -11,13 +11,13 @@ from torch import Tensor
 from mosa_kernels.bench.case import (
     BACKENDS,
     COMPILE,
-    COMPILE_MODES,
+    COMPILE_MAX,
     EAGER,
     Prepared,
     Provider,
     Work,
+    compiled,
     generator,
-    unavailable,
 )
 from mosa_kernels.bench.gate import Expected
 from mosa_kernels.bench.shapes import Point
@@ -29,9 +29,9 @@ class AlignmentCase:
 
     operator = "alignment"
 
-    def __init__(self, point: Point, device: torch.device, compiled: tuple[str, ...] = ()) -> None:
+    def __init__(self, point: Point, device: torch.device, asked: tuple[str, ...] = ()) -> None:
         draws = generator()
-        self.dtype, self._compiled = point.torch_dtype, compiled
+        self.dtype, self._asked = point.torch_dtype, asked
         left_out = ("r", "N", "expert per")
         self.key = {name: value for name, value in point.key().items() if name not in left_out}
         shape = (point.images, point.tokens // point.images, point.width)
@@ -46,11 +46,7 @@ class AlignmentCase:
 
     def providers(self) -> list[Provider]:
         found = [Provider(EAGER, partial(self._prepare, by_definition))]
-        if COMPILE in self._compiled:
-            compiled = torch.compile(by_definition, fullgraph=True, dynamic=False, mode=COMPILE_MODES[COMPILE])
-            found.append(Provider(COMPILE, partial(self._prepare, compiled)))
-        else:
-            found.append(unavailable(COMPILE, "left out by this preset; --providers asks for it"))
+        found += compiled(by_definition, (COMPILE, COMPILE_MAX), self._asked, self._prepare)
         for name in BACKENDS:
             found.append(Provider(name, partial(self._prepare, partial(feature_alignment, backend=name)), ours=True))
         return found

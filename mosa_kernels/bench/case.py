@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch import Tensor
 from mosa_kernels.bench.gate import Expected
 
 EAGER = "eager"
+DENSE_COPIES = "N copies"
 COMPILE, COMPILE_MAX = "compile", "compile max-autotune"
 COMPILE_MODES = {COMPILE: "default", COMPILE_MAX: "max-autotune-no-cudagraphs"}
 """CUDA graphs are left out: they would copy x, which counts against them, and device time has no launches to save."""
+LEFT_OUT = "left out by this preset; --providers asks for it"
 BACKENDS = ("cpu", "triton", "cuda")
 """The fused ones, by the names that every operator takes."""
 
@@ -66,6 +69,20 @@ def unavailable(name: str, reason: str, ours: bool = False) -> Provider:
         raise RuntimeError(reason)
 
     return Provider(name, prepare, ours, reason)
+
+
+def compiled(
+    function: Callable[..., Any], modes: Sequence[str], asked: Sequence[str], prepare: Callable[[Any], Prepared]
+) -> list[Provider]:
+    """A definition under some modes of torch.compile, as far as they are asked for."""
+    found = []
+    for name in modes:
+        if name in asked:
+            program = torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE_MODES[name])
+            found.append(Provider(name, partial(prepare, program)))
+        else:
+            found.append(unavailable(name, LEFT_OUT))
+    return found
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -18,6 +18,7 @@ from mosa_kernels.bench.case import (
     COMPILE,
     COMPILE_MAX,
     COMPILE_MODES,
+    DENSE_COPIES,
     EAGER,
     Case,
     Prepared,
@@ -34,9 +35,10 @@ from mosa_kernels.bench.shapes import DTYPES, Point
 from mosa_kernels.bench.timing import cache_bytes, host_cost, in_turn
 
 OPERATOR_NAMES = (*OPERATORS.values(), "merge", "masked_adamw", "alignment")
-PROVIDERS = (EAGER, COMPILE, COMPILE_MAX, "N copies", "cpu", "triton", "cuda", "merged dense")
+PROVIDERS = (EAGER, COMPILE, COMPILE_MAX, DENSE_COPIES, "cpu", "triton", "cuda", "merged dense")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NO_TIME = "no time was left for it"
+NOT_OFFERED = "this part has no such provider"
 _LARGE = 0.25  # of the last cache: larger working sets find little of it again in a model
 
 
@@ -68,21 +70,23 @@ def cases(operators: Sequence[str], points: Sequence[Point], device: torch.devic
     """The cases of some operators, the short ones first; one point's tensors live at a time."""
     for name, make in _ALL_ADAPTERS.items():
         if name in operators:
-            yield from (make(point, device) for point in of_a_model(points, name))
+            for point in of_a_model(points, name):
+                forget_compiled(effort)
+                yield make(point, device, effort.compiled)
     if "alignment" in operators:
         for point in of_a_model(points, "alignment"):
-            _forget_compiled(effort)
+            forget_compiled(effort)
             yield AlignmentCase(point, device, effort.compiled)
     wanted = [direction for direction in DIRECTIONS if OPERATORS[direction] in operators]
     if wanted:
         for point in points:
-            _forget_compiled(effort)
+            forget_compiled(effort)
             adapter = Adapter(point, device, effort.compiled)
             yield from (adapter.case(direction) for direction in wanted)
             del adapter
 
 
-def _forget_compiled(effort: Effort) -> None:
+def forget_compiled(effort: Effort) -> None:
     """The points share a function, and torch.compile gives up on one that it has compiled eight times."""
     if effort.compiled:
         import torch._dynamo
@@ -90,7 +94,10 @@ def _forget_compiled(effort: Effort) -> None:
         torch._dynamo.reset()
 
 
-_ALL_ADAPTERS: dict[str, Callable[[Point, torch.device], Case]] = {"merge": MergeCase, "masked_adamw": MaskedAdamWCase}
+_ALL_ADAPTERS: dict[str, Callable[[Point, torch.device, tuple[str, ...]], Case]] = {
+    "merge": MergeCase,
+    "masked_adamw": MaskedAdamWCase,
+}
 _DEPTH, _DEEP = 12, {"vit_l": 24, "vit_g": 40, "swin_b_1": 2, "swin_b_2": 2, "swin_b_3": 18, "swin_b_4": 2}
 
 
@@ -115,7 +122,11 @@ def measure_case(case: Case, device: torch.device, limits: Limits, effort: Effor
     """One case: a row for each provider, with the reason where there is no figure."""
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Prepared] = {}
-    for provider in case.providers():
+    offered = case.providers()
+    for name in effort.providers or ():
+        if name not in {provider.name for provider in offered}:
+            rows[name] = {"provider": name, "ours": False, "status": "unavailable", "reason": NOT_OFFERED}
+    for provider in offered:
         if effort.providers is not None and provider.name not in effort.providers:
             continue
         rows[provider.name] = row = {"provider": provider.name, "ours": provider.ours}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +11,19 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from mosa_kernels.bench.case import BACKENDS, EAGER, Prepared, Provider, Work, generator
+from mosa_kernels.backends import masked_adamw as reference
+from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
+from mosa_kernels.bench.case import (
+    BACKENDS,
+    COMPILE,
+    DENSE_COPIES,
+    EAGER,
+    Prepared,
+    Provider,
+    Work,
+    compiled,
+    generator,
+)
 from mosa_kernels.bench.gate import Expected
 from mosa_kernels.bench.shapes import Point
 from mosa_kernels.functional.masked_adamw import masked_adamw
@@ -52,8 +65,9 @@ class MaskedAdamWCase:
 
     operator = "masked_adamw"
 
-    def __init__(self, point: Point, device: torch.device) -> None:
+    def __init__(self, point: Point, device: torch.device, asked: tuple[str, ...] = ()) -> None:
         draws = generator()
+        self._asked = asked
         d, r, count = point.width, point.bottleneck, point.experts
         self.dtype = point.torch_dtype
         self.key = {name: value for name, value in point.key().items() if name not in ("shape", "expert per")}
@@ -86,7 +100,8 @@ class MaskedAdamWCase:
     def providers(self) -> list[Provider]:
         names = {EAGER: "reference", **{name: name for name in BACKENDS}}
         found = [Provider(name, partial(self._prepare, backend), name != EAGER) for name, backend in names.items()]
-        return [*found, Provider(PLAIN, self._plain)]
+        found[1:1] = compiled(reference.masked_adamw, (COMPILE,), self._asked, self._by_definition)
+        return [*found, Provider(DENSE_COPIES, self._copies), Provider(PLAIN, self._plain)]
 
     def _prepare(self, backend: str) -> Prepared:
         state = self.state.copy()
@@ -96,12 +111,28 @@ class MaskedAdamWCase:
 
         return Prepared(partial(_step, state, backend), results, self.floor if backend != "reference" else None)
 
+    def _by_definition(self, step: Callable[[AdamWTensors, AdamWOptions], None]) -> Prepared:
+        options = AdamWOptions(LR, *BETAS, EPS, DECAY)
+
+        @torch.no_grad()
+        def on(state: State) -> dict[str, Tensor]:
+            step(AdamWTensors(*state), options)
+            return _named(state)
+
+        tensors = AdamWTensors(*self.state.copy())
+        return Prepared(torch.no_grad()(partial(step, tensors, options)), lambda: on(self.state.copy()))
+
+    def _copies(self) -> Prepared:
+        """PyTorch's own fused AdamW over N dense copies, of which those of inactive experts have no gradient."""
+        copies = Copies(self.state)
+        return Prepared(copies.step, lambda: Copies(self.state).stepped())
+
     def _plain(self) -> Prepared:
         """PyTorch's own fused AdamW, which moves what was inactive too: the price of a step without owners."""
         state = self.state.copy()
         counts = [torch.full((), float(_STEPS), device=p.device) for p in state.params]
         return Prepared(
-            partial(_plain_step, state, counts), lambda: _plain_results(self.state.copy()), function="plain"
+            partial(_plain_step, *state[:4], counts), lambda: _plain_results(self.state.copy()), function="plain"
         )
 
     def expected(self, function: str) -> Expected:
@@ -109,6 +140,47 @@ class MaskedAdamWCase:
         if function == "plain":
             return Expected(_plain_results(exact), _plain_results(eager), {})
         return Expected(stepped(exact, "reference"), stepped(eager, "reference"), {})
+
+
+class Copies:
+    """Each split weight as N dense ones, with a gradient and moments of their own."""
+
+    def __init__(self, state: State) -> None:
+        copies: list[State] = []
+        self._owners = state.owners
+        for expert in range(max(steps.numel() for steps in state.steps)):
+            copy = state.copy()
+            masks = [None if owner is None else owner == expert for owner in state.owners]
+            grads = [g if mask is None else g * mask for g, mask in zip(copy.grads, masks, strict=True)]
+            copies.append(copy._replace(grads=grads))
+        self._copies = copies
+        moving = [
+            (copy, n)
+            for expert, copy in enumerate(copies)
+            for n, (owner, active) in enumerate(zip(state.owners, state.active, strict=True))
+            if (expert == 0 if owner is None else active is None or bool(active[expert]))
+        ]
+        self._moved = (
+            [copy.params[n] for copy, n in moving],
+            [copy.grads[n] for copy, n in moving],
+            [copy.exp_avgs[n] for copy, n in moving],
+            [copy.exp_avg_sqs[n] for copy, n in moving],
+        )
+        self._counts = [torch.full((), float(_STEPS), device=p.device) for p in self._moved[0]]
+
+    def step(self) -> None:
+        _plain_step(*self._moved, self._counts)
+
+    def stepped(self) -> dict[str, Tensor]:
+        """One step, and every entry from the copy of its owner."""
+        self.step()
+        first, *others = self._copies
+        for expert, copy in enumerate(others, start=1):
+            for whole, part in zip(first[0:1] + first[2:4], copy[0:1] + copy[2:4], strict=True):
+                for n, owner in enumerate(self._owners):
+                    if owner is not None:
+                        whole[n] = torch.where(owner == expert, part[n], whole[n])
+        return _named(first)
 
 
 def _step(state: State, backend: str) -> None:
@@ -121,15 +193,17 @@ def stepped(state: State, backend: str) -> dict[str, Tensor]:
     return _named(state)
 
 
-def _plain_step(state: State, counts: list[Tensor]) -> None:
+def _plain_step(
+    params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor], counts: list[Tensor]
+) -> None:
     adamw(
-        state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, [], counts, fused=True, amsgrad=False,
+        params, grads, first, second, [], counts, fused=True, amsgrad=False,
         beta1=BETAS[0], beta2=BETAS[1], lr=LR, weight_decay=DECAY, eps=EPS, maximize=False,
     )  # fmt: skip
 
 
 def _plain_results(state: State) -> dict[str, Tensor]:
-    _plain_step(state, [torch.full((), float(_STEPS), device=p.device) for p in state.params])
+    _plain_step(*state[:4], [torch.full((), float(_STEPS), device=p.device) for p in state.params])
     return _named(state)
 
 

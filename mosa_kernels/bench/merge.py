@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mosa_kernels.backends import merge as reference
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
-from mosa_kernels.bench.case import BACKENDS, EAGER, Prepared, Provider, Work, generator
+from mosa_kernels.bench.case import (
+    BACKENDS,
+    COMPILE,
+    DENSE_COPIES,
+    EAGER,
+    Prepared,
+    Provider,
+    Work,
+    compiled,
+    generator,
+)
 from mosa_kernels.bench.gate import Expected
 from mosa_kernels.bench.shapes import Point
 from mosa_kernels.functional.merge import merge_adapters
+from mosa_kernels.functional.split import split
 
 SCALE = 0.1
 
@@ -22,8 +35,9 @@ class MergeCase:
 
     operator = "merge"
 
-    def __init__(self, point: Point, device: torch.device) -> None:
+    def __init__(self, point: Point, device: torch.device, asked: tuple[str, ...] = ()) -> None:
         draws = generator()
+        self._asked, self._experts = asked, point.experts
         d, r, dtype = point.width, point.bottleneck, point.torch_dtype
 
         def normal(*size: int, shift: float = 0.0) -> Tensor:
@@ -51,11 +65,37 @@ class MergeCase:
 
     def providers(self) -> list[Provider]:
         names = {EAGER: "reference", **{name: name for name in BACKENDS}}
-        return [Provider(name, partial(self._prepare, backend), name != EAGER) for name, backend in names.items()]
+        found = [Provider(name, partial(self._prepare, backend), name != EAGER) for name, backend in names.items()]
+        found[1:1] = compiled(reference.merge, (COMPILE,), self._asked, self._by_definition)
+        return [*found, Provider(DENSE_COPIES, self._copies)]
 
     def _prepare(self, backend: str) -> Prepared:
         run = partial(merge_adapters, self.adapters, backend=backend)
         return Prepared(run, lambda: _named(run()), self.floor if backend != "reference" else None)
+
+    def _by_definition(self, merge: Callable[..., list[MergedWeights]]) -> Prepared:
+        run = torch.no_grad()(partial(merge, self.adapters, True, None))
+        return Prepared(run, lambda: _named(run()))
+
+    def _copies(self) -> Prepared:
+        """N up-projections, each with an integer mask of its own entries: added up first, then merged as one."""
+        draws, experts = generator(), range(self._experts)
+        copies = []
+        for adapter in self.adapters:
+            d, r = adapter.w_up.shape
+            owner = split((d, r), num_experts=self._experts, generator=draws).to(adapter.w_up.device)
+            assert adapter.b_up is not None
+            copies.append([(adapter.w_up.clone(), (owner == e).long(), adapter.b_up[e].clone()) for e in experts])
+
+        @torch.no_grad()
+        def run() -> list[MergedWeights]:
+            whole = []
+            for adapter, parts in zip(self.adapters, copies, strict=True):
+                w_up = torch.stack([weight * mask for weight, mask, _ in parts]).sum(0)
+                whole.append(adapter._replace(w_up=w_up, b_up=torch.stack([bias for *_, bias in parts])))
+            return merge_adapters(whole, backend="reference")
+
+        return Prepared(run, lambda: _named(run()))
 
     def expected(self, function: str) -> Expected:
         double = [adapter._replace(**_doubled(adapter)) for adapter in self.adapters]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import timm
@@ -10,35 +12,59 @@ import torch
 from mosa_kernels.bench.case import first_line
 from mosa_kernels.bench.memory import peak_bytes, saved_bytes
 from mosa_kernels.bench.model_variants import BACKBONE, INFERENCE, TRAINING, Ready, Setting, Shop, Variant
+from mosa_kernels.bench.shapes import Axes
 from mosa_kernels.bench.timing import in_turn
 
 
-def settings(preset: str, device_type: str, models: list[str] | None = None, batch: int | None = None) -> list[Setting]:
-    """The models of a preset, or those asked for.
+def settings(
+    preset: str,
+    device_type: str,
+    models: list[str] | None = None,
+    batch: int | None = None,
+    axes: Axes | None = None,
+) -> list[Setting]:
+    """The models of a preset, or those asked for, with all combinations of the values asked for.
 
     Raises:
-        ValueError: timm has no model of this name.
+        ValueError: timm has no model of this name, or a dtype is fp16: models train in float32 or under bf16 autocast.
     """
     on_gpu = device_type == "cuda"
     if models is None and preset == "smoke":
         small = (("depth", 2), ("img_size", 64))
-        return [Setting("vit_tiny_patch16_224", batch or 2, 8, 2, small)]
-    large = ["vit_base_patch16_224", "vit_large_patch16_224", "swin_base_patch4_window7_224"]
-    if models is None and on_gpu:
-        models = large[:1] if preset == "quick" else large
-    elif models is None:
-        models = ["vit_tiny_patch16_224", *(large[:1] if preset == "full" else [])]
-    for name in models:
-        if not timm.is_model(name):
-            raise ValueError(f"models: expected names of timm models, got {name!r}")
-    return [Setting(name, batch or (64 if on_gpu else 4), half=on_gpu) for name in models]
+        usual = [Setting("vit_tiny_patch16_224", batch or 2, 8, 2, small)]
+    else:
+        large = ["vit_base_patch16_224", "vit_large_patch16_224", "swin_base_patch4_window7_224"]
+        if models is None and on_gpu:
+            models = large[:1] if preset == "quick" else large
+        elif models is None:
+            models = ["vit_tiny_patch16_224", *(large[:1] if preset == "full" else [])]
+        for name in models:
+            if not timm.is_model(name):
+                raise ValueError(f"models: expected names of timm models, got {name!r}")
+        usual = [Setting(name, batch or (64 if on_gpu else 4), half=on_gpu) for name in models]
+    axes = axes or Axes()
+    if "fp16" in (axes.dtype or ()):
+        raise ValueError("dtypes: expected fp32 or bf16 (autocast) for the part model, got fp16")
+    halves = None if axes.dtype is None else [dtype == "bf16" for dtype in axes.dtype]
+    return [
+        replace(setting, bottleneck=r, experts=n, half=half)
+        for setting in usual
+        for r, n, half in product(
+            axes.bottleneck or [setting.bottleneck], axes.experts or [setting.experts], halves or [setting.half]
+        )
+    ]
 
 
-def measure_model(setting: Setting, device: torch.device, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Rows for training and for inference, each variant with images a second and memory."""
+def measure_model(
+    setting: Setting, device: torch.device, *, rounds: int, seconds: float, providers: tuple[str, ...] | None = None
+) -> dict[str, Any]:
+    """Rows for training and for inference, each variant with images a second and memory.
+
+    `providers` leaves out the variants of others; what has no adapter of ours to run stays to compare with.
+    """
     torch.manual_seed(0)
     shop = Shop(setting, device)
-    variants = shop.variants()
+    variants = [v for v in shop.variants() if providers is None or v.provider is None or v.provider in providers]
     record: dict[str, Any] = {"case": setting.key()}
     for part, images in ((TRAINING, 2 * setting.batch), (INFERENCE, setting.batch)):
         rows, ready = [], {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mosa_kernels.backends.choice import available_backends
 from mosa_kernels.backends.lookup import prefer_backends, preferred_backends
-from mosa_kernels.bench.case import EAGER
+from mosa_kernels.bench.case import DENSE_COPIES, EAGER
 from mosa_kernels.bench.dense_copies import DenseCopiesAdapter
 from mosa_kernels.bench.gate import Expected
 from mosa_kernels.losses import MoSALoss
@@ -100,6 +100,7 @@ class Variant(NamedTuple):
     build: Callable[[], Ready]
     reason: str | None  # why it is not available; None: it is
     ours: bool  # whether it runs the fused backends
+    provider: str | None = None  # what runs its adapters; None: nothing that could be chosen
 
 
 class Shop:
@@ -141,10 +142,13 @@ class Shop:
         inference["unmerged, eager"] = partial(self._unmerged, EAGER)
         missing = {} if find_spec("peft") else {"LoRA (PEFT)": "the package peft is not installed"}
         return [
-            Variant(part, name, build, missing.get(name), any(f" {backend}," in f"{name}," for backend in self.fused))
+            Variant(part, name, build, missing.get(name), (provider := self._provider(name)) in self.fused, provider)
             for part, builders in ((TRAINING, training), (INFERENCE, inference))
             for name, build in builders.items()
         ]
+
+    def _provider(self, name: str) -> str | None:
+        return next((each for each in (EAGER, DENSE_COPIES, *self.fused) if f" {each}," in f"{name},"), None)
 
     @cache  # noqa: B019 (a shop lives as long as its models are measured)
     def expected(self, merged: bool) -> Expected:

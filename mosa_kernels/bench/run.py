@@ -77,6 +77,22 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        self._refuse_what_a_part_does_not_take()
+
+    def _refuse_what_a_part_does_not_take(self) -> None:
+        """What would go without any effect."""
+        parts, options = set(self.only or ()), {"model": "shapes", "expert_per": "expert-per", "dtype": "dtypes"}
+        if parts == {"model"}:
+            for name in ("model", "images", "expert_per"):
+                if getattr(self.axes, name) is not None:
+                    option = options.get(name, name)
+                    raise ValueError(f"{option}: expected with kernels; the part model takes --models and --batch")
+        if "growth" in parts:
+            for name, option in options.items():
+                if len(getattr(self.axes, name) or ()) > 1:
+                    raise ValueError(
+                        f"{option}: expected one value for the part growth, got {getattr(self.axes, name)}"
+                    )
 
     def arguments(self) -> list[str]:
         """The words that ask `mosa-kernels bench` for this."""
@@ -133,7 +149,10 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
     models: list[Setting] = []
     if request.only is None or "model" in request.only:
         names = None if request.models is None else list(request.models)
-        models = settings(request.preset, device.type, names, request.batch)
+        axes = request.axes
+        if request.only is None and axes.dtype is not None:  # fp16 is for kernels: of all parts, models leave it out
+            axes = replace(axes, dtype=tuple(name for name in axes.dtype if name != "fp16"))
+        models = settings(request.preset, device.type, names, request.batch, axes)
     warm_up(device)
     limits = measure_limits(device, quick=request.preset == "smoke")
     known = known_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -171,12 +190,17 @@ def _pieces(
             name = f"{case.operator}: {name_of(case.key)}"
             yield "kernels", name, partial(measure_case, case, device, limits, effort)
     if "growth" in parts:
-        lighter = replace(effort, seconds=effort.seconds / 3, compiled=())
-        for axis, point in growth_points(request.preset, device.type):
-            name = f"growth with {AXES[axis]}: {name_of(point.key())}"
-            yield "growth", name, partial(measure_growth, axis, point, device, limits, lighter)
+        lighter = replace(effort, seconds=effort.seconds / 3)
+        if request.providers is None:
+            lighter = replace(lighter, compiled=())
+        with fresh_compiler():
+            for axis, point in growth_points(request.preset, device.type, request.axes):
+                name = f"growth with {AXES[axis]}: {name_of(point.key())}"
+                yield "growth", name, partial(measure_growth, axis, point, device, limits, lighter)
     for setting in models:
-        run = partial(measure_model, setting, device, rounds=effort.rounds, seconds=4 * effort.seconds)
+        run = partial(
+            measure_model, setting, device, rounds=effort.rounds, seconds=4 * effort.seconds, providers=effort.providers
+        )
         yield "models", f"model: {name_of(setting.key())}", run
 
 

@@ -87,9 +87,14 @@ class Axes:
                 if value < 1 or (most is not None and value > most):
                     raise ValueError(f"{name}: expected at least 1{f', at most {most}' if most else ''}, got {value}")
 
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """As in `Point`."""
+        return tuple(field.name for field in fields(Axes))
+
     @property
     def any(self) -> bool:
-        return any(getattr(self, field.name) is not None for field in fields(self))
+        return any(getattr(self, name) is not None for name in self.names())
 
 
 def base_point(device_type: str) -> Point:

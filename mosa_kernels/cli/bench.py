@@ -19,7 +19,7 @@ from mosa_kernels.bench.commits import measure_commits
 from mosa_kernels.bench.compare import broken, compare, markdown, regressions, same_device
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.kernels import PROVIDERS
-from mosa_kernels.bench.records import Record, failures, losses
+from mosa_kernels.bench.records import Record, failures, losses, timings
 from mosa_kernels.bench.run import JSON, PARTS, Request, Say, measure, read, write
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
@@ -131,6 +131,9 @@ def bench(
         console.print(f"{report['seconds']:.0f} s; wrote {', '.join(map(str, paths))}")
         if failures(report):
             raise typer.Exit(1)
+        if not report["left_out"] and not any("ms" in row for _, row in timings(report)):
+            reasons = Counter(f"{provider}: {row['reason']}" for (*_, provider), row in timings(report))
+            raise MendableError("nothing was measured; " + ("; ".join(reasons) or "no case was left to run"))
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -44,3 +44,13 @@ def test_other_devices_and_what_broke_end_with_an_error(paths: list[Path]) -> No
 def test_the_comparison_of_two_reports_is_written_where_asked_for(paths: list[Path], tmp_path: Path) -> None:
     assert bench("--compare", paths[0], paths[0], "--output", tmp_path / "out").exit_code == 0
     assert "No regression" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_a_wish_that_leaves_nothing_to_run_is_told_so(tmp_path: Path) -> None:
+    smoke = ("--preset", "smoke", "--device", "cpu", "--output", tmp_path)
+    result = bench(*smoke, "--only", "merge", "--providers", "merged dense")
+    assert result.exit_code == 1
+    assert "nothing was measured; merged dense: this part has no such provider" in result.stderr
+    result = bench(*smoke, "--only", "merge", "--providers", "merged dense,eager")
+    assert result.exit_code == 0
+    assert "Not available: merged dense (this part has no such provider)." in (tmp_path / "report.md").read_text()

@@ -58,6 +58,14 @@ def test_other_models_and_a_wrong_variant(model: str) -> None:
     assert refused is None
 
 
+def test_chosen_providers_alone_run_adapters() -> None:
+    setting = Setting("vit_tiny_patch16_224", 1, 4, 2, (("depth", 1), ("img_size", 32)))
+    made = measure_model(setting, CPU, rounds=3, seconds=0.1, providers=("eager", "N copies"))
+    names = {row["variant"] for row in made["training"]}
+    assert {"MoSA eager, expert per sample", "MoSA N copies, expert per batch", BACKBONE} <= names
+    assert not any("cpu" in name for name in names)
+
+
 def spoiled(name: str) -> Callable[..., object]:
     """The CPU's backward pass with one gradient wrong."""
     right = cpu.adapter_backward

@@ -11,6 +11,7 @@ from mosa_kernels.bench.adapter import Adapter
 from mosa_kernels.bench.case import Case, Prepared, Provider
 from mosa_kernels.bench.kernels import OPERATOR_NAMES, Effort, admit, cases, measure_case, of_a_model
 from mosa_kernels.bench.limits import Limits
+from mosa_kernels.bench.masked_adamw import Copies
 from mosa_kernels.bench.shapes import Axes, Point
 
 CPU = torch.device("cpu")
@@ -32,6 +33,7 @@ def test_every_available_provider_passes_the_gate(operator: str, point: Point) -
             green.add(provider.name)
             assert row["error"]["relative"] <= 2 * row["error"]["eager"] + 1e-6
     assert "eager" in green
+    assert ("N copies" in green) == (operator != "alignment")
     if operator != "alignment":
         assert "cpu" in green
 
@@ -153,13 +155,34 @@ def test_compiled_providers_run_in_every_direction() -> None:
 @pytest.mark.parametrize("operator", ["adapter_forward", "alignment"])
 def test_every_point_is_compiled_however_many_there_are(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     effort = Effort(rounds=3, seconds=0.1, compiled=("compile",), providers=("compile",))
-    points = [SMALL._replace(model=model) for model in ("swin_b_4", "vit_ti", "vit_s", "vit_b")]
+    points = [SMALL._replace(model=model) for model in ("swin_b_4", "vit_ti", "vit_s")]
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiled(f, backend="eager", **options))
     with dynamo.patch(recompile_limit=2), kernels.fresh_compiler():
         for case in cases((operator,), points, CPU, effort):
             (row,) = measure_case(case, CPU, LIMITS, effort)["rows"]
             assert row["status"] == "ok", row
+
+
+@pytest.mark.parametrize("operator", ["merge", "masked_adamw"])
+def test_merge_and_optimizer_are_compiled_where_asked_for(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: program(f, backend="aot_eager", **options))
+    effort = Effort(rounds=3, seconds=0.1, compiled=("compile",), providers=("compile", "eager", "merged dense"))
+    with kernels.fresh_compiler():
+        (case,) = cases((operator,), (SMALL._replace(model="vit_ti", expert_per="call"),), CPU, effort)
+        rows = {row["provider"]: row for row in measure_case(case, CPU, LIMITS, effort)["rows"]}
+    assert rows["compile"]["status"] == "ok", rows
+    assert rows["merged dense"]["reason"] == kernels.NOT_OFFERED
+
+
+def test_copies_of_the_optimizer_hold_n_of_everything() -> None:
+    (case,) = cases(("masked_adamw",), (SMALL._replace(expert_per="call"),), CPU, BRIEF)
+    copies = Copies(case.state)  # type: ignore[attr-defined]
+    params = copies._moved[0]
+    layers = len(case.state.params) // 2  # type: ignore[attr-defined]
+    assert len(copies._copies) == 3
+    assert len(params) == 2 * layers  # one active expert of each, and the ordinary weights
 
 
 def test_all_operators_have_cases() -> None:

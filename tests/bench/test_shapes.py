@@ -9,6 +9,7 @@ from mosa_kernels.bench.case import Work
 from mosa_kernels.bench.environment import choose_device, describe
 from mosa_kernels.bench.growth import growth_points
 from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
+from mosa_kernels.bench.model import settings
 from mosa_kernels.bench.run import Request
 from mosa_kernels.bench.shapes import BOTTLENECKS, EXPERTS, MODELS, PRESETS, Axes, Point, points
 
@@ -59,6 +60,10 @@ def test_values_asked_for_are_combined() -> None:
         (lambda: Request(only=("adaptor",)), "only: expected some of adapter_forward, .* got 'adaptor'"),
         (lambda: Request(providers=("nobody",)), "providers: expected some of eager, .* got 'nobody'"),
         (lambda: Request(rounds=0), "rounds: expected at least 1, got 0"),
+        (lambda: Request(only=("model",), axes=Axes(model=("vit_s",))), "shapes: expected with kernels; .* --models"),
+        (lambda: Request(only=("model",), axes=Axes(images=(1,))), "images: expected with kernels"),
+        (lambda: Request(only=("growth",), axes=Axes(dtype=("fp32", "bf16"))), "dtypes: expected one value"),
+        (lambda: settings("smoke", "cpu", axes=Axes(dtype=("fp16",))), "dtypes: expected fp32 or bf16"),
         (lambda: points("fast", "cpu"), "preset: expected one of"),
         (lambda: choose_device("tpu"), "device: expected cpu or cuda, got 'tpu'"),
     ],
@@ -114,6 +119,20 @@ def test_limits_of_this_machine_and_its_description() -> None:
     assert described["device_type"] == "cpu"
     assert described["gpu"] is None
     assert described["threads"] == torch.get_num_threads()
+
+
+def test_growth_and_models_take_the_values_asked_for() -> None:
+    asked = Axes(model=("vit_s",), bottleneck=(4, 12), experts=(3,), dtype=("bf16",))
+    found = list(growth_points("smoke", "cpu", asked))
+    assert {(point.model, point.dtype) for _, point in found} == {("vit_s", "bf16")}
+    assert [point.bottleneck for axis, point in found if axis == "bottleneck"] == [4, 12]
+    assert {point.bottleneck for axis, point in found if axis != "bottleneck"} == {4}
+    assert {point.experts for axis, point in found if axis != "experts"} == {3}
+    wishes = Axes(bottleneck=(4, 12), experts=(3,), dtype=("fp32", "bf16"))
+    made = settings("smoke", "cpu", axes=wishes)
+    assert [(s.bottleneck, s.experts, s.half) for s in made] == [
+        (4, 3, False), (4, 3, True), (12, 3, False), (12, 3, True),
+    ]  # fmt: skip
 
 
 def test_growth_varies_one_axis_at_a_time() -> None:
