@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from mosa_kernels.data.backbone import OFFLINE_BACKBONE  # importing it registers it with timm
@@ -44,14 +45,22 @@ def create_backbone(
         image_size: pixels, where it differs from the model's own size.
 
     Raises:
-        ValueError: timm has no such model, or the file's weights do not fit it.
+        ValueError: timm has no such model, the file's weights do not fit it, or it takes no images of this size.
         FileNotFoundError: no such file.
         ConnectionError: the weights are neither here nor within reach.
     """
     require_known(name)
-    options: dict[str, Any] = {"num_classes": num_classes}
-    if image_size is not None:
-        options["img_size"] = image_size
+    if image_size is None:
+        return _with_weights(name, {"num_classes": num_classes}, checkpoint, pretrained)
+    if image_size < 1:
+        raise ValueError(f"image_size: expected at least 1, got {image_size}")
+    options = {"num_classes": num_classes, "img_size": image_size}
+    model = _with_weights(name, options, checkpoint, pretrained)
+    _check_image_size(model, name, image_size)
+    return model
+
+
+def _with_weights(name: str, options: dict[str, Any], checkpoint: str | Path | None, pretrained: bool) -> nn.Module:
     if checkpoint is not None:
         model = _create(name, pretrained=False, options=options)
         load_checkpoint(model, Path(checkpoint))
@@ -74,6 +83,22 @@ def create_backbone(
             f"model {name}: its weights could not be fetched ({_first_line(error)}); without a network, give a file "
             f"with --checkpoint or use the built-in --model {OFFLINE_BACKBONE}"
         ) from error
+
+
+@torch.no_grad()
+def _check_image_size(model: nn.Module, name: str, size: int) -> None:
+    """Raises a ValueError unless the model takes images of this size without leaving their edges away."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch = max(patch) if isinstance(patch, tuple) else patch
+    if isinstance(patch, int) and size % patch:
+        raise ValueError(f"image_size: expected a multiple of the patch size {patch} of {name}, got {size}")
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"image_size: {name} does not take images of {size} pixels ({_first_line(error)})") from error
+    finally:
+        model.train(training)
 
 
 def data_config(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:

@@ -102,5 +102,5 @@ def test_a_file_cut_short_is_named_and_an_older_state_stands_in(name: str, share
     assert state.read_newest(root, ["run"], said.append) == (9, {"run": {"epoch": torch.tensor(9)}})
     assert said[0].startswith(f"warning: training state {cut[0]}: damaged: ")
     cut[1].unlink() if name.endswith("safetensors") else cut[1].write_text("[]")
-    with pytest.raises(state.StateError, match="damaged: .*; there is no older one. The weights of the last epoch"):
+    with pytest.raises(state.StateError, match=r"damaged: .*; there is no older one\. The weights of the last epoch"):
         state.read_newest(root, ["run"], said.append)
