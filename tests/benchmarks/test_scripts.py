@@ -13,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from mosa_kernels.bench.kernels import OPERATOR_NAMES
+from mosa_kernels.bench.shapes import DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -61,6 +63,17 @@ def test_tuning_is_a_module(tmp_path: Path) -> None:
     done = python("-m", "benchmarks.tune_triton", "--dry-run", "--bottlenecks", "128")
     assert done.returncode == 0, done.stderr
     assert "r 128, bf16" in done.stdout
+
+
+def test_small_calls_reach_what_no_point_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("small_calls")
+    device = torch.device("cpu")
+    monkeypatch.setattr(module, "available_backends", lambda: {"cpu": True, "triton": True, "cuda": True})
+    names = [name for name, _ in module.calls(device)]
+    for words in ("split, cpu", "in columns, triton", "sparse down, cuda", "in one launch, triton, fp16", "'r': 96"):
+        assert any(words in name for name in names), words
+    for dtype, options in module.LAYERS.values():
+        module.layer("reference", DTYPES[dtype], device, **options)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it needs coreutils' timeout")
