@@ -35,7 +35,7 @@ from mosa_kernels.train.comparison_report import (
     verdict,
 )
 from mosa_kernels.train.comparison_runs import Step, Task, run_tasks
-from mosa_kernels.train.folder import versions, write_json, write_text
+from mosa_kernels.train.folder import require_writable, versions, write_json, write_text
 
 SEEDS = (10, 11, 12)  # 0 to 2 were looked at before the settings were final
 QUICK_EPOCHS = 3
@@ -52,6 +52,7 @@ def demo(
     """Fine-tune a small vision transformer on real digits in minutes and compare MoSA with its baselines."""
     console = Console()
     with plain_errors():
+        require_writable(output, folder=True)
         began = time.perf_counter()
         seeds, epochs = (SEEDS[:1], QUICK_EPOCHS) if quick else (SEEDS, None)
         tasks = make_tasks(seeds, epochs, output)

@@ -15,7 +15,7 @@ from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader
 from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.train.evaluate import MECHANISMS, warn_of_merge_loss
 from mosa_kernels.train.evaluate import evaluate as measure
-from mosa_kernels.train.folder import versions, write_json
+from mosa_kernels.train.folder import require_writable, versions, write_json
 from mosa_kernels.train.saved import open_saved
 from mosa_kernels.train.setup import make_accelerator
 
@@ -45,6 +45,8 @@ def evaluate(
     with plain_errors():
         rules = _rules(rule)
         mechanisms = _mechanisms(inference)
+        if output is not None:
+            require_writable(output)
         saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)
         splits, loader = open_loader(
             saved,

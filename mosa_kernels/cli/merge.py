@@ -16,7 +16,15 @@ from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.peft.book import find_book
 from mosa_kernels.train.backbones import data_config
 from mosa_kernels.train.evaluate import evaluate, warn_of_merge_loss
-from mosa_kernels.train.merging import MergeCheck, check_merge, merged_card, merged_copy, random_images, write_merged
+from mosa_kernels.train.merging import (
+    MergeCheck,
+    check_merge,
+    merged_card,
+    merged_copy,
+    random_images,
+    require_merged_or_new,
+    write_merged,
+)
 from mosa_kernels.train.saved import Saved, open_saved
 
 
@@ -41,6 +49,7 @@ def merge(
             raise ValueError(f"output: expected a file ending in .safetensors, got {output.name}")
         if rule is not None and rule not in MERGE_RULES:
             raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
+        require_merged_or_new(output)
         saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)
         book = find_book(saved.model)
         if book is None or book.active is None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mosa_kernels._machine import machine
 from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.data.open import open_data
-from mosa_kernels.train.folder import versions, write_json, write_text
+from mosa_kernels.train.folder import require_writable, versions, write_json, write_text
 from mosa_kernels.train.table_cells import Cell
 from mosa_kernels.train.table_figure import draw_by_task, draw_sweep, draw_table
 from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, seconds_of
@@ -54,6 +54,7 @@ def table(
     """
     console = Console()
     with plain_errors():
+        require_writable(output, folder=True)
         roots = {"fgvc": fgvc, "vtab": vtab, "gicd": gicd}
         recipe = {"epochs": epochs} if epochs is not None else QUICK if quick else {}
         grids = []

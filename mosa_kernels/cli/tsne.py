@@ -12,7 +12,7 @@ from rich.table import Table
 from mosa_kernels.cli.errors import plain_errors
 from mosa_kernels.cli.opened import ANY_CLASSES, open_loader
 from mosa_kernels.train.embedding import NEIGHBOURS, draw_embeddings, embed
-from mosa_kernels.train.folder import versions, write_json
+from mosa_kernels.train.folder import require_writable, versions, write_json
 from mosa_kernels.train.saved import open_saved
 
 
@@ -34,6 +34,8 @@ def tsne(
     with plain_errors():
         if output.suffix != ".png":
             raise ValueError(f"output: expected a file that ends in .png, got {output}")
+        for file in (output, output.with_suffix(".json")):
+            require_writable(file)
         found = []
         for path in runs:
             saved = open_saved(path)

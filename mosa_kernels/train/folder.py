@@ -29,6 +29,22 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def require_writable(path: Path, *, folder: bool = False) -> None:
+    """Finds out before any work whether a file, or a folder with files in it, can be written there; makes nothing.
+
+    Raises:
+        ValueError: something else is in the way, or this user may not write there.
+    """
+    if path.exists() and path.is_dir() != folder:
+        wanted, found = ("folder", "file") if folder else ("file", "folder")
+        raise ValueError(f"output: expected a {wanted}, {path} is a {found}")
+    place = next(place for place in (*((path,) if folder else ()), *path.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"output {path}: it cannot be made, for {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"output {path}: no permission to write in {place}")
+
+
 def write_json(path: Path, record: Any) -> None:
     """Writes JSON that any reader takes: numbers that are not finite become null."""
     write_text(path, json.dumps(_finite(record), indent=2) + "\n")
@@ -134,10 +150,15 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: there is no run in the folder.
+            ValueError: config.json is not that of a run.
         """
         if not self.config.is_file():
             raise FileNotFoundError(f"output {self.path}: there is no run to resume or read (no {CONFIG})")
-        return read_json(self.config)
+        config = read_json(self.config)
+        absent = [key for key in ("settings", "data", "backbone", "versions") if not isinstance(config.get(key), dict)]
+        if absent:
+            raise ValueError(f"{self.config}: expected the record of a run, it has no {', '.join(absent)}")
+        return config
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a line cut short by a crash is left away."""

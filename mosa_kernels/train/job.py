@@ -16,7 +16,15 @@ from mosa_kernels.data.classes import differing_classes
 from mosa_kernels.train import state as training_state
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import evaluate, number_of_experts, warn_of_merge_loss
-from mosa_kernels.train.folder import RunFolder, SettingsDifferError, read_json, require_same, versions, write_json
+from mosa_kernels.train.folder import (
+    RunFolder,
+    SettingsDifferError,
+    read_json,
+    require_same,
+    require_writable,
+    versions,
+    write_json,
+)
 from mosa_kernels.train.keeping import copy_trained, load_trained, save_trained
 from mosa_kernels.train.loop import Row, Trainer
 from mosa_kernels.train.plots import plot_curve
@@ -53,6 +61,7 @@ class Job:
     reporter: Reporter
 
     def __post_init__(self) -> None:
+        require_writable(self.output, folder=True)
         self.folder = RunFolder(self.output)
         if self.resume:
             stored = self.folder.read_config()

@@ -18,9 +18,11 @@ from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload
 from mosa_kernels.peft.book import book_of
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.evaluate import Predictions, merged_by, predict
-from mosa_kernels.train.folder import read_json, versions, write_json
+from mosa_kernels.train.folder import read_json, require_writable, versions, write_json
 from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.settings import Settings
+
+KIND = "a merged model"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def merged_card(
     if book.active is None:
         raise ValueError("model: expected an active adapter, got one within disable_adapter")
     return {
-        "kind": "a merged model as a plain state dict; mosa_kernels.train.merging.load_merged rebuilds it",
+        "kind": f"{KIND} as a plain state dict; mosa_kernels.train.merging.load_merged rebuilds it",
         "rule": rule,
         "config": book.configs[book.active].to_dict(),
         "num_classes": num_classes,
@@ -142,6 +144,20 @@ def load_merged(path: Path) -> nn.Module:
     model = merge_and_unload(inject_adapter(model, MoSAConfig.from_dict(card["config"])))
     model.load_state_dict(load_file(path))
     return model.eval()
+
+
+def require_merged_or_new(path: Path) -> None:
+    """Finds out before any work whether a merged model can be written there, with its card beside it.
+
+    Raises:
+        ValueError: it cannot, or there is something that is not a merged model.
+    """
+    card = path.with_suffix(".json")
+    for file in (path, card):
+        require_writable(file)
+    found = [file for file in (path, card) if file.exists()]
+    if found and not (card.is_file() and str(read_json(card).get("kind", "")).startswith(KIND)):
+        raise ValueError(f"output: {found[0]} is there and is not a merged model; choose another name")
 
 
 def write_merged(model: nn.Module, path: Path, card: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from mosa_kernels.peft.files import CONFIG_FILE, read_adapter
 from mosa_kernels.train.backbones import create_backbone
-from mosa_kernels.train.folder import CONFIG, read_json
+from mosa_kernels.train.folder import CONFIG, RunFolder
 from mosa_kernels.train.keeping import HEAD_WEIGHTS, load_trained, read_class_names
 from mosa_kernels.train.methods import find_method, train_head_only
 from mosa_kernels.train.settings import Settings
@@ -61,7 +61,7 @@ def open_saved(
         settings, num_classes, directory = _from_adapter(path)
         names = read_class_names(path)
     else:
-        config = read_json(run / CONFIG)
+        config = RunFolder(run).read_config()
         settings = Settings.from_dict(config["settings"])
         num_classes = config["data"]["classes"]
         names = config["data"].get("class_names")
