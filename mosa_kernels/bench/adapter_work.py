@@ -9,6 +9,8 @@ two launches (dx, then the weight gradients) it is 5A + 4H; eager 15A + 8H, comp
 
 from __future__ import annotations
 
+import torch
+
 from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, DENSE_COPIES, EAGER, Work
 from mosa_kernels.bench.shapes import Point
 
@@ -68,3 +70,11 @@ def adapter_work(provider: str, direction: str, point: Point) -> Work | None:
         point.layers * (of_x * activations + of_bottleneck * bottleneck + weights),
         point.layers * products * 2 * point.tokens * entries,
     )
+
+
+def training_state(provider: str, point: Point) -> int:
+    """Bytes of weights, gradients, two moments, and owners or masks, all of the point's dtype but the last two."""
+    entries, copies = point.width * point.bottleneck, point.experts if provider == DENSE_COPIES else 1
+    trained = entries + point.bottleneck + 2 * point.width + copies * entries + point.experts * point.width
+    masks = copies * entries * (torch.int64.itemsize if provider == DENSE_COPIES else torch.uint8.itemsize)
+    return point.layers * (4 * trained * point.torch_dtype.itemsize + masks)

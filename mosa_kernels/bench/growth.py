@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mosa_kernels.bench.adapter import Adapter
+from mosa_kernels.bench.adapter_work import training_state
 from mosa_kernels.bench.kernels import Effort, forget_compiled, measure_case
 from mosa_kernels.bench.limits import Limits
 from mosa_kernels.bench.shapes import Axes, Point
@@ -49,4 +50,6 @@ def measure_growth(axis: str, point: Point, device: torch.device, limits: Limits
     """Forward + backward at one point; the record of `measure_case` with the axis and its value."""
     forget_compiled(effort)
     record = measure_case(Adapter(point, device, effort.compiled).case("both"), device, limits, effort)
+    for row in record["rows"]:
+        row["state_bytes"] = training_state(row["provider"], point)
     return {**record, "axis": AXES[axis], "value": point.tokens if axis == "images" else getattr(point, axis)}

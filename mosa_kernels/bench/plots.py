@@ -112,9 +112,10 @@ def _growth(report: Record) -> Any:
             times.plot([value for value, _ in rows], [row["ms"]["median"] for _, row in rows], **style)
             low, high = ([row["ms"][key] for _, row in rows] for key in ("p20", "p80"))
             times.fill_between([value for value, _ in rows], low, high, color=style["color"], alpha=0.2)
-            kept = [(value, row["saved_bytes"] / 2**20) for value, row in rows if row.get("saved_bytes") is not None]
+            sizes = [(value, row.get("saved_bytes"), row.get("state_bytes") or 0) for value, row in rows]
+            kept = [(value, (saved + state) / 2**20) for value, saved, state in sizes if saved is not None]
             memory.plot([value for value, _ in kept], [size for _, size in kept], **style)
-        for area, label in ((times, "ms, forward + backward"), (memory, "MiB saved for backward")):
+        for area, label in ((times, "ms, forward + backward"), (memory, "MiB saved and trained state")):
             area.set(xscale="log", yscale="log", xlabel=axis, ylabel=label if column == 0 else "")
             values = sorted({record["value"] for record in mine})
             area.set_xticks(values, [str(value) for value in values])

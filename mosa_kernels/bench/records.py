@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,21 +92,50 @@ def failures(report: Record) -> list[str]:
 
 
 def losses(report: Record) -> list[str]:
-    """Where another provider of the same function is faster than the best of ours."""
+    """Where another provider of the same function, or a plain optimizer step, is faster than the best of ours."""
     found = []
-    for record in report.get("kernels", []) + report.get("growth", []):
-        ours = fastest_of_ours(record)
-        rivals = [row for row in record["rows"] if not row["ours"] and "ms" in row and comparable(row)]
-        best = min(rivals, key=lambda row: row["ms"]["median"], default=None)
-        if ours is None or best is None or best["ms"]["median"] >= ours["ms"]["median"]:
+    for part, rows in _races(report):
+        timed = [row for row in rows if "ms" in row]
+        ours = min((row for row in timed if row["ours"]), key=_median, default=None)
+        best = min((row for row in timed if not row["ours"]), key=_median, default=None)
+        if ours is None or best is None or _median(best) >= _median(ours):
             continue
-        times = ours["ms"]["median"] / best["ms"]["median"]
         close = best["ms"]["p80"] >= ours["ms"]["p20"]
         found.append(
-            f"{record['operator']}, {name_of(record['case'])}: {best['provider']} is {times:.2f} times as fast as "
-            f"{ours['provider']}" + (" (within the spread)" if close else "")
+            f"{part}: {_name(best)} is {_median(ours) / _median(best):.2f} times as fast as {_name(ours)}"
+            + (" (within the spread)" if close else "")
         )
     return list(dict.fromkeys(found))
+
+
+def _races(report: Record) -> Iterator[tuple[str, list[Record]]]:
+    """Rows that do the same, and what that is; a variant of a model races with those that differ by the provider."""
+    for record in report.get("kernels", []) + report.get("growth", []):
+        rows = [row for row in record["rows"] if row["provider"] != "merged dense"]
+        yield f"{record['operator']}, {name_of(record['case'])}", rows
+    for record in report.get("models", []):
+        for part in ("training", "inference"):
+            kinds: dict[str, list[Record]] = {}
+            for row in record[part]:
+                kinds.setdefault(_PROVIDER.sub("", row["variant"]), []).append(row)
+            yield from ((f"model, {part}, {name_of(record['case'])}", rows) for rows in kinds.values())
+
+
+_PROVIDER = re.compile(r" (eager|N copies|cpu|triton|cuda)(?=,|$)")
+
+
+def _name(row: Record) -> str:
+    return str(row.get("provider") or row["variant"])
+
+
+def _median(row: Record) -> float:
+    return float(row["ms"]["median"])
+
+
+def is_slower(row: Record, rows: list[Record]) -> bool:
+    """Whether a row of ours has a faster rival among these."""
+    rivals = [other for other in rows if not other["ours"] and "ms" in other and comparable(other)]
+    return bool(row["ours"]) and "ms" in row and any(_median(other) < _median(row) for other in rivals)
 
 
 def comparable(row: Record) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from mosa_kernels.bench.case import DENSE_COPIES
 from mosa_kernels.bench.goals import answers
-from mosa_kernels.bench.records import Record, comparable, failures, losses, name_of
+from mosa_kernels.bench.records import Record, comparable, failures, is_slower, losses, name_of
 
 NOTHING = "-"
 HOW_TO_SEND = (
@@ -23,10 +24,14 @@ _SECTIONS = {
 }
 _EXPLANATION = """Median milliseconds with the 20th and 80th percentile; all providers of a case ran in turn. *limit*:
 the share of what the device was measured to do, counting the least bytes and products that any implementation needs.
-*copy*: the provider's own bytes, counted by formula, over its time and the measured copy bandwidth. *error*: the output
+*bytes*: what the provider itself moves, counted by formula; *copy*: these over its time and the measured copy
+bandwidth; *products*: its matrix products over its time and what the device was measured to do. *error*: the output
 or gradient furthest off, against float64, relative root mean square, and eager PyTorch's beside it; a provider further
 off than twice eager has no time. *saved*: kept for the backward pass beyond inputs and weights. A warm cache is one
 that holds the whole call: memory is no limit there."""
+
+_GROWTH = """Median milliseconds, in bold where ours is slower than another. *saved*: kept for the backward pass;
+*trained state*: weights, gradients, moments and owners or masks, the same for all providers but N copies."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -51,7 +56,7 @@ def markdown(report: Record, pictures: Sequence[str] = ()) -> str:
         parts.append("**Wrong or failed:**\n\n" + "\n".join(f"- {line}" for line in wrong))
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += [goals_section(report)] if answers(report) else []
-    if report.get("kernels") or report.get("growth"):
+    if any(report.get(part) for part in ("kernels", "growth", "models")):
         slower = losses(report)
         lines = "\n".join(f"- {line}" for line in slower) if slower else "Nowhere in this report."
         parts.append(f"## Where the fused backends lose\n\n{lines}")
@@ -124,14 +129,19 @@ def kernel_section(record: Record) -> str:
         f"**{name_of(record['case'])}** ({record['cache']} cache; at least {_bytes(floor['bytes'])} and "
         f"{floor['flops'] / 1e9:.3g} GFLOP: {_number(floor['ms'])} ms, bound by {floor['bound']})"
     )
-    head = ("provider", "ms", "x eager", "limit", "copy", "saved", "peak", "launches", "host us", "error (eager)")
+    head = [
+        *("provider", "ms", "x eager", "limit", "bytes", "copy", "products"),
+        *("saved", "peak", "launches", "host us", "error (eager)"),
+    ]
     rows = [
         (
             row["provider"],
             milliseconds(row),
             _cell(row, "speed_up", "{:.2f}".format),
             _cell(row, "share_of_limit", "{:.0%}".format),
+            _cell(row, "bytes", _bytes),
             _cell(row, "copy_share", "{:.0%}".format),
+            _cell(row, "matrix_share", "{:.0%}".format),
             _cell(row, "saved_bytes", _bytes),
             _cell(row, "peak_bytes", _bytes),
             _cell(row, "launches", str),
@@ -176,36 +186,57 @@ def model_section(record: Record) -> str:
     ]
     kept = _kept_columns(rows)
     training = table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
-    inference = table(
-        ("inference", "ms", "images/s"),
-        [
-            (row["variant"], milliseconds(row), _cell(row, "images_per_second", "{:.1f}".format))
-            for row in record["inference"]
-        ],
-    )
+    titles = ("inference", "ms", "images/s", "peak")
+    lines = [
+        (
+            row["variant"],
+            milliseconds(row),
+            _cell(row, "images_per_second", "{:.1f}".format),
+            _cell(row, "peak_bytes", _bytes),
+        )
+        for row in record["inference"]
+    ]
+    kept = _kept_columns(lines)
+    inference = table([titles[n] for n in kept], [[line[n] for n in kept] for line in lines])
     missing = not_available([*record["training"], *record["inference"]])
     parts = [f"**{name_of(record['case'])}**", training, *([f"Not available: {missing}"] if missing else []), inference]
     return "\n\n".join(parts)
 
 
 def growth_section(records: Sequence[Record]) -> str:
-    """For each axis a table of medians, and of what is saved."""
+    """For each axis a table of medians, of what is saved, and of what training keeps."""
     axes = list(dict.fromkeys(record["axis"] for record in records))
-    return "\n\n".join(_growth_of(axis, [record for record in records if record["axis"] == axis]) for axis in axes)
+    return (
+        _GROWTH
+        + "\n\n"
+        + "\n\n".join(_growth_of(axis, [record for record in records if record["axis"] == axis]) for axis in axes)
+    )
 
 
 def _growth_of(axis: str, records: Sequence[Record]) -> str:
     timed = {row["provider"] for record in records for row in record["rows"] if "ms" in row}
     names = [row["provider"] for row in records[0]["rows"] if comparable(row) and row["provider"] in timed]
+    states = [name for name in dict.fromkeys((*names[:1], DENSE_COPIES)) if name in names]
     head = [axis, *(f"{name}, ms" for name in names), *(f"{name}, saved" for name in names)]
+    head += [f"{name}, trained state" for name in states]
     rows = []
     for record in records:
         by_name = {row["provider"]: row for row in record["rows"]}
-        times = [_number(by_name[n]["ms"]["median"]) if "ms" in by_name[n] else NOTHING for n in names]
+        times = [_growth_time(by_name[n], record["rows"]) for n in names]
         saved = [_cell(by_name[n], "saved_bytes", _bytes) for n in names]
-        rows.append([str(record["value"]), *times, *saved])
+        rows.append([str(record["value"]), *times, *saved, *(_cell(by_name[n], "state_bytes", _bytes) for n in states)])
+    kept = _kept_columns(rows)
     base = name_of(records[0]["case"])
-    return f"Against {axis}, from {base}\n\n" + table(head, rows)
+    lines = table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
+    return f"Against {axis}, from {base}\n\n{lines}"
+
+
+def _growth_time(row: Record, rows: list[Record]) -> str:
+    """In bold where it is ours and another is faster."""
+    if "ms" not in row:
+        return NOTHING
+    median = _number(row["ms"]["median"])
+    return f"**{median}**" if is_slower(row, rows) else median
 
 
 def _kept_columns(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -8,7 +8,7 @@ from oracle import double, oracle_adapter
 
 from mosa_kernels.backends.arguments import MERGED, AdapterArguments
 from mosa_kernels.bench.adapter import EPS, SCALE, Adapter
-from mosa_kernels.bench.adapter_work import FLOOR, adapter_work
+from mosa_kernels.bench.adapter_work import FLOOR, adapter_work, training_state
 from mosa_kernels.bench.shapes import Point
 
 CPU = torch.device("cpu")
@@ -130,3 +130,13 @@ def test_bytes_of_vit_b_are_those_counted_by_hand() -> None:
     assert forward.flops == 4 * point.tokens * 768 * 64
     assert both.flops == 14 * point.tokens * 768 * 64
     assert adapter_work("merged dense", "both", point) is None  # it is not trained
+
+
+def test_the_state_of_training_is_what_modules_hold() -> None:
+    point = Point("vit_ti", 1, 8, 3, "fp32", "call")
+    adapter = Adapter(point, CPU)
+    module = adapter.module(adapter.layers[0])
+    for provider, held in (("cpu", module), ("N copies", adapter.copies[0])):
+        masks = sum(b.numel() * b.itemsize for name, b in held.named_buffers() if name.endswith(("mask", "assignment")))
+        parameters = sum(p.numel() * p.itemsize for p in held.parameters())
+        assert training_state(provider, point) == 4 * parameters + masks

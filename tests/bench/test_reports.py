@@ -74,6 +74,57 @@ def test_losses_are_named_and_other_functions_do_not_count() -> None:
     assert "within the spread" in losses(report(close))[0]
 
 
+def model_report() -> dict:
+    def variants(*times: tuple[str, float, bool]) -> list[dict]:
+        rows = [row("", median, ours, images_per_second=1.0, peak_bytes=3 << 20) for _, median, ours in times]
+        return [
+            {key: value for key, value in each.items() if key != "provider"} | {"variant": name}
+            for each, (name, *_) in zip(rows, times, strict=True)
+        ]
+
+    training = variants(
+        ("backbone alone", 1.0, False), ("MoSA cpu, expert per sample", 4.0, True),
+        ("MoSA cpu, expert per batch", 2.0, True), ("MoSA eager, expert per sample", 3.0, False),
+        ("MoSA N copies, expert per batch", 3.0, False), ("AdaptFormer cpu", 9.0, True),
+    )  # fmt: skip
+    inference = variants(("no adapters", 1.0, False), ("unmerged, cpu", 2.0, True), ("unmerged, eager", 1.5, False))
+    return {**report(), "models": [{"case": {"model": "vit"}, "training": training, "inference": inference}]}
+
+
+def test_losses_of_models_and_the_optimizer_are_named() -> None:
+    step = record("masked_adamw", [row("cpu", 2.0, True), row("AdamW (dense, all entries)", 1.0)])
+    (line,) = losses(report(step))
+    assert "AdamW (dense, all entries) is 2.00 times as fast as cpu" in line
+    assert losses(model_report()) == [
+        "model, training, vit: MoSA eager, expert per sample is 1.33 times as fast as MoSA cpu, expert per sample",
+        "model, inference, vit: unmerged, eager is 1.33 times as fast as unmerged, cpu",
+    ]
+    text = markdown(model_report())
+    assert "## Where the fused backends lose" in text
+    assert "| inference | ms | images/s | peak |" in text
+
+
+def test_growth_marks_what_is_lost_and_counts_what_training_keeps() -> None:
+    rows = [
+        row("eager", 1.0, state_bytes=1 << 20), row("N copies", 3.0, state_bytes=4 << 20),
+        row("cpu", 2.0, True, state_bytes=1 << 20),
+    ]  # fmt: skip
+    growing = {**record("adapter", rows), "axis": "experts N", "value": 4}
+    text = markdown({**report(), "growth": [growing]})
+    assert "| experts N | eager, ms | N copies, ms | cpu, ms | eager, trained state | N copies, trained state |" in text
+    assert "| 4 | 1 | 3 | **2** | 1 MiB | 4 MiB |" in text
+    for each in rows:
+        del each["state_bytes"]  # as in a report of before
+    assert "| 4 | 1 | 3 | **2** |" in markdown({**report(), "growth": [{**growing, "rows": rows}]})
+
+
+def test_bytes_and_products_have_columns() -> None:
+    rows = [row("eager", 1.0, bytes=3 << 20, copy_share=0.5, matrix_share=0.25)]
+    assert "| provider | ms | x eager | bytes | copy | products | error (eager) |" in markdown(
+        report(record("adapter", rows))
+    )
+
+
 def test_markdown_says_everything_once() -> None:
     made = gpu_report()
     made["kernels"].append(record("adapter", [row("eager", 1.0), row("triton", 2.0, True)], dtype="fp16"))
