@@ -68,20 +68,21 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         ValueError: the model has no adapters.
     """
     book = book_of(model)
-    before = book.active
+    before, tuned = book.active, book.tuned_by(book.active)
+    parameters = [unwrap(model).get_parameter(path) for path in ([] if tuned is None else tuned.paths)]
+    trained = [(parameter, parameter.requires_grad) for parameter in parameters]
     _run(unwrap(model), book, None)
     try:
         yield
     finally:
-        if find_book(model) is book:  # not all adapters were deleted or merged
-            _come_back(model, book, before)
-
-
-def _come_back(model: nn.Module, book: AdapterBook, name: str | None) -> None:
-    if name is not None and (book.active is not None or name not in book.configs):
-        set_adapter(model, name if name in book.configs else next(iter(book.configs)))  # it may have to train again
-    else:
-        _run(unwrap(model), book, name)
+        if find_book(model) is not book:
+            pass  # all adapters were deleted or merged
+        elif before is not None and (book.active is not None or before not in book.configs):
+            set_adapter(model, before if before in book.configs else next(iter(book.configs)))  # and lets it train
+        else:
+            _run(unwrap(model), book, before)
+            for parameter, flag in trained:
+                parameter.requires_grad_(flag)
 
 
 def _run(model: nn.Module, book: AdapterBook, name: str | None) -> None:

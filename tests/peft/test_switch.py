@@ -149,3 +149,14 @@ def test_after_a_switch_within_disable_adapter_the_first_trains_again(inside: Ca
         inside(model)
     assert active_adapter(model) == "cars"
     assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_a_baseline_trains_after_disable_adapter_too(method: str) -> None:
+    model = inject_adapter(make(), MoSAConfig(method=method))
+    model.blocks[0].mlp.fc1.bias.requires_grad_(False)  # its user's wish
+    before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    with disable_adapter(model):
+        assert all(key.startswith("mosa.") for key, parameter in model.named_parameters() if parameter.requires_grad)
+    assert {key: parameter.requires_grad for key, parameter in model.named_parameters()} == before
+    assert sum(before.values()) > 2
