@@ -1,4 +1,4 @@
-"""`mosa-kernels merge`: from a trained MoSA to plain weights, after checking that nothing changed."""
+"""`mosa-kernels merge`: from a trained MoSA to a dense model, after checking that nothing changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.peft.book import find_book
 from mosa_kernels.train.backbones import data_config
 from mosa_kernels.train.evaluate import evaluate, warn_of_merge_loss
+from mosa_kernels.train.exporting import SUFFIX, export_program, write_program
 from mosa_kernels.train.merging import (
+    PROGRAM,
     MergeCheck,
     check_merge,
     merged_card,
@@ -26,11 +28,20 @@ from mosa_kernels.train.merging import (
     write_merged,
 )
 from mosa_kernels.train.saved import Saved, open_saved
+from mosa_kernels.train.setup import NORMALISATION
+
+SUFFIXES = (".safetensors", SUFFIX)
 
 
 def merge(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved adapter.")],
-    output: Annotated[Path, typer.Option(help="A .safetensors file; a .json file beside it says what it is.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help=".safetensors: weights, for `load_merged` of this package. .pt2: a program of torch.export, which "
+            "needs PyTorch alone. A .json file beside it names its outputs."
+        ),
+    ],
     rule: Annotated[str | None, typer.Option(help="mean or jigsaw; by default as configured.")] = None,
     data: Annotated[str | None, typer.Option(help="Also compare accuracies on these data.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
@@ -42,11 +53,11 @@ def merge(
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     workers: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Merge a trained MoSA into plain dense adapters: a state dict that needs nothing of this package to run."""
+    """Merge a trained MoSA into dense adapters, as weights or as a program that needs nothing of this package."""
     console = Console()
     with plain_errors():
-        if output.suffix != ".safetensors":
-            raise ValueError(f"output: expected a file ending in .safetensors, got {output.name}")
+        if output.suffix not in SUFFIXES:
+            raise ValueError(f"output: expected a file ending in {' or '.join(SUFFIXES)}, got {output.name}")
         if rule is not None and rule not in MERGE_RULES:
             raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
         require_merged_or_new(output)
@@ -55,7 +66,8 @@ def merge(
         if book is None or book.active is None:
             raise ValueError(f"{path}: it holds the head of a linear probe; there is nothing to merge")
         chosen = rule or book.configs[book.active].merge_rule
-        loader: Iterable[Any] = random_images(data_config(saved.model, saved.settings.image_size)["input_size"])
+        config = data_config(saved.model, saved.settings.image_size)
+        loader: Iterable[Any] = random_images(config["input_size"])
         if data is not None:
             _, loader = open_loader(
                 saved,
@@ -75,7 +87,12 @@ def merge(
         if not check.unchanged:
             raise MendableError("the merged model does not compute what the adapters do; nothing was written")
         card = merged_card(saved.model, saved.settings, saved.num_classes, chosen, check, saved.class_names)
-        write_merged(merged, output, {**card, "from": str(path)})
+        card |= {"from": str(path), "normalisation": {name: config[name] for name in NORMALISATION if name in config}}
+        if output.suffix == SUFFIX:
+            program = export_program(merged, config["input_size"])
+            write_program(program, output, {**card, "kind": PROGRAM})
+        else:
+            write_merged(merged, output, card)
         size = output.stat().st_size / 2**20
         console.print(f"wrote {output} ({size:.1f} MiB) and {output.with_suffix('.json')}", highlight=False)
 

@@ -23,6 +23,8 @@ from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.settings import Settings
 
 KIND = "a merged model"
+STATE_DICT = f"{KIND} as a state dict; mosa_kernels.train.merging.load_merged rebuilds it"
+PROGRAM = f"{KIND} as a program that needs PyTorch alone: torch.export.load(path).module()(images)"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class MergeCheck:
 
 
 def merged_copy(model: nn.Module, rule: str | None = None) -> nn.Module:
-    """A merged copy in evaluation mode, plain PyTorch; the model itself stays as it is."""
+    """A merged copy in evaluation mode, for which PyTorch's operators suffice; the model itself stays as it is."""
     return merge_and_unload(copy.deepcopy(model), rule=rule).eval()
 
 
@@ -112,7 +114,7 @@ def merged_card(
     if book.active is None:
         raise ValueError("model: expected an active adapter, got one within disable_adapter")
     return {
-        "kind": f"{KIND} as a plain state dict; mosa_kernels.train.merging.load_merged rebuilds it",
+        "kind": STATE_DICT,
         "rule": rule,
         "config": book.configs[book.active].to_dict(),
         "num_classes": num_classes,
@@ -125,12 +127,14 @@ def merged_card(
 
 
 def load_merged(path: Path) -> nn.Module:
-    """Rebuilds the model that `mosa-kernels merge` wrote: timm's architecture, plain adapters, the file's weights.
+    """Rebuilds the model of a .safetensors file of `mosa-kernels merge`: timm's architecture and dense adapters.
 
     Raises:
         FileNotFoundError: the file, or the JSON beside it, is missing.
         ValueError: they are not what `mosa-kernels merge` writes.
     """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path: expected a .safetensors file, got {path.name}; torch.export.load opens a .pt2")
     card = read_json(path.with_suffix(".json"))
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")

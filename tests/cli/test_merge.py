@@ -1,18 +1,23 @@
-"""`mosa-kernels merge`: a file of plain weights that computes what the adapters did."""
+"""`mosa-kernels merge`: a file that computes what the adapters did."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mosa_kernels.cli import merge as merge_module
+from mosa_kernels.peft import MoSAConfig, inject_adapter
 from mosa_kernels.train.evaluate import merged_by
-from mosa_kernels.train.merging import load_merged
+from mosa_kernels.train.exporting import export_program, takes_any_batch, write_program
+from mosa_kernels.train.merging import load_merged, merged_copy
 from mosa_kernels.train.saved import open_saved
 
 
@@ -64,10 +69,96 @@ def test_a_linear_probe_has_nothing_to_merge(command: Any, pictures: Path, tmp_p
     assert command("evaluate", folder, "--cpu").exit_code == 0
 
 
+ALONE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mosa_kernels", "timm"):
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from safetensors.torch import load_file, save_file
+program = torch.export.load(sys.argv[1]).module()
+images = load_file(sys.argv[2])["images"]
+save_file({"all": program(images), "first": program(images[:1])}, sys.argv[3])
+assert not {"mosa_kernels", "timm"} & sys.modules.keys()
+"""
+
+
+def run_alone(program: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits of all images, and of the first by itself, from a process that knows PyTorch only."""
+    given, made = program.with_name("in.safetensors"), program.with_name("out.safetensors")
+    save_file({"images": images}, given)
+    words = [sys.executable, "-c", ALONE, str(program), str(given), str(made)]
+    alone = subprocess.run(words, cwd=program.parent, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    return load_file(made)
+
+
+def test_a_program_runs_without_the_package(trained: tuple[Path, str], command: Any, tmp_path: Path):
+    target = tmp_path / "model.pt2"
+    result = command("merge", trained[0], "--output", target)
+    assert result.exit_code == 0, result.output
+    card = json.loads(target.with_suffix(".json").read_text())
+    assert (card["class_names"], card["batch"]) == (["cross", "disc", "stripes"], "any")
+    assert card["normalisation"]["input_size"] == [3, 32, 32]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.pt2"]
+    images = torch.randn(5, 3, 32, 32)
+    found = run_alone(target, images)
+    with torch.no_grad():
+        expected = open_saved(trained[0]).model(images)
+    torch.testing.assert_close(found["all"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["first"], expected[:1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"torch.export.load opens a .pt2"):
+        load_merged(target)
+
+
+def test_a_swin_is_exported_too(tmp_path: Path):
+    small = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **small)
+    inject_adapter(model, MoSAConfig(bottleneck=4, num_experts=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    merged = merged_copy(model)
+    write_program(export_program(merged, (3, 32, 32)), tmp_path / "swin.pt2", {})
+    images = torch.randn(5, 3, 32, 32)
+    found = run_alone(tmp_path / "swin.pt2", images)
+    with torch.no_grad():
+        torch.testing.assert_close(found["all"], merged(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found["first"], merged(images[:1]), rtol=1e-5, atol=1e-5)
+
+
+class OneByOne(torch.nn.Module):
+    """Takes single images only, once it is exported."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image[None].mean((2, 3)) for image in images.unbind()])
+
+
+def test_a_model_whose_code_counts_images_is_exported_for_one():
+    program = export_program(OneByOne(), (3, 4, 4))
+    assert not takes_any_batch(program)
+    images = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(program.module()(images), images.mean((2, 3)))
+
+
+def test_a_model_that_cannot_be_exported_is_said():
+    class Undecided(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)) if float(images.sum()) > 0 else images.amax((2, 3))
+
+    with pytest.raises(ValueError, match=r"output: torch\.export does not take this model \(.*; a \.safetensors file"):
+        export_program(Undecided(), (3, 4, 4))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--output", "merged.pth"), "output: expected a file ending in .safetensors, got merged.pth"),
+        (("--output", "merged.pth"), "output: expected a file ending in .safetensors or .pt2, got merged.pth"),
         (("--output", "merged.safetensors", "--rule", "sum"), "rule: expected one of mean, jigsaw, got 'sum'"),
     ],
 )
