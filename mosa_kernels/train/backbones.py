@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.parse import urlsplit
+from zipfile import BadZipFile
 
 import timm
 import torch
@@ -166,10 +168,14 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             raise ValueError(f"checkpoint: {type(model).__name__} cannot read .npz files; convert it to .safetensors")
         try:
             loader(str(path))
-        except (KeyError, AssertionError, RuntimeError, ValueError) as error:
+        except (KeyError, AssertionError, RuntimeError, ValueError, BadZipFile, UnpicklingError, EOFError) as error:
             raise ValueError(f"checkpoint {path.name}: it does not fit the model ({_first_line(error)})") from error
         return
-    _load_matching(model, _remapped(timm.models.load_state_dict(str(path)), model), path)
+    try:
+        state = timm.models.load_state_dict(str(path))
+    except Exception as error:  # a damaged file makes torch, pickle and safetensors raise whatever comes first
+        raise ValueError(f"checkpoint {path}: cannot be read ({_first_line(error)})") from error
+    _load_matching(model, _remapped(state, model), path)
 
 
 def _load_matching(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -170,3 +170,12 @@ def test_a_model_that_fails_at_a_size_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timm.models.vision_transformer.VisionTransformer, "forward", fail)
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take images of 32 pixels \(too small\)"):
         create_backbone("vit_tiny_patch16_224", 3, pretrained=False, image_size=32)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 cut short"])
+@pytest.mark.parametrize("suffix", backbones.SUFFIXES)
+def test_a_damaged_file_is_named(suffix: str, content: bytes, tmp_path: Path):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint .*weights\.\w+: (cannot be read|it does not fit the model) \("):
+        backbones.load_checkpoint(small_vit(), path)
