@@ -120,7 +120,7 @@ class ExpertSampler(nn.Module):
             return self.draw(batch_size, device, dropout)
         if self.inference == "stochastic" or (self.assigned is not None and self.chooses):
             return self.draw(batch_size, device, dropout=False)
-        if isinstance(self.inference, int) and self.fixed is None:
+        if isinstance(self.inference, int) and self.chooses:
             check_expert("inference", self.inference, self.num_experts)
             return Draw(self.inference, None)
         return Draw(self.fixed, None)
@@ -157,7 +157,8 @@ def _all_samplers(model: nn.Module) -> list[ExpertSampler]:
 @contextmanager
 def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator[None]:
     """Within the context, evaluation runs these experts (Table 10): None for the merged adapter, "stochastic" for a
-    random one at each pass, a number for that expert in every adapter that runs (of a plain or pruned one, 0).
+    random one at each pass, a number for that expert in every adapter that runs. An adapter of a single expert runs
+    that, whatever the number, where others have several.
 
     Raises:
         TypeError: neither None, nor a string, nor a whole number.
@@ -171,7 +172,7 @@ def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator
     elif inference is not None:
         if not found:
             raise ValueError(f"model: expected adapters that run, to run expert {inference!r} of, got none")
-        fewest = min(sampler.choices for sampler in found)
+        fewest = min((sampler.choices for sampler in found if sampler.chooses), default=1)
         check_expert("inference", inference, fewest, expected)
     with _within(_all_samplers(model), "inference", inference):
         yield

@@ -115,7 +115,8 @@ def evaluate(
 
     Returned by name: "mean" and "jigsaw" (the merged adapter by each rule), "stochastic" (an expert drawn in each
     adapter, once), "fixed 0" ... "fixed N-1" (the same expert in every adapter) with "fixed" their average, and
-    "ensemble" (the mean of the N fixed experts' logits). A model that draws no experts has one mechanism, "plain".
+    "ensemble" (the mean of the N fixed experts' logits); where layers differ in N, of the experts that all have. A
+    model that draws no experts has one mechanism, "plain".
 
     Args:
         model: with adapters.
@@ -144,7 +145,8 @@ def evaluate(
         with _seeded(seed), inference_experts(model, "stochastic"):
             results["stochastic"] = predict(model, loader, accelerator).as_dict()
     if "fixed" in chosen or "ensemble" in chosen:
-        results |= _by_expert(model, loader, experts, chosen, accelerator)
+        fewest = min(sampler.choices for sampler in samplers(model) if sampler.chooses)
+        results |= _by_expert(model, loader, fewest, chosen, accelerator)
     return results
 
 

@@ -99,6 +99,37 @@ def test_an_expert_in_the_model_is_what_inference_experts_chooses(batches: list[
     torch.testing.assert_close(logits, expected.detach())
 
 
+class Layers(nn.Module):
+    """An adapter of so many experts after the other, and a head: tokens [B, 1, 6] to logits [B, 4]."""
+
+    def __init__(self, *experts: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Tiny(count).adapter for count in experts)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if expert is None or layer.num_experts == 1 else layer(x, expert=expert)
+        return self.head(x[:, 0])
+
+
+def test_layers_may_differ_in_their_experts(batches: list[tuple[Tensor, Tensor]]):
+    """A dense layer among them runs as it is, and a single expert is one that all the others have."""
+    model = Layers(3, 1, 2).eval()
+    found = evaluate(model, batches, ("fixed", "ensemble"))
+    assert {"fixed 0", "fixed 1", "fixed", "ensemble"} == set(found)
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    with torch.no_grad():
+        singles = [model(x, expert) for expert in range(2)]
+    for expert, logits in enumerate(singles):
+        expected = F.cross_entropy(logits.double(), y).item()
+        assert found[f"fixed {expert}"]["nll"] == pytest.approx(expected, rel=1e-5)
+    ensemble = F.cross_entropy(torch.stack(singles).mean(0).double(), y).item()
+    assert found["ensemble"]["nll"] == pytest.approx(ensemble, rel=1e-5)
+    with pytest.raises(ValueError, match="0 to 1"), inference_experts(model, 2):
+        pass
+
+
 def test_bad_requests_are_named(batches: list[tuple[Tensor, Tensor]]):
     with pytest.raises(ValueError, match="inference: expected some of merged, stochastic, fixed, ensemble, got best"):
         evaluate(Tiny(), batches, ("merged", "best"))

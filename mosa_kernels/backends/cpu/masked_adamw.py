@@ -8,6 +8,8 @@ from torch.optim.adamw import adamw
 
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, Moved, advance
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def available() -> tuple[bool, str]:
     return True, ""
@@ -23,8 +25,10 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
 def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
     """For the CPU, where the host may read counts and flags at no cost.
 
-    What moves as a whole by one step size goes through PyTorch's fused AdamW in one call: ordinary parameters, rows,
-    and split parameters whose experts were all active equally often. The rest is done parameter by parameter.
+    What moves by one step size goes through PyTorch's fused AdamW in one call: ordinary parameters, rows, and split
+    parameters whose active experts were active equally often. Where some were not, a copy goes, of which the active
+    entries are taken over: 12 adapters of 768 x 64 with one expert of four take 2.5 ms of a thread so, 8.5 with the
+    entries picked out and put back. The rest is done parameter by parameter.
     """
     moving = [
         torch.ones_like(t) if a is None else (a != 0).to(t) for t, a in zip(tensors.steps, tensors.active, strict=True)
@@ -36,6 +40,7 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
 
     whole: list[Moved] = []
     whole_counts: list[float] = []
+    partly: list[tuple[Moved, Moved, Tensor]] = []
     moved = zip(tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.grads, strict=True)
     for mine, owner, my_counts, my_flags in zip(
         map(Moved._make, moved), tensors.owners, all_counts, all_flags, strict=True
@@ -52,6 +57,11 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
             rows = [row for row, flag in enumerate(flags) if flag]
             whole += [Moved._make(tensor[row] for tensor in mine) for row in rows]
             whole_counts += [counts[row] for row in rows]
+        elif len(used := {count for count, flag in zip(counts, flags, strict=True) if flag}) == 1:
+            copied = Moved(mine.param.clone(), mine.exp_avg.clone(), mine.exp_avg_sq.clone(), mine.grad)
+            whole.append(copied)
+            whole_counts.append(used.pop())
+            partly.append((mine, copied, _owned_by(owner, flags, _BITS[mine.param.element_size()])))
         else:
             _advance_some(mine, owner, counts, flags, options)
     if whole:
@@ -72,6 +82,24 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
             eps=options.eps,
             maximize=False,
         )
+    for mine, copied, mask in partly:
+        for old, new in zip(mine[:3], copied[:3], strict=True):
+            _take_over(old, new, mask)
+
+
+def _take_over(old: Tensor, new: Tensor, mask: Tensor) -> None:
+    """Bit by bit, in vectors; `torch.where` with an output goes entry by entry. Spoils `new`."""
+    kept, changes = old.view(mask.dtype), new.view(mask.dtype)
+    kept.bitwise_xor_(changes.bitwise_xor_(kept).bitwise_and_(mask))
+
+
+def _owned_by(owner: Tensor, flags: list[float], bits: torch.dtype) -> Tensor:
+    """All ones where an active expert owns an entry: a comparison each, which are fewer and faster than look-ups."""
+    first, *others = (expert for expert, flag in enumerate(flags) if flag)
+    chosen = owner == first
+    for expert in others:
+        chosen |= owner == expert
+    return chosen.to(bits).neg_()
 
 
 def _advance_some(

@@ -3,8 +3,8 @@
 The token count is no key, so that no new kernel is compiled for a new batch. The entries are chosen so that ahead of
 time compilation reports no spilled registers and at most 99 KB of shared memory (what a block may use on the smaller
 GPUs of the 8.x and 12.x families), which `tests/backends/triton/test_compile.py` holds; where options need more
-memory, such as float32 weights in a half precision product, a launch prefetches less far (`Launch.compile`). Among those that pass, the ones
-with more warps on a multiprocessor were taken; their speed has not been measured.
+memory, such as float32 weights in a half precision product, a launch prefetches less far (`Launch.compile`). Among
+those that pass, the ones with more warps on a multiprocessor were taken; their speed has not been measured.
 """
 
 from __future__ import annotations

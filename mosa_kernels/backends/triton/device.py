@@ -210,7 +210,7 @@ def project(
         x Wg^T [BLOCK_T, BLOCK_R]; s = Wg 1 and the bias b_down + Wd beta [BLOCK_R]; both sums [BLOCK_T]. All float32.
     """
     # Tokens of a wider range than fp16's: a column of 100 000 is one that LayerNorm would have made small.
-    WIDER: tl.constexpr = CENTRE and DTYPE == tl.float16 and x.dtype.element_ty != tl.float16
+    WIDER: tl.constexpr = CENTRE and tl.float16 == DTYPE and x.dtype.element_ty != tl.float16
     REACH: tl.constexpr = 16 if WIDER else 1
     acc = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     s = tl.zeros([BLOCK_R], tl.float32)
