@@ -78,8 +78,8 @@ __device__ inline void load_vector(const AdapterTensor& from, int64_t index, int
 }
 
 // A vector that is loaded before a product and used after it, as far as registers allow: what is float32 beside a half
-// precision product is loaded when it is used. (Held all the same, tokens had the bf16 forward kernel on sm_90 spill 120
-// bytes in place of 48 at r = 64, and 56 in place of none at r = 32.)
+// precision product is loaded when it is used. (Held all the same, tokens had the bf16 forward kernel on sm_90 spill
+// 120 bytes in place of 48 at r = 64, and 56 in place of none at r = 32.)
 template <typename E>
 struct EarlyVector {
   static constexpr int kWords = sizeof(E) == sizeof(float) ? 8 : 4;
