@@ -182,9 +182,8 @@ def up_bias(b_up, cols, e, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constex
     if N == 0:  # shared by the experts
         return tl.load(b_up + cols, mask=mask, other=0).to(tl.float32)
     else:
-        row = tl.minimum(tl.maximum(e, 0), N - 1)
-        bias = tl.load(b_up + row * D + cols, mask=mask, other=0).to(tl.float32)
-        bias = tl.where(e < N, bias, 0.0)
+        row = tl.maximum(e, 0)
+        bias = tl.load(b_up + row * D + cols, mask=cols < tl.where(row < N, D, 0), other=0).to(tl.float32)
         if e < 0:
             for n in range(1, N):
                 bias += tl.load(b_up + n * D + cols, mask=mask, other=0).to(tl.float32)
