@@ -1,6 +1,6 @@
-"""The backward pass of the adapter in three launches: over tokens, over weights, and the sum of the latter's parts.
+"""The backward pass of the adapter in two launches: over tokens, and over weights.
 
-The first two can be one (`configs.ONE_LAUNCH`).
+Or one over both, and one for the sum of its parts (`configs.ONE_LAUNCH`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mosa_kernels.backends.triton.reduce import reduce_launch
 def adapter_backward(
     args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
 ) -> AdapterGradients:
-    """The gradients asked for. One launch where only x's is, else three, or two; the bits are the same on every run."""
+    """The gradients asked for. One launch where only x's is, else two; the bits are the same on every run."""
     x, x_stride = rows_of(args.x)
     grad, grad_stride = rows_of(grad_out)
     lists = lists_for(args)
@@ -40,7 +40,7 @@ def adapter_backward(
     h = None
     if not call.together:
         h = torch.empty((2, plan.tokens, plan.padded_bottleneck), dtype=args.matmul_dtype, device=x.device)
-    buffer = torch.empty((parts.number, parts.layout[-1]), dtype=torch.float32, device=x.device)
+    buffer = torch.empty(parts.buffer_size, dtype=torch.float32, device=x.device)
     w_down, w_up, norm_weight, norm_bias, b_up, b_down, scale, activity = gradients = (
         _gradient_of(args.w_down, needs.w_down),
         _gradient_of(args.w_up, needs.w_up),
@@ -78,11 +78,12 @@ def _launches(
         first = [together_launch(args, call.plans[0], call.parts, x_rows, grad_rows, mean, rstd, dx, buffer)]
         return [*first, reduce_launch(args, call.parts, buffer, tuple(gradients))]
     launches = [
-        tokens_launch(args, plan, x_rows, grad_rows, lists if plan.lists else None, mean, rstd, dx, h)
+        tokens_launch(
+            args, plan, x_rows, grad_rows, lists if plan.lists else None, mean, rstd, dx, h, call.parts, buffer
+        )
         for plan in call.plans
     ]
     if call.parts is not None:
-        parts = call.parts
-        launches.append(weights_launch(args, call.plans[0], parts, x_rows, grad_rows, lists, mean, rstd, h, buffer))
-        launches.append(reduce_launch(args, parts, buffer, tuple(gradients)))
+        of = call.plans[0], call.parts
+        launches.append(weights_launch(args, *of, x_rows, grad_rows, lists, mean, rstd, h, buffer, tuple(gradients)))
     return launches

@@ -11,6 +11,7 @@ kernel multiplies the raw x). Where units are listed for an expert (`adapter_uni
 in the order of the list, and no more.
 """
 
+# ruff: noqa: SIM102 (branches on constants stand alone, for the compiler to drop)
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ from mosa_kernels.backends.triton.device import (
     up_tile,
 )
 from mosa_kernels.backends.triton.launch import Launch
-from mosa_kernels.backends.triton.plan import Plan, Rows
+from mosa_kernels.backends.triton.plan import Parts, Plan, Rows
+from mosa_kernels.backends.triton.reduce import clear_arrivals
 
 
 @triton.jit
@@ -173,14 +175,18 @@ def whole_adapter(
 @triton.jit
 def adapter_backward_tokens_kernel(
     x, grad, dx, h_out, mean, rstd, w_down, b_down, w_up, owner_up, owner_down, w_down_init, lists, expert,
-    gamma, beta, scale_tensor, seed,
+    gamma, beta, scale_tensor, seed, parts,
     expert_id, seed_id, num_tokens, expert_group, seed_group, threshold,
     keep_scale, scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr, GROUPED: tl.constexpr, SERVED: tl.constexpr,
     DROPOUT: tl.constexpr, CENTRE: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, H_STRIDE: tl.constexpr,
+    ARRIVALS: tl.constexpr, BLOCK_ARRIVALS: tl.constexpr,
 ):  # fmt: skip
+    if parts is not None:
+        if tl.program_id(0) == 0:
+            clear_arrivals(parts, ARRIVALS, BLOCK_ARRIVALS)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = tokens < num_tokens
     row_at = tokens.to(tl.int64) * X_STRIDE
@@ -247,14 +253,20 @@ def tokens_launch(
     rstd: Tensor,
     dx: Tensor | None,
     h: Tensor | None,
+    parts: Parts | None,
+    buffer: Tensor | None,
 ) -> Launch:
-    """The launch that fills dx, contiguous, and h and da [2, T, padded r]; either may be None."""
+    """The launch that fills dx, contiguous, and h and da [2, T, padded r]; either may be None.
+
+    It clears the counters in the buffer of parts for the kernel over weights, where that follows.
+    """
     config = plan.configs.tokens
+    arrivals = 0 if parts is None else parts.arrivals
     norm = args.norm_weight is not None
     tensors = (
         x.data, grad.data, dx, h, mean if norm else None, rstd if norm else None, args.w_down, args.b_down, args.w_up,
         args.assignment, args.assignment_down, args.w_down_init, lists, args.expert if plan.experts else None,
-        args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None,
+        args.norm_weight, args.norm_bias, args.scale_tensor, args.seed if args.dropout_p > 0 else None, buffer,
     )  # fmt: skip
     scalars = (
         args.expert_id, args.seed_id, plan.tokens, plan.expert_group, plan.seed_group, plan.threshold,
@@ -265,6 +277,7 @@ def tokens_launch(
         plan.served,
         args.dropout_p > 0, plan.centre, plan.raw, plan.dtype, plan.precision,
         config.block_t, config.block_d, plan.units, plan.padded_bottleneck,
+        arrivals, 1 << (max(arrivals, 1) - 1).bit_length(),
     )  # fmt: skip
     return Launch(
         adapter_backward_tokens_kernel, (-(-plan.tokens // config.block_t), 1, 1), tensors, scalars, SCALAR_TYPES,

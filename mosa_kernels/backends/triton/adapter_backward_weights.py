@@ -1,9 +1,10 @@
-"""The backward kernel over weights: the gradients of both projections, in parts that `reduce` adds up.
+"""The backward kernel over weights: the gradients of both projections, in parts of some tokens each.
 
 A program owns some columns and a range of tokens, and either projection. Tokens come in runs of one expert: the masks
 of the experts are disjoint, so a run's masked product (`adapter_weight_sums`) is added to one dense gradient, in
 registers; with lists of units (`adapter_units`) the product has the listed units alone and is added to its rows of the
-part in memory. Every part is written by one program, without atomics.
+part in memory. Every part is written by one program. The last program to arrive of those that share columns adds up
+their parts in the order of the tokens (`reduce`).
 """
 
 # ruff: noqa: SIM102 (branches on constants stand alone, for the compiler to drop)
@@ -19,6 +20,16 @@ from mosa_kernels.backends.triton.adapter_weight_sums import down_gradients, sum
 from mosa_kernels.backends.triton.device import existing, inside, units_of
 from mosa_kernels.backends.triton.launch import Launch
 from mosa_kernels.backends.triton.plan import Parts, Plan, Rows
+from mosa_kernels.backends.triton.reduce import (
+    AT_ONCE,
+    MOST_SCALE_PARTS,
+    add_up,
+    arrives_last,
+    store_activity,
+    store_scale,
+)
+
+_SUMMED_A_THREAD = 8  # entries of AT_ONCE parts that a thread has under way
 
 
 @triton.jit
@@ -225,8 +236,8 @@ def up_part_listed(
 @triton.jit
 def adapter_backward_weights_kernel(
     x, grad, h, mean, rstd, w_down, w_up, b_up, owner_up, owner_down, w_down_init, lists, expert, gamma,
-    beta, scale_tensor, parts,
-    expert_id, num_tokens, expert_group, tokens_a_part,
+    beta, scale_tensor, parts, dw_down, dw_up, dgamma, dbeta, db_up, db_down, dscale, activity,
+    expert_id, num_tokens, expert_group, tokens_a_part, num_ids,
     scale, expert_scale, merged_scale,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, X_STRIDE: tl.constexpr,
     GRAD_STRIDE: tl.constexpr, GROUPED: tl.constexpr, RAW: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
@@ -235,10 +246,14 @@ def adapter_backward_weights_kernel(
     AT_DOWN_BIAS: tl.constexpr, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_LIST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, ARRIVALS: tl.constexpr, SUMMED: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_SCALE: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
 ):  # fmt: skip
     column_block = tl.program_id(0)
     part = tl.program_id(1)
+    number = tl.num_programs(1)
+    counters = parts
+    parts += ARRIVALS
     begin = part * tokens_a_part
     end = tl.minimum(begin + tokens_a_part, num_tokens)
     out = parts + part * LENGTH
@@ -265,6 +280,13 @@ def adapter_backward_weights_kernel(
                     D, R, LISTS, X_STRIDE, BLOCK_R, RAW, AT_GAMMA, AT_BETA, AT_DOWN_BIAS, DTYPE, PRECISION,
                     BLOCK_T, BLOCK_D, BLOCK_LIST,
                 )  # fmt: skip
+            if arrives_last(counters, column_block, number):
+                first = column_block * BLOCK_D
+                add_up(parts, dw_down, number, first, 0, R, D, BLOCK_D, LENGTH, SUMMED, AT_ONCE)
+                add_up(parts, dgamma, number, first, AT_GAMMA, 1, D, BLOCK_D, LENGTH, BLOCK_D, AT_ONCE)
+                add_up(parts, dbeta, number, first, AT_BETA, 1, D, BLOCK_D, LENGTH, BLOCK_D, AT_ONCE)
+                if column_block == 0:
+                    add_up(parts, db_down, number, 0, AT_DOWN_BIAS, 1, R, R, LENGTH, BLOCK_R, AT_ONCE)
     if UP:
         if tl.program_id(2) == tl.num_programs(2) - 1:
             if lists is None:
@@ -281,9 +303,20 @@ def adapter_backward_weights_kernel(
                     D, R, N, LISTS, GRAD_STRIDE, BLOCK_R, NEED_SCALE, AT_UP, AT_BIAS, AT_SCALE, DTYPE, PRECISION,
                     BLOCK_T, BLOCK_D, BLOCK_LIST, BLOCK_N,
                 )  # fmt: skip
+            if arrives_last(counters, tl.num_programs(0) + column_block, number):
+                first = column_block * BLOCK_D
+                add_up(parts, dw_up, number, first * R, AT_UP, 1, D * R, BLOCK_D * R, LENGTH, SUMMED, AT_ONCE)
+                add_up(parts, db_up, number, first, AT_BIAS, max(N, 1), D, BLOCK_D, LENGTH, BLOCK_D, AT_ONCE)
+            if NEED_SCALE:
+                columns = tl.num_programs(0)
+                if arrives_last(counters, 2 * columns, number * columns):
+                    store_scale(parts, dscale, number, AT_SCALE, LENGTH, BLOCK_SCALE)
+    if activity is not None:
+        if column_block == 0 and part == 0 and tl.program_id(2) == 0:
+            store_activity(activity, expert, expert_id, num_ids, NUM_EXPERTS, AT_ONCE, BLOCK_EXPERTS)
 
 
-SCALAR_TYPES = ("i32", "i32", "i32", "i32", "fp32", "fp32", "fp32")
+SCALAR_TYPES = ("i32", "i32", "i32", "i32", "i32", "fp32", "fp32", "fp32")
 
 
 def weights_launch(
@@ -297,24 +330,36 @@ def weights_launch(
     rstd: Tensor,
     h: Tensor,
     buffer: Tensor,
+    gradients: tuple[Tensor | None, ...],
 ) -> Launch:
-    """The launch that fills the buffer of parts, float32 [number, length], from h and da, [2, T, padded r]."""
+    """The launch that writes all gradients but x's, from h and da [2, T, padded r], by way of the buffer of parts.
+
+    Args:
+        buffer: float32 [parts.buffer_size]; its counters are zero.
+        gradients: of w_down, w_up, gamma, beta, b_up, b_down, scale and activity; those that are wanted.
+    """
+    assert parts.number * parts.column_blocks <= MOST_SCALE_PARTS
     config = plan.configs.weights
+    activity = gradients[-1]
+    expert = args.expert if plan.experts or activity is not None else None
+    num_experts = activity.shape[0] if activity is not None else 1
     norm = args.norm_weight is not None
     tensors = (
         x.data, grad.data, h, mean if norm else None, rstd if norm else None, args.w_down, args.w_up, args.b_up,
-        args.assignment, args.assignment_down, args.w_down_init, lists, args.expert if plan.experts else None,
-        args.norm_weight, args.norm_bias, args.scale_tensor, buffer,
+        args.assignment, args.assignment_down, args.w_down_init, lists, expert,
+        args.norm_weight, args.norm_bias, args.scale_tensor, buffer, *gradients,
     )  # fmt: skip
     scalars = (
-        args.expert_id, plan.tokens, plan.expert_group, parts.tokens, args.scale, args.expert_scale,
-        args.merged_scale,
+        args.expert_id, plan.tokens, plan.expert_group, parts.tokens, 0 if expert is None else expert.numel(),
+        args.scale, args.expert_scale, args.merged_scale,
     )  # fmt: skip
     constants = (
         args.width, args.bottleneck, plan.bias_rows, plan.lists, x.stride, grad.stride, plan.grouped, plan.raw,
         parts.down, parts.up, parts.scale, *parts.layout, plan.dtype, plan.precision,
         config.block_t, config.block_d, plan.padded_bottleneck, plan.units,
-        1 << (max(plan.bias_rows, 1) - 1).bit_length(),
+        1 << (max(plan.bias_rows, 1) - 1).bit_length(), parts.arrivals,
+        min(_SUMMED_A_THREAD * 32 * config.num_warps, config.block_d * plan.padded_bottleneck), AT_ONCE,
+        MOST_SCALE_PARTS, num_experts, 1 << (num_experts - 1).bit_length(),
     )  # fmt: skip
     grid = (parts.column_blocks, parts.number, int(parts.down) + int(parts.up))
     return Launch(

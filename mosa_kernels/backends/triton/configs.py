@@ -74,6 +74,7 @@ _Row = tuple[Config, Config, Config]
 
 # padded bottleneck: forward, backward over tokens, backward over weights
 _HALF_AMPERE: dict[int, _Row] = {
+    16: (Config(64, 32, 4, 3), Config(64, 32, 8, 3), Config(32, 64, 8, 3)),
     64: (Config(64, 32, 4, 3), Config(64, 32, 8, 3), Config(64, 64, 8, 3)),
     128: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
     256: (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
@@ -84,6 +85,8 @@ _HALF_HOPPER: dict[int, _Row] = {
     256: (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
 }
 _FLOAT32: dict[int, _Row] = {
+    16: (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(64, 32, 8, 2)),
+    32: (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 8, 2)),
     64: (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(64, 32, 8, 2)),
     128: (Config(32, 16, 8, 2), Config(32, 16, 8, 2), Config(32, 32, 8, 2)),
     256: (Config(16, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 2)),

@@ -93,6 +93,12 @@ class Parts(NamedTuple):
     number: int
     tokens: int  # in one part
     layout: tuple[int, ...]  # after w_down: where w_up, gamma, beta, b_up, b_down and the scale begin; the end
+    arrivals: int = 0  # counters before the first part: of programs that share columns, and of all that have a scale
+
+    @property
+    def buffer_size(self) -> int:
+        """Float32 numbers of all parts and counters."""
+        return self.arrivals + self.number * self.layout[-1]
 
 
 def parts_of(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts:
@@ -100,12 +106,13 @@ def parts_of(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts:
     config = plan.configs.weights
     column_blocks = -(-args.width // config.block_d)
     parts = _parts(args, needs, column_blocks)
+    parts = parts._replace(arrivals=-(-(2 * column_blocks + 1) // 4) * 4)  # so that the parts stay aligned
     most = plan.configs.programs // (column_blocks * max(1, int(parts.down) + int(parts.up)))
     return _shared(parts, plan.tokens, config.block_t, most)
 
 
 def together_parts(args: AdapterArguments, plan: Plan, needs: AdapterNeeds) -> Parts | None:
-    """The parts of a backward pass in one launch, or None where it takes three."""
+    """The parts of a backward pass in one launch, or None where it takes a launch for each."""
     if plan.units > table.ONE_LAUNCH or plan.lists or not needs.x:
         return None
     parts = _parts(args, needs, 1)

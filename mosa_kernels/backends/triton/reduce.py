@@ -1,4 +1,9 @@
-"""Adding up the parts of the weight gradients in a fixed order, so that every run gives the same bits."""
+"""Adding up the parts of the weight gradients in a fixed order, so that every run gives the same bits.
+
+The programs of the kernel over weights that share columns count their arrivals, and the last one adds up what all of
+them have written: which one it is differs from run to run, the order of the sum does not. Where one program has all
+columns (`adapter_backward_together`), a launch of its own adds up the parts.
+"""
 
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
@@ -12,8 +17,8 @@ from mosa_kernels.backends.triton.launch import Launch
 from mosa_kernels.backends.triton.plan import Parts
 
 _BLOCK = 512
-_AT_ONCE = 8
-_MOST_SCALE_PARTS = 512
+AT_ONCE = 8
+MOST_SCALE_PARTS = 512
 _NUM_WARPS = 4
 
 
@@ -29,6 +34,40 @@ def sum_parts(parts, index, mask, count, stride, BLOCK: tl.constexpr, AT_ONCE: t
 
 
 @triton.jit
+def add_up(
+    parts, out, number, first,
+    AT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Stores the sum over parts of some columns, from the first on, of the matrix [ROWS, WIDTH] that begins at AT."""
+    if out is not None:
+        for start in range(0, ROWS * COLUMNS, BLOCK):
+            entry = start + tl.arange(0, BLOCK)
+            column = first + entry % COLUMNS
+            at = entry // COLUMNS * WIDTH + column
+            mask = (entry < ROWS * COLUMNS) & (column < WIDTH)
+            total = sum_parts(parts, AT + at, mask, number, LENGTH, BLOCK, AT_ONCE)
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear_arrivals(parts, ARRIVALS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sets the counters to zero that stand before the parts."""
+    at = tl.arange(0, BLOCK)
+    tl.store(parts + at, tl.zeros([BLOCK], tl.float32), mask=at < ARRIVALS)
+
+
+@triton.jit
+def arrives_last(parts, counter, number):
+    """Whether the other programs that count here, `number` with this one, have stored their parts for it to read."""
+    arrivals = parts.to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.debug_barrier()  # all threads have stored theirs
+    before = tl.atomic_add(arrivals + counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()  # no thread reads ahead of the one that counts
+    return before == number - 1
+
+
+@triton.jit
 def store_slice(out, index, total, BEGIN: tl.constexpr, SIZE: tl.constexpr):
     """Stores what belongs to the vector that begins at BEGIN among all vectors."""
     if out is not None:
@@ -37,8 +76,38 @@ def store_slice(out, index, total, BEGIN: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def store_scale(
+    parts, scale, number, AT_SCALE: tl.constexpr, LENGTH: tl.constexpr, BLOCK_SCALE: tl.constexpr
+):  # fmt: skip
+    """Stores the sum of the scale's gradient over parts and blocks of columns, BLOCK_SCALE of them at most."""
+    columns = LENGTH - AT_SCALE
+    at = tl.arange(0, BLOCK_SCALE)
+    index = at // columns * LENGTH + AT_SCALE + at % columns
+    terms = tl.load(parts + index, mask=at < number * columns, other=0)
+    tl.store(scale, tl.sum(terms, 0).to(scale.dtype.element_ty))
+
+
+@triton.jit
+def store_activity(
+    activity, expert, expert_id, num_ids,
+    NUM_EXPERTS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores which experts ran, float32 [NUM_EXPERTS]: all of them where a merged adapter did."""
+    n = tl.arange(0, BLOCK_N)
+    ran = (n == expert_id) | (expert_id < 0)
+    if expert is not None:
+        ran = n < 0
+        for start in range(0, num_ids, AT_ONCE):
+            at = start + tl.arange(0, AT_ONCE)
+            ids = tl.load(expert + at, mask=at < num_ids, other=0).to(tl.int32)
+            hits = ((ids[:, None] == n[None, :]) | (ids < 0)[:, None]) & (at < num_ids)[:, None]
+            ran = ran | (tl.max(hits.to(tl.int32), 0) > 0)
+    tl.store(activity + n, ran.to(tl.float32), mask=n < NUM_EXPERTS)
+
+
+@triton.jit
 def reduce_kernel(
-    parts, w_down, w_up, gamma, beta, b_up, b_down, scale, activity, expert,
+    parts, dw_down, dw_up, dgamma, dbeta, db_up, db_down, dscale, activity, expert,
     expert_id, number, num_ids,
     SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     AT_UP: tl.constexpr, AT_GAMMA: tl.constexpr, AT_BETA: tl.constexpr, AT_BIAS: tl.constexpr,
@@ -48,48 +117,38 @@ def reduce_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < DOWN_BLOCKS:
-        if w_down is not None:
+        if dw_down is not None:
             index = program * BLOCK + tl.arange(0, BLOCK)
             total = sum_parts(parts, index, index < SIZE, number, LENGTH, BLOCK, AT_ONCE)
-            store_slice(w_down, index, total, 0, SIZE)
+            store_slice(dw_down, index, total, 0, SIZE)
     elif program < DOWN_BLOCKS + UP_BLOCKS:
-        if w_up is not None:
+        if dw_up is not None:
             index = AT_UP + (program - DOWN_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
             total = sum_parts(parts, index, index < AT_UP + SIZE, number, LENGTH, BLOCK, AT_ONCE)
-            store_slice(w_up, index, total, AT_UP, SIZE)
+            store_slice(dw_up, index, total, AT_UP, SIZE)
     elif program < DOWN_BLOCKS + UP_BLOCKS + VECTOR_BLOCKS:
         index = AT_GAMMA + (program - DOWN_BLOCKS - UP_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         total = sum_parts(parts, index, index < AT_SCALE, number, LENGTH, BLOCK, AT_ONCE)
-        store_slice(gamma, index, total, AT_GAMMA, D)
-        store_slice(beta, index, total, AT_BETA, D)
-        store_slice(b_up, index, total, AT_BIAS, AT_DOWN_BIAS - AT_BIAS)
-        store_slice(b_down, index, total, AT_DOWN_BIAS, R)
+        store_slice(dgamma, index, total, AT_GAMMA, D)
+        store_slice(dbeta, index, total, AT_BETA, D)
+        store_slice(db_up, index, total, AT_BIAS, AT_DOWN_BIAS - AT_BIAS)
+        store_slice(db_down, index, total, AT_DOWN_BIAS, R)
     else:
-        if scale is not None:
-            columns = LENGTH - AT_SCALE
-            at = tl.arange(0, BLOCK_SCALE)
-            index = at // columns * LENGTH + AT_SCALE + at % columns
-            terms = tl.load(parts + index, mask=at < number * columns, other=0)
-            tl.store(scale, tl.sum(terms, 0).to(scale.dtype.element_ty))
+        if dscale is not None:
+            store_scale(parts, dscale, number, AT_SCALE, LENGTH, BLOCK_SCALE)
         if activity is not None:
-            n = tl.arange(0, BLOCK_N)
-            ran = (n == expert_id) | (expert_id < 0)
-            if expert is not None:
-                ran = n < 0
-                for start in range(0, num_ids, AT_ONCE):
-                    at = start + tl.arange(0, AT_ONCE)
-                    ids = tl.load(expert + at, mask=at < num_ids, other=0).to(tl.int32)
-                    hits = ((ids[:, None] == n[None, :]) | (ids < 0)[:, None]) & (at < num_ids)[:, None]
-                    ran = ran | (tl.max(hits.to(tl.int32), 0) > 0)
-            tl.store(activity + n, ran.to(tl.float32), mask=n < NUM_EXPERTS)
+            store_activity(activity, expert, expert_id, num_ids, NUM_EXPERTS, AT_ONCE, BLOCK_N)
 
 
 SCALAR_TYPES = ("i32", "i32", "i32")
 
 
 def reduce_launch(args: AdapterArguments, parts: Parts, buffer: Tensor, gradients: tuple[Tensor | None, ...]) -> Launch:
-    """The launch that writes the gradients of w_down, w_up, gamma, beta, b_up, b_down, scale and activity."""
-    assert parts.number * parts.column_blocks <= _MOST_SCALE_PARTS
+    """The launch that writes the gradients of w_down, w_up, gamma, beta, b_up, b_down, scale and activity.
+
+    Of the parts that `adapter_backward_together` leaves.
+    """
+    assert parts.number * parts.column_blocks <= MOST_SCALE_PARTS
     w_down, w_up, activity = gradients[0], gradients[1], gradients[-1]
     size = args.width * args.bottleneck
     _, at_gamma, *_, at_scale, _ = parts.layout
@@ -103,7 +162,7 @@ def reduce_launch(args: AdapterArguments, parts: Parts, buffer: Tensor, gradient
     scalars = (args.expert_id, parts.number, args.expert.numel() if args.expert is not None else 0)
     constants = (
         size, args.width, args.bottleneck, *parts.layout, *blocks, num_experts,
-        _BLOCK, _AT_ONCE, _MOST_SCALE_PARTS, 1 << (num_experts - 1).bit_length(),
+        _BLOCK, AT_ONCE, MOST_SCALE_PARTS, 1 << (num_experts - 1).bit_length(),
     )  # fmt: skip
     return Launch(
         reduce_kernel,

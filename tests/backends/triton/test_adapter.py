@@ -6,6 +6,8 @@ The interpreter multiplies the raw bits of bf16 operands, so that bf16 is checke
 from __future__ import annotations
 
 import os
+import random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -414,6 +416,34 @@ def test_what_is_declined_says_why() -> None:
 
 def tensors_of(out: Tensor, gradients: AdapterGradients) -> list[Tensor]:
     return [out, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the programs in an order of its own")
+@pytest.mark.parametrize("ids", [(1,), (0, 3, -1, 1)], ids=str)
+def test_the_order_in_which_programs_run_changes_no_bit(ids: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    args = call(4, 70, 160, 20, torch.float16, expert=torch.tensor(ids))
+    needs = all_needs(args)
+    parts = plan.parts_of(args, plan.plan_of(args, 80), needs)
+    assert parts.number > 2
+    assert parts.column_blocks > 1
+    grad_out = torch.randn(args.x.shape).to(args.x)
+    first = tensors_of(*run(args, grad_out))
+    place, order = builder.set_grid_idx, random.Random(0)
+    programs: list[tuple[int, ...]] = []
+
+    def another_program(*_: int) -> None:
+        if not programs:
+            programs.extend(product(*(range(size) for size in builder.grid_dim)))
+            order.shuffle(programs)
+        place(*programs.pop())
+
+    monkeypatch.setattr(builder, "set_grid_idx", another_program)
+    for _ in range(3):
+        for wanted, found in zip(first, tensors_of(*run(args, grad_out)), strict=True):
+            assert torch.equal(wanted, found)
+        assert not programs, "a launch left programs out"
 
 
 @needs_gpu

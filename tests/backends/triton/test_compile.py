@@ -79,8 +79,14 @@ def launches(
         args.activity,
     )  # fmt: skip
     yield "forward", forward_launch(args, plan, x, residual, lists, args.x, floats, floats)
-    yield "tokens", adapter_backward_tokens.tokens_launch(args, plan, x, x, lists, floats, floats, args.x, h)
-    yield "weights", adapter_backward_weights.weights_launch(args, plan, parts, x, x, lists, floats, floats, h, floats)
+    yield (
+        "tokens",
+        adapter_backward_tokens.tokens_launch(args, plan, x, x, lists, floats, floats, args.x, h, parts, floats),
+    )
+    yield (
+        "weights",
+        adapter_backward_weights.weights_launch(args, plan, parts, x, x, lists, floats, floats, h, floats, gradients),
+    )
     together = together_parts(args, plan, needs)
     if together is not None:
         yield (
@@ -95,7 +101,7 @@ def compiled(args: AdapterArguments, kernel: str, arch: int) -> Any:
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:3])
-@pytest.mark.parametrize("r", [64, 128, 256])
+@pytest.mark.parametrize("r", [4, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_table(kernel: str, r: int, arch: int, dtype: torch.dtype, tmp_path: Path) -> None:
