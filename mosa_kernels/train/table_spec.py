@@ -91,7 +91,7 @@ class Table:
         columns: the paper's columns.
         claims: pairs of row keys of which the paper says that the first is better.
         added: pairs of row keys of which the paper says nothing, such as its method and what is added to its rows.
-        rates: the name of the learning rates that adapters choose from.
+        tune: fewer values for numbers that a row chooses, where another table has shown which.
         by_task: differences are told task by task rather than of the mean over tasks.
         sweep: the adapter option that runs through several values, or None.
         unavailable: titles of rows that this version cannot train, with the reason.
@@ -109,7 +109,7 @@ class Table:
     claims: tuple[tuple[str, str], ...]
     added: tuple[tuple[str, str], ...]
     unavailable: Mapping[str, str]
-    rates: str = "adapter"
+    tune: Mapping[str, list[float]] = field(default_factory=dict)
     by_task: bool = False
     sweep: str | None = None
 
@@ -194,7 +194,7 @@ def read_table(number: str, root: str | None = None) -> Table:
         claims=tuple((better + end, worse + end) for better, worse in pairs for end in suffixes),
         added=tuple((one + end, other + end) for one, other in added for end in suffixes),
         unavailable=unavailable,
-        rates=raw.get("rates", "adapter"),
+        tune=raw.get("tune", {}),
         by_task=raw.get("by_task", False),
         sweep=option,
     )
@@ -240,8 +240,9 @@ def candidates(table: Table, row: Row) -> list[dict[str, float]]:
     variant = read_spec()["variants"][row.variant]
     scale = read_spec()["scales"][table.scale]
     rates, style = scale["rates"], _style(variant, row)
-    kind = variant.get("rates", style if style in rates else table.rates)
+    kind = variant.get("rates", style if style in rates else "adapter")
     grid = {scale["rate"]: rates[kind], **variant.get("tune", {})}
+    grid |= {name: values for name, values in table.tune.items() if name in grid}
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 

@@ -30,7 +30,7 @@ OFFLINE = [number for number in table_numbers() if number not in ("4", "13")]
 OWN_CONTROLS = {
     "ours-2": ("adaptformer-scaled", "dropout-wide", "dropout-two-pass-wide"),
     "ours-3": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
-    "ours-4": ("adaptformer", "dropout-wide", "dropout-two-pass-ends"),
+    "ours-4": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
 }
 MISPRINTS = {("1", "vpt-shallow"): 84.66, ("2", "vpt-shallow"): 67.82, ("2", "vpt-deep"): 71.96, ("4", "mosa"): 91.14}
 
@@ -164,7 +164,7 @@ def test_the_scale_of_an_adapter_can_be_chosen_like_a_learning_rate():
     table = read_table("ours-3")
     row = by_variant("ours-3")["dropout-own-scale"]
     tried = candidates(table, row)
-    assert len(tried) == 3 * 3 * 2
+    assert len(tried) == 3 * 4 * 2
     assert {numbers["scale"] for numbers in tried} == {0.1, 0.4, 1.0}
     for numbers in tried:
         settings = cell_settings(table, row, table.tasks[0], numbers, 0, Changes(), tuning=True)
@@ -190,7 +190,18 @@ def test_styles_of_full_scale_choose_from_lower_learning_rates():
         assert rates("5", variant) == [0.003, 0.01, 0.03]
     for variant in ("pfeiffer", "mosa-houlsby", "dropout-two-pass"):
         assert rates("14", variant) == [0.003, 0.01, 0.03]
-    assert rates("ours-4", "mosa-sample") == [0.01, 0.03]
+
+
+def test_a_table_chooses_among_what_another_has_left():
+    table = read_table("ours-4")
+    assert candidates(table, by_variant("ours-4")["mosa-own-scale"]) == [
+        {"lr": 0.01, "scale": 1.0},
+        {"lr": 0.01, "scale": 2.5},
+    ]
+    dropped = candidates(table, by_variant("ours-4")["dropout-own-scale"])
+    assert {each["dropout"] for each in dropped} == {0.1, 0.3}
+    assert len(dropped) == 4
+    assert len(candidates(read_table("ours-3"), by_variant("ours-3")["mosa-own-scale"])) == 12
 
 
 def test_the_real_scale_is_the_papers_recipe():
