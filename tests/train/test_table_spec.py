@@ -165,7 +165,7 @@ def test_the_scale_of_an_adapter_can_be_chosen_like_a_learning_rate():
     row = by_variant("ours-3")["dropout-own-scale"]
     tried = candidates(table, row)
     assert len(tried) == 3 * 4 * 2
-    assert {numbers["scale"] for numbers in tried} == {0.1, 0.4, 1.0}
+    assert {numbers["scale"] for numbers in tried} == {0.1, 0.4, 1.0, 2.5}
     for numbers in tried:
         settings = cell_settings(table, row, table.tasks[0], numbers, 0, Changes(), tuning=True)
         assert (settings.adapter.scale, settings.recipe.dropout) == (numbers["scale"], numbers["dropout"])
