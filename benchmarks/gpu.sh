@@ -6,9 +6,10 @@
 # builds the package in place, runs the tests marked gpu, measures (mosa-kernels bench, first with --choose), and runs
 # compute-sanitizer over small calls of every kernel. Each phase has its own limit, and what one breaks leaves the
 # others; the exit status is 1 where any did not pass (the counters of dram_bytes apart, which not everybody may read).
-# OUT gets summary.md, phases.json, report.json, report.md, pictures, choice/DEVICE.json (which backend is the
-# fastest for which call; in mosa_kernels/assets/choice it is what the package uses on such a device), one_launch/ (the
-# CUDA backward pass by thread-block clusters), and all output in logs.tar.gz.
+# OUT gets summary.md, report.json, report.md, pictures, choice/DEVICE.json (which backend is the fastest for which
+# call; in mosa_kernels/assets/choice it is what the package uses on such a device), and all output in logs.tar.gz:
+# there, too, phases.json and the reports of two more phases whose tables the summary shows, granularity (experts that
+# own whole units or blocks) and one_launch (the CUDA backward pass by thread-block clusters).
 #
 # MOSA_GPU_SECONDS    what all phases together may take (570)
 # MOSA_GPU_PHASES     some of "build tests bench sanitizers" (all)
@@ -81,7 +82,7 @@ if [ "$DRY" = 1 ]; then
   seconds=240
   measured=(--preset smoke --device cpu --threads 1 --only adapter_forward,adapter,merge,masked_adamw)
 else
-  reserve=$(wanted sanitizers && echo 190 || echo 110) # for the phases after it
+  reserve=$(wanted sanitizers && echo 230 || echo 160) # for the phases after it
   seconds=$(($(left 3600) - reserve > 60 ? $(left 3600) - reserve : 60))
   read -ra measured <<<"${MOSA_GPU_BENCH:---preset quick}"
   measured+=(--device cuda)
@@ -93,7 +94,12 @@ if wanted bench && [ "$DRY" != 1 ]; then # what memory really moved, where the p
   phase dram_bytes 60 "$PYTHON" benchmarks/dram_bytes.py "$OUT/logs/dram_bytes.json"
   # the CUDA backend's backward pass by thread-block clusters, beside the same eager PyTorch as above
   one_launch=(--preset quick --only adapter_backward --providers eager,cuda --device cuda --deadline 40)
-  phase one_launch 50 env MOSA_CUDA_ONE_LAUNCH=1 "${mosa[@]}" bench "${one_launch[@]}" --output "$OUT/one_launch"
+  phase one_launch 50 env MOSA_CUDA_ONE_LAUNCH=1 "${mosa[@]}" bench "${one_launch[@]}" --output "$OUT/logs/one_launch"
+fi
+if wanted bench; then # what it brings that an expert owns whole units or blocks
+  kinds=(--only granularity --bottlenecks 128,256 --dtypes bf16 --expert-per call --device cuda --deadline 40)
+  [ "$DRY" = 1 ] && kinds=(--only granularity --preset smoke --device cpu --threads 1)
+  phase granularity 50 "${mosa[@]}" bench "${kinds[@]}" --output "$OUT/logs/granularity"
 fi
 
 if wanted sanitizers; then

@@ -1,4 +1,4 @@
-"""What the phases of gpu.sh came to: summary.md and phases.json, and the logs in one archive.
+"""What the phases of gpu.sh came to: summary.md, and the logs, phases.json and further reports in one archive.
 
 python benchmarks/gpu_summary.py OUT
 
@@ -18,13 +18,17 @@ from typing import Any
 from mosa_kernels.backends.measured import Table
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.records import name_of
-from mosa_kernels.bench.report import goals_section, table
+from mosa_kernels.bench.report import goals_section, kernel_section, table
 from mosa_kernels.bench.run import JSON, MARKDOWN, read, write
 from mosa_kernels.train.folder import write_json, write_text
 
 _ENDED = {0: "passed", 5: "no tests", 9: "errors found", 124: "out of time", 137: "out of time"}
 _PASSED = ("passed", "no tests")
 _MAY_FAIL = ("dram_bytes",)  # a profiler that is not there, or not allowed to read the counters
+_FURTHER = {
+    "granularity": "What experts own: random entries, blocks, rows or whole units (columns)",
+    "one_launch": "The CUDA backward pass in one launch, by thread-block clusters",
+}
 _LAST = 15  # lines of a log that are shown
 
 
@@ -92,6 +96,10 @@ def main() -> None:
         ended_early = "" if report.get("complete", True) else " It was ended before it was done."
         parts.append(f"Figures: [{MARKDOWN}]({MARKDOWN}), on {report['machine']['device']}.{ended_early}")
         parts += [goals_section(report)] if answers(report) else []
+    for name, title in _FURTHER.items():
+        if (out / "logs" / name / JSON).is_file():
+            records = read(out / "logs" / name)["kernels"]
+            parts.append(f"## {title}\n\n" + "\n\n".join(map(kernel_section, records)))
     for table_file in sorted((out / "choice").glob("*.json")):
         operators = Table(table_file, json.loads(table_file.read_text())).summary()
         title = f"## The fastest backend ([choice/{table_file.name}](choice/{table_file.name}))"
@@ -103,7 +111,7 @@ def main() -> None:
         if phase["ended"] not in _PASSED:
             last = (out / "logs" / f"{phase['phase']}.log").read_text(errors="replace").splitlines()[-_LAST:]
             parts.append(f"## {phase['phase']}\n\n```\n" + "\n".join(last) + "\n```")
-    write_json(out / "phases.json", {"phases": ended})
+    write_json(out / "logs" / "phases.json", {"phases": ended})
     write_text(out / "summary.md", "\n\n".join(parts) + "\n")
     with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
         archive.add(out / "logs", "logs")

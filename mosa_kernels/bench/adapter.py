@@ -73,7 +73,9 @@ class Run(NamedTuple):
 class Adapter:
     """One point: its tensors, drawn once, and its providers."""
 
-    def __init__(self, point: Point, device: torch.device, compiled: Sequence[str] = ()) -> None:
+    def __init__(
+        self, point: Point, device: torch.device, compiled: Sequence[str] = (), granularity: str = "element"
+    ) -> None:
         self.point, self.device, self.compiled = point, device, tuple(compiled)
         draws = generator()
         d, r, dtype = point.width, point.bottleneck, point.torch_dtype
@@ -93,7 +95,7 @@ class Adapter:
                 normal(point.experts, d, gain=0.1).requires_grad_(),
                 normal(d, gain=0.1, shift=1.0).requires_grad_(),
                 normal(d, gain=0.1).requires_grad_(),
-                split((d, r), num_experts=point.experts, generator=draws).to(device),
+                split((d, r), num_experts=point.experts, granularity=granularity, generator=draws).to(device),
                 torch.randint(point.experts, ids, generator=draws).to(device),
             )
             for _ in range(point.layers)

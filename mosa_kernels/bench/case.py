@@ -46,6 +46,12 @@ class Provider(NamedTuple):
     prepare: Callable[[], Prepared]
     ours: bool = False
     reason: str | None = None  # why it is not available; None: it is
+    base: str | None = None  # the provider whose time this one's is set against, beside eager PyTorch's
+
+    @property
+    def family(self) -> str:
+        """What --providers knows it by: its name up to a comma."""
+        return self.name.partition(",")[0]
 
 
 class Case(Protocol):

@@ -26,6 +26,7 @@ from mosa_kernels.bench.case import (
     Work,
     first_line,
 )
+from mosa_kernels.bench.granularity import GranularityCase, granularity_cases, of_one_shape
 from mosa_kernels.bench.launches import count_launches
 from mosa_kernels.bench.limits import Limits
 from mosa_kernels.bench.masked_adamw import MaskedAdamWCase
@@ -34,7 +35,7 @@ from mosa_kernels.bench.merge import MergeCase
 from mosa_kernels.bench.shapes import DTYPES, Point
 from mosa_kernels.bench.timing import cache_bytes, host_cost, in_turn
 
-OPERATOR_NAMES = (*OPERATORS.values(), "merge", "masked_adamw", "alignment")
+OPERATOR_NAMES = (*OPERATORS.values(), "merge", "masked_adamw", "alignment", GranularityCase.operator)
 PROVIDERS = (EAGER, COMPILE, COMPILE_MAX, DENSE_COPIES, "cpu", "triton", "cuda", "merged dense")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NO_TIME = "no time was left for it"
@@ -84,6 +85,9 @@ def cases(operators: Sequence[str], points: Sequence[Point], device: torch.devic
             adapter = Adapter(point, device, effort.compiled)
             yield from (adapter.case(direction) for direction in wanted)
             del adapter
+    if GranularityCase.operator in operators:
+        for point in of_one_shape(points):
+            yield from granularity_cases(point, device)
 
 
 def forget_compiled(effort: Effort) -> None:
@@ -124,12 +128,14 @@ def measure_case(case: Case, device: torch.device, limits: Limits, effort: Effor
     ready: dict[str, Prepared] = {}
     offered = case.providers()
     for name in effort.providers or ():
-        if name not in {provider.name for provider in offered}:
+        if name not in {provider.family for provider in offered}:
             rows[name] = {"provider": name, "ours": False, "status": "unavailable", "reason": NOT_OFFERED}
     for provider in offered:
-        if effort.providers is not None and provider.name not in effort.providers:
+        if effort.providers is not None and provider.family not in effort.providers:
             continue
         rows[provider.name] = row = {"provider": provider.name, "ours": provider.ours}
+        if provider.base is not None:
+            row["base"] = provider.base
         if provider.name in COMPILE_MODES and provider.reason is None and time.perf_counter() > effort.compile_until:
             row |= {"status": "unavailable", "reason": NO_TIME}
             continue
@@ -224,10 +230,11 @@ def _costs(prepared: Prepared, device: torch.device) -> dict[str, Any]:
 
 
 def _compare(rows: dict[str, dict[str, Any]]) -> None:
-    """Adds how many times as fast as eager PyTorch each provider is."""
-    eager = rows.get(EAGER, {}).get("ms")
-    if eager is None:
-        return
-    for row in rows.values():
-        if "ms" in row:
-            row["speed_up"] = eager["median"] / row["ms"]["median"]
+    """Adds how many times as fast as eager PyTorch, and as its base, each provider is."""
+    times = {name: row["ms"]["median"] for name, row in rows.items() if "ms" in row}
+    for name, time_taken in times.items():
+        base = rows[name].get("base")
+        if EAGER in times:
+            rows[name]["speed_up"] = times[EAGER] / time_taken
+        if base in times:
+            rows[name]["gain"] = times[base] / time_taken

@@ -56,7 +56,7 @@ def _kernels(report: Record) -> Any:
         for record in records:
             rows = _bars(record)
             for row in rows:
-                colour = COLOURS.get(row["provider"], _OTHER)
+                colour = COLOURS.get(row["provider"].partition(",")[0], _OTHER)
                 axes.barh(place, row["speed_up"], color=colour, height=0.85)
                 label = f" {row['provider']}, {row['ms']['median']:.3g} ms"
                 axes.text(row["speed_up"], place, label, va="center", fontsize=6)

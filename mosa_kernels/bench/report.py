@@ -21,14 +21,16 @@ _SECTIONS = {
     "merge": "Merge of all adapters of a model",
     "masked_adamw": "Optimizer step on all adapters of a model",
     "alignment": "Alignment loss over half the blocks, forward + backward",
+    "granularity": "What experts own: random entries, blocks, rows or whole units (columns)",
 }
 _EXPLANATION = """Median milliseconds with the 20th and 80th percentile; all providers of a case ran in turn. *limit*:
 the share of what the device was measured to do, counting the least bytes and products that any implementation needs.
 *bytes*: what the provider itself moves, counted by formula; *copy*: these over its time and the measured copy
-bandwidth; *products*: its matrix products over its time and what the device was measured to do. *error*: the output
-or gradient furthest off, against float64, relative root mean square, and eager PyTorch's beside it; a provider further
-off than twice eager has no time. *saved*: kept for the backward pass beyond inputs and weights. A warm cache is one
-that holds the whole call: memory is no limit there."""
+bandwidth; *products*: its matrix products over its time and what the device was measured to do. *x base*: how many
+times as fast as the row named there. *error*: the output or gradient furthest off, against float64, relative root mean
+square, and eager PyTorch's beside it; a provider further off than twice eager has no time. *saved*: kept for the
+backward pass beyond inputs and weights. A warm cache is one that holds the whole call: memory is no limit
+there."""
 
 _GROWTH = """Median milliseconds, in bold where ours is slower than another. *saved*: kept for the backward pass;
 *trained state*: weights, gradients, moments and owners or masks, the same for all providers but N copies."""
@@ -130,7 +132,7 @@ def kernel_section(record: Record) -> str:
         f"{floor['flops'] / 1e9:.3g} GFLOP: {_number(floor['ms'])} ms, bound by {floor['bound']})"
     )
     head = [
-        *("provider", "ms", "x eager", "limit", "bytes", "copy", "products"),
+        *("provider", "ms", "x eager", "x base", "limit", "bytes", "copy", "products"),
         *("saved", "peak", "launches", "host us", "error (eager)"),
     ]
     rows = [
@@ -138,6 +140,7 @@ def kernel_section(record: Record) -> str:
             row["provider"],
             milliseconds(row),
             _cell(row, "speed_up", "{:.2f}".format),
+            f"{row['gain']:.2f} ({row['base']})" if "gain" in row else NOTHING,
             _cell(row, "share_of_limit", "{:.0%}".format),
             _cell(row, "bytes", _bytes),
             _cell(row, "copy_share", "{:.0%}".format),

@@ -185,6 +185,37 @@ def test_copies_of_the_optimizer_hold_n_of_everything() -> None:
     assert len(params) == 2 * layers  # one active expert of each, and the ordinary weights
 
 
+@pytest.mark.parametrize("point", [SMALL, SMALL._replace(dtype="bf16", expert_per="call")], ids=str)
+def test_every_kind_of_split_is_set_beside_random_entries(point: Point) -> None:
+    forward, both = cases(
+        ("granularity",), (point, point._replace(model="vit_ti"), point._replace(experts=1)), CPU, BRIEF
+    )
+    assert (forward.key["pass"], both.key["pass"]) == ("forward", "forward + backward")
+    for case in (forward, both):
+        rows = {row["provider"]: row for row in measure_case(case, CPU, LIMITS, BRIEF)["rows"]}
+        assert all(row["status"] in ("ok", "unavailable") for row in rows.values()), rows
+        times = {name: row["ms"]["median"] for name, row in rows.items() if "ms" in row}
+        kinds = ("element", "block", "row", "column")
+        assert list(times) == ["eager", *(f"cpu, {kind}" for kind in kinds)]
+        for kind in kinds[1:]:
+            assert rows[f"cpu, {kind}"]["gain"] == pytest.approx(times["cpu, element"] / times[f"cpu, {kind}"])
+        assert "gain" not in rows["cpu, element"]
+    # each is held to its own split: the results of one do not pass for those of another
+    providers = {provider.name: provider for provider in both.providers()}
+    owners = {kind: adapter.layers[0].assignment for kind, adapter in both._adapters.items()}  # type: ignore[attr-defined]
+    assert all((owners["column"] == owners["column"][:1]).flatten().tolist())
+    assert not both.expected("column").check(providers["cpu, row"].prepare().results()).green
+    assert both.expected("row").check(providers["cpu, row"].prepare().results()).green
+
+
+def test_one_family_of_providers_can_be_asked_for() -> None:
+    case = next(iter(cases(("granularity",), (SMALL,), CPU, BRIEF)))
+    effort = Effort(rounds=3, seconds=0.1, providers=("cpu", "merged dense"))
+    rows = {row["provider"]: row for row in measure_case(case, CPU, LIMITS, effort)["rows"]}
+    assert list(rows) == ["merged dense", *(f"cpu, {kind}" for kind in ("element", "block", "row", "column"))]
+    assert rows["merged dense"]["reason"] == kernels.NOT_OFFERED
+
+
 def test_all_operators_have_cases() -> None:
     found = {case.operator for case in cases(OPERATOR_NAMES, (SMALL,), CPU, BRIEF)}
     assert found == set(OPERATOR_NAMES)

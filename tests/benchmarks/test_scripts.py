@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -76,24 +77,33 @@ def test_small_calls_reach_what_no_point_has(monkeypatch: pytest.MonkeyPatch) ->
         module.layer("reference", DTYPES[dtype], device, **options)
 
 
+def phases_of(output: Path) -> dict[str, dict[str, Any]]:
+    """How each phase of gpu.sh ended."""
+    with tarfile.open(output / "logs.tar.gz") as archive:
+        file = archive.extractfile("logs/phases.json")
+        assert file is not None
+        return {phase["phase"]: phase for phase in json.load(file)["phases"]}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="it needs coreutils' timeout")
 def test_the_gpu_script_goes_through_its_phases(tmp_path: Path) -> None:
     output = tmp_path / "what's out"
     environment = {**ENVIRONMENT, "MOSA_GPU_SH_DRY": "1", "PYTHON": sys.executable}
     done = subprocess.run([BENCHMARKS / "gpu.sh", output], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {phase["phase"]: phase for phase in json.loads((output / "phases.json").read_text())["phases"]}
-    assert list(found) == ["doctor", "tests", "choose", "bench", "small_calls"]
-    for name in ("doctor", "choose", "bench", "small_calls"):
+    found = phases_of(output)
+    assert list(found) == ["doctor", "tests", "choose", "bench", "granularity", "small_calls"]
+    for name in ("doctor", "choose", "bench", "granularity", "small_calls"):
         assert found[name]["ended"] == "passed", found[name]
     assert found["tests"]["ended"] in ("passed", "no tests")
     assert found["small_calls"]["said"].endswith(", 0 failed")
     files = {path.name for path in output.iterdir()}
-    assert {"summary.md", "phases.json", "report.json", "report.md", "kernels.png", "choice", "logs.tar.gz"} <= files
-    assert len(files) <= 8
+    assert {"summary.md", "report.json", "report.md", "kernels.png", "choice", "logs.tar.gz"} <= files
+    assert len([path for path in output.rglob("*") if path.is_file()]) <= 8  # few enough to send
     with tarfile.open(output / "logs.tar.gz") as archive:
-        assert "logs/bench.log" in archive.getnames()
+        assert {"logs/bench.log", "logs/granularity/report.json"} <= set(archive.getnames())
     summary = (output / "summary.md").read_text()
+    assert "| cpu, column | " in summary
     assert "## Goals" not in summary  # the smallest shapes decide none
     (table,) = (output / "choice").iterdir()
     assert json.loads(table.read_text())["complete"]
@@ -106,10 +116,10 @@ def test_the_gpu_script_outlives_phases_that_run_out_of_time(tmp_path: Path) -> 
     done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "| bench | out of time | 124 |" in (tmp_path / "summary.md").read_text()
-    phases = json.loads((tmp_path / "phases.json").read_text())["phases"]
-    assert len(phases) == 5
-    assert {phase["ended"] for phase in phases} == {"out of time"}
-    assert all(phase["limit"] == 1 for phase in phases)
+    phases = phases_of(tmp_path)
+    assert len(phases) == 6
+    assert {phase["ended"] for phase in phases.values()} == {"out of time"}
+    assert all(phase["limit"] == 1 for phase in phases.values())
 
 
 @pytest.mark.parametrize(
