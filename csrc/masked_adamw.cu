@@ -2,9 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cmath>
-
-#include "status.h"
+#include "masked_adamw_math.h"
 
 namespace mosa {
 namespace {
@@ -53,44 +51,14 @@ struct Run {
   }
 };
 
-// What a step does with the entries of one expert. An expert that stands still has a scale of 0.
-struct Move {
-  float step_size;   // lr / (1 - beta1^t)
-  float root_scale;  // 1 / sqrt(1 - beta2^t)
-};
-
-struct Entry {
-  float param;
-  float exp_avg;
-  float exp_avg_sq;
-};
-
-__device__ inline Entry advance(Entry old, float grad, Move move, float decay, const AdamWOptions& options) {
-  const float exp_avg = old.exp_avg + (grad - old.exp_avg) * options.one_minus_beta1;
-  const float exp_avg_sq = old.exp_avg_sq * options.beta2 + options.one_minus_beta2 * grad * grad;
-  const float denominator = sqrtf(exp_avg_sq) * move.root_scale + options.eps;
-  return {old.param * decay - exp_avg * move.step_size / denominator, exp_avg, exp_avg_sq};
-}
-
 __device__ inline double learning_rate(const AdamWOptions& options) {
   if (options.lr == nullptr) return options.lr_value;
   return options.lr_is_double ? *static_cast<const double*>(options.lr) : *static_cast<const float*>(options.lr);
 }
 
-__device__ inline bool moves(const AdamWTensor& t, int expert) {
-  return t.active == nullptr || t.active[expert] != 0.0f;
-}
-
-// 1 - beta^t loses its digits where beta^t is near 1, hence expm1.
-__device__ inline Move move_of(const AdamWTensor& t, int expert, float lr, const AdamWOptions& options) {
-  if (!moves(t, expert)) return {0.0f, 0.0f};
-  const float count = t.steps[expert] + 1.0f;
-  return {lr / -expm1f(count * options.log_beta1), 1.0f / sqrtf(-expm1f(count * options.log_beta2))};
-}
-
 // The moves of the entries [first, first + count) of a tensor; entries without an expert stand still.
-__device__ inline void moves_of_run(const AdamWTensor& t, uint32_t first, int count, const Move* table,
-                                    Move (&run)[kRun]) {
+__device__ inline void moves_of_run(const AdamWTensor& t, uint32_t first, int count, const AdamWMove* table,
+                                    AdamWMove (&run)[kRun]) {
   if (t.owner != nullptr) {
     uint8_t owners[kRun] = {0};
     if (t.vectors && count == kRun) {
@@ -101,7 +69,8 @@ __device__ inline void moves_of_run(const AdamWTensor& t, uint32_t first, int co
       for (int n = 0; n < count; ++n) owners[n] = t.owner[first + static_cast<uint32_t>(n)];
     }
 #pragma unroll
-    for (int n = 0; n < kRun; ++n) run[n] = n < count && owners[n] < t.experts ? table[owners[n]] : Move{0.0f, 0.0f};
+    for (int n = 0; n < kRun; ++n)
+      run[n] = n < count && owners[n] < t.experts ? table[owners[n]] : AdamWMove{0.0f, 0.0f};
     return;
   }
   const uint32_t part = t.size / t.experts;
@@ -113,16 +82,16 @@ __device__ inline void moves_of_run(const AdamWTensor& t, uint32_t first, int co
       ++expert;
       next += part;
     }
-    run[n] = n < count ? table[expert] : Move{0.0f, 0.0f};
+    run[n] = n < count ? table[expert] : AdamWMove{0.0f, 0.0f};
   }
 }
 
 // Bytes per entry of a tensor with owners: 4 * 4 + 1 read and 3 * 4 written, 29 in all, in float32; 15 in 16 bits.
 template <uint8_t kType>
-__device__ void advance_run(const AdamWTensor& t, uint32_t first, const Move* table, float decay,
+__device__ void advance_run(const AdamWTensor& t, uint32_t first, const AdamWMove* table, float decay,
                             const AdamWOptions& options) {
   const int count = static_cast<int>(min(static_cast<uint32_t>(kRun), t.size - first));
-  Move run[kRun];
+  AdamWMove run[kRun];
   moves_of_run(t, first, count, table, run);
   bool any = false;
 #pragma unroll
@@ -137,8 +106,8 @@ __device__ void advance_run(const AdamWTensor& t, uint32_t first, const Move* ta
 #pragma unroll
     for (int n = 0; n < kRun; ++n) {
       if (run[n].root_scale == 0.0f) continue;
-      const Entry old = {param.get(n), exp_avg.get(n), exp_avg_sq.get(n)};
-      const Entry entry = advance(old, grad.get(n), run[n], decay, options);
+      const AdamWEntry old = {param.get(n), exp_avg.get(n), exp_avg_sq.get(n)};
+      const AdamWEntry entry = advance(old, grad.get(n), run[n], decay, options);
       param.set(n, entry.param);
       exp_avg.set(n, entry.exp_avg);
       exp_avg_sq.set(n, entry.exp_avg_sq);
@@ -152,9 +121,9 @@ __device__ void advance_run(const AdamWTensor& t, uint32_t first, const Move* ta
   for (int n = 0; n < kRun; ++n) {
     if (run[n].root_scale == 0.0f) continue;
     const int64_t at = static_cast<int64_t>(first) + n;
-    const Entry old = {load_float(t.param, kType, at), load_float(t.exp_avg, kType, at),
-                       load_float(t.exp_avg_sq, kType, at)};
-    const Entry entry = advance(old, load_float(t.grad, kType, at), run[n], decay, options);
+    const AdamWEntry old = {load_float(t.param, kType, at), load_float(t.exp_avg, kType, at),
+                            load_float(t.exp_avg_sq, kType, at)};
+    const AdamWEntry entry = advance(old, load_float(t.grad, kType, at), run[n], decay, options);
     store_float(t.param, kType, at, entry.param);
     store_float(t.exp_avg, kType, at, entry.exp_avg);
     store_float(t.exp_avg_sq, kType, at, entry.exp_avg_sq);
@@ -180,7 +149,7 @@ __device__ int tensor_of_block(const AdamWTable<kBytes>& table, uint32_t block) 
 // tensors.
 template <size_t kBytes>
 __global__ void __launch_bounds__(kThreads) masked_adamw_kernel(const __grid_constant__ AdamWTable<kBytes> table) {
-  __shared__ Move moves_of_experts[kMaxAdamWExperts];
+  __shared__ AdamWMove moves_of_experts[kMaxAdamWExperts];
   __shared__ bool last;
   const int thread = static_cast<int>(threadIdx.x);
   const bool has_entries = blockIdx.x < table.blocks;
@@ -226,17 +195,6 @@ bool takes_vectors(const AdamWTensor& t) {
          aligned(t.exp_avg_sq, kAlignment) && aligned(t.owner, sizeof(uint64_t));
 }
 
-int check_tensor(const AdamWTensor& t) {
-  if (t.experts > kMaxAdamWExperts) return kUnknownExpert;
-  if (t.dtype >= kDTypeCount) return kUnknownDType;
-  if (t.experts > 0 && t.steps == nullptr) return kMissingPointer;
-  if (t.size > kMaxAdamWEntries) return kNegativeSize;
-  if (t.size == 0) return kOk;
-  if (t.experts == 0 || (t.owner == nullptr && t.size % t.experts != 0)) return kUnknownExpert;
-  const bool pointers = t.param != nullptr && t.grad != nullptr && t.exp_avg != nullptr && t.exp_avg_sq != nullptr;
-  return pointers ? kOk : kMissingPointer;
-}
-
 template <size_t kBytes>
 int launch(const AdamWParams& params, int32_t first, int32_t* taken, void* stream) {
   AdamWTable<kBytes> table = {};
@@ -264,7 +222,7 @@ int masked_adamw_cuda(const AdamWParams& params, void* stream) {
   if (params.count < 0) return kNegativeSize;
   if (params.options.ticket == nullptr || (params.count > 0 && params.tensors == nullptr)) return kMissingPointer;
   for (int32_t n = 0; n < params.count; ++n) {
-    const int status = check_tensor(params.tensors[n]);
+    const int status = check_adamw_tensor(params.tensors[n]);
     if (status != kOk) return status;
   }
   for (int32_t first = 0, taken = 0; first < params.count; first += taken) {

@@ -31,7 +31,7 @@ struct AdamWTensor {
 
 struct AdamWOptions {
   const void* lr;    // [] or null: lr_value; on the GPU it stays there, unread by the host
-  uint32_t* ticket;  // [] zero before and after every launch; launches that share it must not overlap
+  uint32_t* ticket;  // [] zero before and after every launch; launches that share it must not overlap. None on a CPU
   double lr_value;
   double weight_decay;
   float beta2;
@@ -67,6 +67,9 @@ struct AdamWTable {
 };
 static_assert(sizeof(AdamWTable<kSmallTableBytes>) <= kSmallTableBytes, "a kernel parameter");
 static_assert(sizeof(AdamWTable<kLargeTableBytes>) <= kLargeTableBytes, "a kernel parameter");
+
+// One step, in place, on up to so many threads, which do not change the result; lr is `lr_value`. Returns a Status.
+int masked_adamw_cpu(const AdamWParams& params, int threads);
 
 // One step, in place: one launch per 454 tensors (55 with small parameters) on `stream` (a cudaStream_t) of the current
 // device. Returns a Status or a cudaError_t.

@@ -20,7 +20,6 @@ namespace py = pybind11;
 namespace mosa {
 namespace {
 
-#ifdef MOSA_WITH_CUDA
 // Per tensor: param, grad, exp_avg, exp_avg_sq, owner, steps, active (addresses), size, experts, dtype. One flat list
 // costs a tenth of what as many Python objects with named fields do.
 constexpr size_t kNumbersPerTensor = 10;
@@ -78,11 +77,30 @@ AdamWOptions adamw_options(uintptr_t lr_address, bool lr_is_double, double lr, d
   options.eps = static_cast<float>(eps);
   return options;
 }
-#endif
+
+[[noreturn]] void fail_on(const char* name, const std::vector<AdamWTensor>& tensors, int code) {
+  const std::string first = tensors.empty() ? "" : ", the first of " + std::to_string(tensors[0].size) + " entries";
+  fail(std::string(name) + " of " + std::to_string(tensors.size()) + " tensors" + first, code);
+}
 
 }  // namespace
 
-void bind_masked_adamw([[maybe_unused]] py::module_& m) {
+void bind_masked_adamw(py::module_& m) {
+  m.def(
+      "masked_adamw_cpu",
+      [](const std::vector<uint64_t>& numbers, double lr, double beta1, double beta2, double eps, double weight_decay,
+         int threads) {
+        const std::vector<AdamWTensor> tensors = adamw_tensors(numbers);
+        py::gil_scoped_release no_gil;
+        AdamWParams params = {};
+        params.options = adamw_options(0, false, lr, beta1, beta2, eps, weight_decay, 0);
+        params.tensors = tensors.data();
+        params.count = static_cast<int32_t>(tensors.size());
+        const int code = masked_adamw_cpu(params, threads);
+        if (code != kOk) fail_on("masked_adamw_cpu", tensors, code);
+      },
+      py::arg("tensors"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+      py::arg("weight_decay"), py::arg("threads"));
 #ifdef MOSA_WITH_CUDA
   m.attr("adamw_tensors_per_launch") =
       py::make_tuple(AdamWTable<kSmallTableBytes>::kCapacity, AdamWTable<kLargeTableBytes>::kCapacity);
@@ -101,10 +119,7 @@ void bind_masked_adamw([[maybe_unused]] py::module_& m) {
         const DeviceGuard guard(device);
         if (guard.error() != 0) fail("masked_adamw_cuda on device " + std::to_string(device), guard.error());
         const int code = masked_adamw_cuda(params, reinterpret_cast<void*>(stream));
-        if (code == kOk) return;
-        const std::string first =
-            tensors.empty() ? "" : ", the first of " + std::to_string(tensors[0].size) + " entries";
-        fail("masked_adamw_cuda of " + std::to_string(tensors.size()) + " tensors" + first, code);
+        if (code != kOk) fail_on("masked_adamw_cuda", tensors, code);
       },
       py::arg("tensors"), py::kw_only(), py::arg("lr_address"), py::arg("lr_is_double"), py::arg("lr"),
       py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("ticket"),

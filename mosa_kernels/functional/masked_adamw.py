@@ -74,8 +74,8 @@ def masked_adamw(
         active: shaped like `steps`, nonzero where the parameter or expert moves; None where all of it moves.
         lr: learning rate, a number or a tensor [].
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        backend: None for the automatic choice, or "reference", "cpu", "triton" or "cuda". The last two take float32,
-            float16 and bfloat16, in one launch, with nothing read back by the host.
+        backend: None for the automatic choice, or "reference", "cpu", "triton" or "cuda". The last three take float32,
+            float16 and bfloat16; on a GPU in one launch, with nothing read back by the host.
 
     Raises:
         TypeError: a gradient is sparse, or an owner is not uint8.

@@ -15,7 +15,7 @@ import mosa_kernels as mk
 from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.choice import ADAPTER, automatic_backends, choose_adapter_backend
 from mosa_kernels.backends.lookup import NAMES
-from mosa_kernels.backends.masked_adamw import AdamWTensors
+from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 from mosa_kernels.functional.masked_adamw import OPERATOR as MASKED_ADAMW
 
 
@@ -85,11 +85,12 @@ def test_a_preference_comes_before_the_table() -> None:
 
 @pytest.mark.usefixtures("_own_order")
 def test_a_preference_holds_for_every_operator() -> None:
-    parameter, grad = torch.ones(4), torch.ones(4)
+    parameter, *rest = (torch.ones(4) for _ in range(4))
+    tensors = AdamWTensors([parameter], *([each] for each in rest), [torch.zeros(())], [None], [None])
     calls: list[str] = []
     for name in ("cpu", "reference"):
         mk.prefer_backends("cpu", name)
-        calls.append(MASKED_ADAMW.choose("cpu", None, AdamWTensors([parameter], [grad], *([] for _ in range(5))), None))
+        calls.append(MASKED_ADAMW.choose("cpu", None, tensors, AdamWOptions(0.1, 0.9, 0.999, 1e-8, 0.0)))
     assert calls == ["cpu", "reference"]
 
 

@@ -1,8 +1,9 @@
-"""The optimizer's CUDA kernel against AdamW on masked copies in float64: compiled for the host, and on a GPU."""
+"""The optimizer's kernels against AdamW on masked copies in float64: CUDA's, on the host and a GPU, and the CPU's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import cuda_on_host
 import pytest
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from masked_copies import MaskedCopies, masks_of, parameters
 from torch import Tensor
 
+from mosa_kernels._extension import extension
+from mosa_kernels.backends.cpu import masked_adamw as cpu
 from mosa_kernels.backends.cuda import masked_adamw as cuda
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
+from mosa_kernels.backends.masked_adamw_kernels import takes
 from mosa_kernels.functional.masked_adamw import masked_adamw
 
 Kind = tuple[tuple[int, ...], int | None, bool]  # shape, experts or None, whether entries have owners
@@ -26,16 +30,13 @@ VIT: tuple[Kind, ...] = (
 OPTIONS = AdamWOptions(0.1, 0.9, 0.999, 1e-6, 0.05)
 SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest subnormal
 needs_compiler = pytest.mark.skipif(cuda_on_host.find_compiler() is None, reason="no C++ compiler")
+needs_extension = pytest.mark.skipif(extension().reason is not None, reason=str(extension().reason))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-MACHINES = [
-    pytest.param("cpu", id="cuda_on_host", marks=needs_compiler),
-    pytest.param("cuda", id="gpu", marks=[pytest.mark.gpu, needs_gpu]),
-]
 
 
 def step_on_host(tensors: AdamWTensors, options: AdamWOptions, large: bool = True, **build: object) -> None:
     """The kernel with the very arguments that a GPU would get."""
-    ok, reason = cuda.supports_tensors(tensors, options)
+    ok, reason = takes(tensors, options)
     assert ok, reason
     ticket = torch.zeros(1, dtype=torch.int32)
     cuda.launch(cuda_on_host.build("masked_adamw", **build), tensors, options, ticket, large, 0, 0)  # type: ignore[arg-type]
@@ -53,8 +54,22 @@ def step_on_gpu(tensors: AdamWTensors, options: AdamWOptions) -> None:
     )
 
 
-def step_of(device: str) -> Step:
-    return step_on_host if device == "cpu" else step_on_gpu
+def step_compiled(tensors: AdamWTensors, options: AdamWOptions) -> None:
+    ok, reason = cpu.supports_masked_adamw(tensors, options)
+    assert ok, reason
+    cpu.masked_adamw(tensors, options)
+
+
+class Machine(NamedTuple):
+    device: str
+    step: Step
+
+
+MACHINES = [
+    pytest.param(Machine("cpu", step_on_host), id="cuda_on_host", marks=needs_compiler),
+    pytest.param(Machine("cuda", step_on_gpu), id="gpu", marks=[pytest.mark.gpu, needs_gpu]),
+    pytest.param(Machine("cpu", step_compiled), id="cpu", marks=needs_extension),
+]
 
 
 def drawn(
@@ -129,7 +144,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("machine", MACHINES)
 @settings(max_examples=40)
 @given(
     kinds=parameters(),
@@ -139,8 +154,8 @@ def bits(tensor: Tensor) -> Tensor:
     rate=st.sampled_from((0.0, 0.3, 0.8, 1.0)),
     seed=st.integers(0, 2**31),
 )
-def test_equals_adamw_on_masked_copies(device, kinds, betas, weight_decay, lr_dtype, rate, seed) -> None:
-    generator, step = torch.Generator().manual_seed(seed), step_of(device)
+def test_equals_adamw_on_masked_copies(machine, kinds, betas, weight_decay, lr_dtype, rate, seed) -> None:
+    generator, (device, step) = torch.Generator().manual_seed(seed), machine
     tensors = drawn(kinds, device=device, seed=seed)
     for column in (tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps):
         torch._foreach_zero_(column)
@@ -171,12 +186,12 @@ def test_equals_adamw_on_masked_copies(device, kinds, betas, weight_decay, lr_dt
         assert tensors.steps[i].reshape(-1).tolist() == counts
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_step_of_an_adapter_of_many_blocks(device: str, dtype: torch.dtype) -> None:
-    before = drawn(VIT, dtype, device)
+def test_one_step_of_an_adapter_of_many_blocks(machine: Machine, dtype: torch.dtype) -> None:
+    before = drawn(VIT, dtype, machine.device)
     after = copied(before)
-    step_of(device)(after, OPTIONS)
+    machine.step(after, OPTIONS)
     assert_one_step(before, after, VIT, OPTIONS)
 
 
@@ -188,19 +203,19 @@ EDGES: tuple[Kind, ...] = (
 )
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_sizes_and_addresses_off_the_vectors(device: str, dtype: torch.dtype, offset: int) -> None:
+def test_sizes_and_addresses_off_the_vectors(machine: Machine, dtype: torch.dtype, offset: int) -> None:
     """Views that begin one element later have addresses that no 16-byte access may use."""
-    before = drawn(EDGES, dtype, device, seed=1)
+    before = drawn(EDGES, dtype, machine.device, seed=1)
     room = copied(before, lambda t: t.new_zeros(t.numel() + 2))
     after = AdamWTensors(*(
         [None if t is None else r[offset : offset + t.numel()].view(t.shape).copy_(t)
          for t, r in zip(column, rooms, strict=True)]
         for column, rooms in zip(before, room, strict=True)
     ))  # fmt: skip
-    step_of(device)(after, OPTIONS)
+    machine.step(after, OPTIONS)
     assert_one_step(before, after, EDGES, OPTIONS)
     for column in room:
         for r in column:
@@ -208,34 +223,34 @@ def test_sizes_and_addresses_off_the_vectors(device: str, dtype: torch.dtype, of
             assert r is None or (r[len(r) - 2 + offset :] == 0).all()
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("count", [1, 1000, 1_000_000])
-def test_bias_corrections_early_and_late(device: str, count: int) -> None:
+def test_bias_corrections_early_and_late(machine: Machine, count: int) -> None:
     """1 - 0.999^t loses four digits at t = 1 when it is taken as a difference."""
     kinds: tuple[Kind, ...] = (((500,), 2, True),)
-    before = drawn(kinds, device=device, rate=1.0)
+    before = drawn(kinds, device=machine.device, rate=1.0)
     before.steps[0].fill_(count - 1)
     after = copied(before)
-    step_of(device)(after, OPTIONS._replace(lr=1.0, weight_decay=0.0))
+    machine.step(after, OPTIONS._replace(lr=1.0, weight_decay=0.0))
     assert_one_step(before, after, kinds, OPTIONS._replace(lr=1.0, weight_decay=0.0))
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_round_once(device: str, dtype: torch.dtype) -> None:
+def test_sixteen_bits_round_once(machine: Machine, dtype: torch.dtype) -> None:
     """The arithmetic is in float32: stored values are those of a float32 step, rounded."""
-    narrow = drawn(VIT, dtype, device)
+    narrow = drawn(VIT, dtype, machine.device)
     wide = copied(narrow, lambda t: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True))
     for tensors in (narrow, wide):
-        step_of(device)(tensors, OPTIONS)
+        machine.step(tensors, OPTIONS)
     for column in ("params", "exp_avgs", "exp_avg_sqs"):
         for one, other in zip(getattr(narrow, column), getattr(wide, column), strict=True):
             assert torch.equal(one, other.to(dtype))
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_stands_still_keeps_every_bit(device: str, dtype: torch.dtype) -> None:
+def test_what_stands_still_keeps_every_bit(machine: Machine, dtype: torch.dtype) -> None:
     """Whatever it holds, NaNs with a payload too, and whatever its gradient is."""
     integer = {4: torch.int32, 2: torch.int16}[torch.empty(0, dtype=dtype).element_size()]
     patterns = torch.arange(2**16).mul(65537 if dtype == torch.float32 else 1).to(integer).view(dtype)
@@ -243,8 +258,8 @@ def test_what_stands_still_keeps_every_bit(device: str, dtype: torch.dtype) -> N
     owner[owner == 2] = 200  # of no expert
     active, grad = torch.tensor([0.0, 1.0]), torch.where(owner == 1, 1.0, torch.nan).to(dtype)
     columns = (patterns, grad, patterns.clone(), patterns.clone(), torch.zeros(2), owner, active)
-    tensors = AdamWTensors(*([t.to(device).clone()] for t in columns))
-    step_of(device)(tensors, OPTIONS)
+    tensors = AdamWTensors(*([t.to(machine.device).clone()] for t in columns))
+    machine.step(tensors, OPTIONS)
     still = owner != 1
     for column in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs):
         assert torch.equal(bits(column[0].cpu())[still], bits(patterns)[still])
@@ -301,12 +316,12 @@ def test_a_broken_kernel_is_found(right: str, wrong: str) -> None:
 
 def test_what_the_kernel_does_not_take() -> None:
     def reason(**changes: object) -> str:
-        ok, why = cuda.supports_tensors(drawn(VIT)._replace(**changes), OPTIONS)
+        ok, why = takes(drawn(VIT)._replace(**changes), OPTIONS)
         assert not ok
         return why
 
     good = drawn(VIT)
-    assert cuda.supports_tensors(good, OPTIONS) == (True, "")
+    assert takes(good, OPTIONS) == (True, "")
     assert "params[0] is torch.float64" in reason(params=[t.double() for t in good.params])
     assert "differ in dtype" in reason(exp_avgs=[t.half() for t in good.exp_avgs])
     assert "params[2] or a moment of it is not contiguous" in reason(
@@ -319,7 +334,7 @@ def test_what_the_kernel_does_not_take() -> None:
     assert "owners[4] is not contiguous" in reason(
         owners=[None if t is None else t.t().contiguous().t() for t in good.owners]
     )
-    assert "lr is torch.float16" in cuda.supports_tensors(good, OPTIONS._replace(lr=torch.tensor(0.1).half()))[1]
+    assert "lr is torch.float16" in takes(good, OPTIONS._replace(lr=torch.tensor(0.1).half()))[1]
     assert "not on a CUDA device" in cuda.supports_masked_adamw(good, OPTIONS)[1]
 
 

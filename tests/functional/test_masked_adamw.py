@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from masked_copies import MaskedCopies, masks_of, parameters
 
@@ -25,6 +25,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
     seed=st.integers(0, 2**31),
 )
 def test_equals_adamw_on_masked_copies(kinds, backend, dtype, betas, weight_decay, tensor_lr, rate, seed) -> None:
+    assume(backend == "reference" or dtype is torch.float32)
     generator = torch.Generator().manual_seed(seed)
     params = [torch.randn(shape, generator=generator, dtype=dtype) for shape, _, _ in kinds]
     owners = [

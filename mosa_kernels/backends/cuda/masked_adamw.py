@@ -10,11 +10,9 @@ from torch import Tensor
 
 from mosa_kernels._extension import extension
 from mosa_kernels.backends.cuda.code import why_no_code
-from mosa_kernels.backends.element_types import DTYPE_CODES
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
+from mosa_kernels.backends.masked_adamw_kernels import numbers_of, takes
 
-_MOST_ENTRIES = 2**31 - 1
-_MOST_EXPERTS = 256  # kMaxAdamWExperts of csrc/masked_adamw.h
 _LARGE_PARAMETERS = 12010  # the first driver that takes 32 KiB of kernel parameters in place of 4
 
 
@@ -36,40 +34,7 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
     reason = why_no_code(device)
     if reason is not None:
         return False, reason
-    return supports_tensors(tensors, options)
-
-
-def supports_tensors(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
-    """As `supports_masked_adamw`, on any one device."""
-    device, here = tensors.params[0].device, tensors.params[0].get_device()
-    if torch.compiler.is_compiling() or type(tensors.params[0]) not in (Tensor, torch.nn.Parameter):
-        return False, f"params[0] is a {type(tensors.params[0]).__name__} without an address, or is being traced"
-    for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
-        dtype = p.dtype
-        if dtype not in DTYPE_CODES:
-            return False, f"params[{index}] is {dtype}; the kernel takes float32, float16 and bfloat16"
-        if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
-            return False, f"params[{index}], its gradient and its moments differ in dtype"
-        if not (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-            return False, f"params[{index}] or a moment of it is not contiguous"
-        if p.numel() > _MOST_ENTRIES:
-            return False, f"params[{index}] has {p.numel()} entries; the kernel takes {_MOST_ENTRIES}"
-        if steps.dtype != torch.float32 or not steps.is_contiguous() or steps.numel() > _MOST_EXPERTS:
-            return False, f"steps[{index}] is not contiguous float32 of at most {_MOST_EXPERTS} counts"
-        if p.get_device() != here or grad.get_device() != here or steps.get_device() != here:
-            return False, f"params[{index}], its gradient or its counts are not on {device}"
-        if exp_avg.get_device() != here or exp_avg_sq.get_device() != here:
-            return False, f"exp_avgs[{index}] or exp_avg_sqs[{index}] is not on {device}"
-        if owner is not None and (not owner.is_contiguous() or owner.get_device() != here):
-            return False, f"owners[{index}] is not contiguous on {device}"
-        if active is not None and (
-            active.dtype != torch.float32 or not active.is_contiguous() or active.get_device() != here
-        ):
-            return False, f"active[{index}] is not contiguous float32 on {device}"
-    lr = options.lr
-    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64)):
-        return False, f"lr is {lr.dtype} {list(lr.shape)}; the kernel takes one float32 or float64"
-    return True, ""
+    return takes(tensors, options)
 
 
 def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
@@ -103,21 +68,7 @@ def launch(
         ticket: int32 [1], zero before and after; launches that may overlap need different ones.
         large_parameters: whether a launch may have more than 4 KiB of parameters.
     """
-    grads = [grad.contiguous() for grad in tensors.grads]  # copies have to live until the kernel is enqueued
-    numbers: list[int] = []
-    for p, grad, exp_avg, exp_avg_sq, steps, owner, active in zip(*tensors._replace(grads=grads), strict=True):
-        numbers += (
-            p.data_ptr(),
-            grad.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            0 if owner is None else owner.data_ptr(),
-            steps.data_ptr(),
-            0 if active is None else active.data_ptr(),
-            p.numel(),
-            steps.numel(),
-            DTYPE_CODES[p.dtype],
-        )
+    numbers, _copies = numbers_of(tensors)  # copies have to live until the kernel is enqueued
     lr, beta1, beta2, eps, weight_decay = options
     read_there = isinstance(lr, Tensor) and lr.device == ticket.device
     module.masked_adamw_cuda(
