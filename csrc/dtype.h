@@ -26,11 +26,12 @@ MOSA_HOST_DEVICE inline float bfloat16_to_float(uint16_t bits) {
   return bits_to_float(static_cast<uint32_t>(bits) << 16);
 }
 
-// Rounds to nearest, ties to even.
+// Rounds to nearest, ties to even. A choice and no branch: loops over it become vector code.
 MOSA_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40u;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);  // NaN stays NaN
 }
 
 MOSA_HOST_DEVICE inline float float16_to_float(uint16_t half) {

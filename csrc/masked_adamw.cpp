@@ -40,12 +40,12 @@ Moves moves_of(const AdamWTensor& t, float lr, const AdamWOptions& options) {
   return found;
 }
 
-// Some entries as floats.
+// Some entries as floats, each kind in its own memory.
 struct Floats {
-  float* param;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
+  float* __restrict param;
+  const float* __restrict grad;
+  float* __restrict exp_avg;
+  float* __restrict exp_avg_sq;
 };
 
 // All of them by one move.
@@ -64,8 +64,8 @@ inline float choose(uint32_t all_ones_or_zero, float a, float b) {
 }
 
 // Each by its own move. Chosen, not multiplied: what stands still does so bit by bit, whatever its gradient holds.
-void advance_each(Floats at, int count, const float* step_size, const float* root_scale, float decay,
-                  const AdamWOptions& o) {
+void advance_each(Floats at, int count, const float* __restrict step_size, const float* __restrict root_scale,
+                  float decay, const AdamWOptions& o) {
   for (int i = 0; i < count; ++i) {
     const AdamWEntry old = {at.param[i], at.exp_avg[i], at.exp_avg_sq[i]};
     const AdamWEntry entry = advance(old, at.grad[i], {step_size[i], root_scale[i]}, decay, o);
@@ -76,24 +76,31 @@ void advance_each(Floats at, int count, const float* step_size, const float* roo
   }
 }
 
-// The entries [first, first + count) of a tensor, at most kPiece, which share a move if they have no owners.
-void advance_piece(const AdamWTensor& t, int64_t first, int count, int expert, const Moves& moves, float decay,
-                   const AdamWOptions& options) {
-  float step_size[kPiece], root_scale[kPiece];
-  if (t.owner != nullptr && moves.alike) {  // a comparison, which is vector code, where a look-up is not
-    const float step = moves.step_size[moves.first], root = moves.root_scale[moves.first];
-    for (int i = 0; i < count; ++i) {
-      const uint32_t place = static_cast<uint32_t>(t.owner[first + i]) - static_cast<uint32_t>(moves.first);
-      step_size[i] = step;
-      root_scale[i] = choose(0u - static_cast<uint32_t>(place < static_cast<uint32_t>(moves.count)), root, 0.0f);
-    }
-  } else if (t.owner != nullptr) {
+// What each entry's owner does.
+void moves_of_entries(const AdamWTensor& t, int64_t first, int count, const Moves& moves, float* step_size,
+                      float* root_scale) {
+  if (!moves.alike) {
     for (int i = 0; i < count; ++i) {
       const uint8_t owner = t.owner[first + i];
       step_size[i] = moves.step_size[owner];
       root_scale[i] = moves.root_scale[owner];
     }
+    return;
   }
+  const float step = moves.step_size[moves.first], root = moves.root_scale[moves.first];
+  const auto begin = static_cast<uint32_t>(moves.first), experts = static_cast<uint32_t>(moves.count);
+  for (int i = 0; i < count; ++i) {  // a comparison, which is vector code, where a look-up is not
+    step_size[i] = step;
+    root_scale[i] = choose(0u - static_cast<uint32_t>(t.owner[first + i] - begin < experts), root, 0.0f);
+  }
+}
+
+// The entries [first, first + count) of a tensor, at most kPiece; without owners they are of one expert.
+template <uint8_t kType>
+void advance_piece(const AdamWTensor& t, int64_t first, int count, int expert, const Moves& moves, float decay,
+                   const AdamWOptions& options) {
+  float step_size[kPiece], root_scale[kPiece];
+  if (t.owner != nullptr) moves_of_entries(t, first, count, moves, step_size, root_scale);
   const auto run = [&](Floats at) {
     if (t.owner == nullptr) {
       advance_alike(at, count, {moves.step_size[expert], moves.root_scale[expert]}, decay, options);
@@ -101,25 +108,36 @@ void advance_piece(const AdamWTensor& t, int64_t first, int count, int expert, c
       advance_each(at, count, step_size, root_scale, decay, options);
     }
   };
-  if (t.dtype == kFloat32) {
+  if (kType == kFloat32) {
     run({static_cast<float*>(t.param) + first, static_cast<const float*>(t.grad) + first,
          static_cast<float*>(t.exp_avg) + first, static_cast<float*>(t.exp_avg_sq) + first});
     return;
   }
   float param[kPiece], grad[kPiece], exp_avg[kPiece], exp_avg_sq[kPiece];
-  for (int i = 0; i < count; ++i) {
-    param[i] = load_float(t.param, t.dtype, first + i);
-    grad[i] = load_float(t.grad, t.dtype, first + i);
-    exp_avg[i] = load_float(t.exp_avg, t.dtype, first + i);
-    exp_avg_sq[i] = load_float(t.exp_avg_sq, t.dtype, first + i);
-  }
+  const auto load = [&](const void* data, float* to) {
+    for (int i = 0; i < count; ++i) to[i] = load_float(data, kType, first + i);
+  };
+  load(t.param, param);
+  load(t.grad, grad);
+  load(t.exp_avg, exp_avg);
+  load(t.exp_avg_sq, exp_avg_sq);
   run({param, grad, exp_avg, exp_avg_sq});
-  for (int i = 0; i < count; ++i) {
-    if (t.owner != nullptr && root_scale[i] == 0.0f) continue;  // its bits may be those of a NaN
-    store_float(t.param, t.dtype, first + i, param[i]);
-    store_float(t.exp_avg, t.dtype, first + i, exp_avg[i]);
-    store_float(t.exp_avg_sq, t.dtype, first + i, exp_avg_sq[i]);
-  }
+  const auto store = [&](void* data, const float* from) {
+    if (t.owner == nullptr) {
+      for (int i = 0; i < count; ++i) store_float(data, kType, first + i, from[i]);
+      return;
+    }
+    auto* to = static_cast<uint16_t*>(data) + first;
+    for (int i = 0; i < count; ++i) {  // what stands still keeps its bits, which may be those of a NaN
+      uint16_t rounded;
+      store_float(&rounded, kType, 0, from[i]);
+      const auto moving = static_cast<uint16_t>(0u - static_cast<uint32_t>(root_scale[i] != 0.0f));
+      to[i] = static_cast<uint16_t>((rounded & moving) | (to[i] & ~moving));
+    }
+  };
+  store(t.param, param);
+  store(t.exp_avg, exp_avg);
+  store(t.exp_avg_sq, exp_avg_sq);
 }
 
 void advance_item(const AdamWTensor& t, int64_t first, int64_t last, const Moves& moves, float decay,
@@ -130,7 +148,10 @@ void advance_item(const AdamWTensor& t, int64_t first, int64_t last, const Moves
     const int64_t expert = first / part;
     const int64_t end = std::min({last, first + kPiece, (expert + 1) * part});
     if (t.owner != nullptr || moves.root_scale[expert] != 0.0f) {
-      advance_piece(t, first, static_cast<int>(end - first), static_cast<int>(expert), moves, decay, options);
+      const auto piece = t.dtype == kFloat32   ? advance_piece<kFloat32>
+                         : t.dtype == kFloat16 ? advance_piece<kFloat16>
+                                               : advance_piece<kBFloat16>;
+      piece(t, first, static_cast<int>(end - first), static_cast<int>(expert), moves, decay, options);
     }
     first = end;
   }
