@@ -3,7 +3,7 @@
     python benchmarks/multitask.py benchmarks/accuracy/multitask
 
 One frozen backbone, one classifier a task, every update on as many images of each task. At inference the task of an
-image is known. Each variant's learning rate (and dropout) is chosen by the validation accuracy of four seeds of their
+image is known. Each variant's learning rate (and scale) is chosen by the validation accuracy of four seeds of their
 own; then every seed tests once. Runs that are done are not done again.
 """
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -110,6 +110,16 @@ def variants(tasks: int) -> tuple[Variant, ...]:
     )
 
 
+class Numbers(NamedTuple):
+    """A learning rate, and a scale of the adapters or None for the style's own."""
+
+    lr: float
+    scale: float | None
+
+    def __str__(self) -> str:
+        return f"{self.lr:g}" if self.scale is None else f"{self.lr:g}, scale {self.scale:g}"
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that decides one run's numbers."""
@@ -122,12 +132,20 @@ class Run:
     lr: float
     seed: int
     test: bool
+    scale: float | None = None  # of the adapters; None: the style's own
+
+    @property
+    def numbers(self) -> Numbers:
+        """What validation chooses."""
+        return Numbers(self.lr, self.scale)
 
     def path(self, folder: Path) -> Path:
         """Its file."""
         record = asdict(self)
         for name in ("title", "origin", "tuned_as"):
             del record["variant"][name]
+        if self.scale is None:
+            del record["scale"]
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
         return folder / f"{'test' if self.test else 'tune'}-{self.variant.key}-{self.seed}-{digest}.json"
 
@@ -162,6 +180,8 @@ def train(run: Run) -> dict[str, Any]:
     backbone = create_backbone(run.model, 0)
     adapter = dict(run.variant.adapter)
     bottleneck = run.bottleneck * adapter.pop("wide", 1)
+    if run.scale is not None:
+        adapter["scale"] = run.scale
     mk.inject_adapter(backbone, mk.MoSAConfig(bottleneck=bottleneck, seed=run.seed, **adapter))
     model = Tasks(backbone, [part.num_classes for part in parts])
     loaders = [make_loaders(part, data_config(backbone, None), PER_TASK, seed=run.seed) for part in parts]
@@ -190,6 +210,7 @@ def train(run: Run) -> dict[str, Any]:
     return {
         "variant": run.variant.key,
         "lr": run.lr,
+        "scale": run.scale,
         "seed": run.seed,
         "on": "test" if run.test else "validation",
         "accuracies": {**accuracies, MEAN: statistics.fmean(accuracies.values())},
@@ -241,7 +262,7 @@ def do_all(runs: Sequence[Run], folder: Path, workers: int, console: Console) ->
 
     def tell(run: Run, result: Mapping[str, Any]) -> None:
         console.print(
-            f"{next(done)}/{len(missing)} {run.variant.key} lr {run.lr:g} seed {run.seed}: "
+            f"{next(done)}/{len(missing)} {run.variant.key} lr {run.numbers} seed {run.seed}: "
             f"{result['accuracies'][MEAN]:.2f} % on {result['on']} ({result['seconds']:.0f} s)",
             highlight=False,
         )
@@ -300,7 +321,7 @@ class Comparison:
     Attributes:
         compared: the variants.
         base: a run whose variant, learning rate, seed and split are still to be set.
-        rates: learning rates to choose from.
+        rates, scales: what to choose from.
         seeds, tuning_seeds: of the tests, and of the runs that choose.
     """
 
@@ -309,18 +330,19 @@ class Comparison:
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
+    scales: tuple[float | None, ...] = (None,)
 
     def tuning(self) -> list[Run]:
         """The runs that choose."""
         own = [variant for variant in self.compared if variant.key == self._chooser(variant)]
-        grid = itertools.product(own, self.rates, self.tuning_seeds)
-        return [replace(self.base, variant=variant, lr=lr, seed=seed) for variant, lr, seed in grid]
+        grid = itertools.product(own, self.rates, self.scales, self.tuning_seeds)
+        return [replace(self.base, variant=variant, lr=lr, scale=scale, seed=seed) for variant, lr, scale, seed in grid]
 
-    def tests(self, chosen: Mapping[str, float]) -> list[Run]:
+    def tests(self, chosen: Mapping[str, Numbers]) -> list[Run]:
         """The runs that are reported."""
         grid = itertools.product(self.compared, self.seeds)
         return [
-            replace(self.base, variant=variant, lr=chosen[self._chooser(variant)], seed=seed, test=True)
+            replace(self.base, variant=variant, **chosen[self._chooser(variant)]._asdict(), seed=seed, test=True)
             for variant, seed in grid
         ]
 
@@ -336,30 +358,30 @@ class Comparison:
         )
 
 
-Accuracies = dict[str, dict[float, list[float]]]
+Accuracies = dict[str, dict[Numbers, list[float]]]
 
 
 def accuracies_of(runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> Accuracies:
-    """By variant and learning rate, the mean over tasks of each seed."""
+    """By variant and its numbers, the mean over tasks of each seed."""
     found: Accuracies = {}
     for run, result in zip(runs, results, strict=True):
-        found.setdefault(run.variant.key, {}).setdefault(run.lr, []).append(result["accuracies"][MEAN])
+        found.setdefault(run.variant.key, {}).setdefault(run.numbers, []).append(result["accuracies"][MEAN])
     return found
 
 
-def best(tried: Accuracies) -> dict[str, float]:
-    """The learning rate of each variant."""
-    return {key: max(by_lr, key=lambda lr: statistics.fmean(by_lr[lr])) for key, by_lr in tried.items()}
+def best(tried: Accuracies) -> dict[str, Numbers]:
+    """The numbers of each variant."""
+    return {key: max(found, key=lambda numbers: statistics.fmean(found[numbers])) for key, found in tried.items()}
 
 
 def report(comparison: Comparison, tried: Accuracies, runs: Sequence[Run], results: Sequence[Any], output: Path) -> str:
     """Writes table, picture and record; returns the Markdown."""
     tasks, title = comparison.base.tasks, comparison.title
     by_variant: dict[str, list[Any]] = {variant.key: [] for variant in comparison.compared}
-    rates: dict[str, float] = {}
+    chosen: dict[str, str] = {}
     for run, result in zip(runs, results, strict=True):
         by_variant[run.variant.key].append(result)
-        rates[run.variant.key] = run.lr
+        chosen[run.variant.key] = str(run.numbers)
     measured = {key: [result["accuracies"] for result in found] for key, found in by_variant.items()}
     rows = [("", "stored", "lr", *(name.rpartition(":")[2] for name in tasks), MEAN)]
     for variant in comparison.compared:
@@ -367,7 +389,7 @@ def report(comparison: Comparison, tried: Accuracies, runs: Sequence[Run], resul
         for name in (*tasks, MEAN):
             values = [each[name] for each in measured[variant.key]]
             cells.append(f"{statistics.fmean(values):.1f}" + (f" ± {spread(values):.1f}" if len(values) > 1 else ""))
-        rows.append((variant.title, f"{by_variant[variant.key][0]['stored']:,}", f"{rates[variant.key]:g}", *cells))
+        rows.append((variant.title, f"{by_variant[variant.key][0]['stored']:,}", chosen[variant.key], *cells))
     ours = next(variant for variant in comparison.compared if variant.key == OURS)
     differences = [
         difference(ours.title, other.title, measured[OURS], measured[other.key])
@@ -375,10 +397,12 @@ def report(comparison: Comparison, tried: Accuracies, runs: Sequence[Run], resul
         if other != ours
     ]
     spent = sum(result["seconds"] for result in results)
+    given = [f"{scale:g}" for scale in comparison.scales if scale is not None]
+    scales = f" and the scale of the adapters from {', '.join(given)}" if given else ""
     parts = [
         f"# {title}",
         f"Test accuracy in percent, ± over seeds. {PER_TASK} images of each task an update; learning rates chosen from "
-        f"{', '.join(f'{lr:g}' for lr in comparison.rates)} by the validation accuracy of "
+        f"{', '.join(f'{lr:g}' for lr in comparison.rates)}{scales} by the validation accuracy of "
         f"{len(comparison.tuning_seeds)} other seed(s).",
         markdown_table(rows),
         "Seed by seed:",
@@ -390,8 +414,8 @@ def report(comparison: Comparison, tried: Accuracies, runs: Sequence[Run], resul
         "title": title,
         "tasks": tasks,
         "measured": measured,
-        "tried": tried,
-        "rates": rates,
+        "tried": {key: {str(numbers): values for numbers, values in found.items()} for key, found in tried.items()},
+        "chosen": chosen,
         "differences": [{**asdict(each), "mean": each.mean, "verdict": each.verdict} for each in differences],
         "data": results[0]["data"],
         "machine": results[0]["machine"],
@@ -412,6 +436,7 @@ def main(
     bottleneck: Annotated[int, typer.Option(help="r of one adapter.", min=1)] = 64,
     updates: Annotated[int, typer.Option(help=f"Each on {PER_TASK} images of every task.", min=EPOCHS)] = 400,
     rate: Annotated[list[float] | None, typer.Option(help="A learning rate to choose from; repeat.")] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Of the adapters, to choose from; repeat.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=TUNING_SEEDS[0])] = 8,
     tuning_seeds: Annotated[int, typer.Option(min=1, max=len(TUNING_SEEDS))] = len(TUNING_SEEDS),
     workers: Annotated[int, typer.Option(help="Processes of one thread each; 1: this one.", min=1)] = 2,
@@ -424,7 +449,9 @@ def main(
         raise typer.BadParameter(f"expected at least two different tasks, got {', '.join(tasks)}", param_hint="--task")
     compared = selected(variant, len(tasks))
     base = Run(compared[0], model, tasks, bottleneck, updates, rates[0], 0, test=False)
-    comparison = Comparison(compared, base, rates, tuple(range(seeds)), TUNING_SEEDS[:tuning_seeds])
+    comparison = Comparison(
+        compared, base, rates, tuple(range(seeds)), TUNING_SEEDS[:tuning_seeds], tuple(scale or (None,))
+    )
     tuning = comparison.tuning()
     tried = accuracies_of(tuning, do_all(tuning, output / "cells", workers, console))
     tests = comparison.tests(best(tried))

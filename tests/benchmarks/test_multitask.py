@@ -33,6 +33,7 @@ def compare(output: Path, **changes: object) -> dict:
         "bottleneck": 4,
         "updates": 10,
         "rate": [0.01],
+        "scale": None,
         "seeds": 1,
         "tuning_seeds": 1,
         "workers": 1,
@@ -65,6 +66,18 @@ def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) ->
     values = [a["mean"] for runs in record["measured"].values() for a in runs]
     values += [value for by_lr in record["tried"].values() for each in by_lr.values() for value in each]
     assert 12.5 in values  # read, not run again
+
+
+def test_a_scale_is_chosen_beside_the_learning_rate(tmp_path: Path) -> None:
+    record = compare(tmp_path, scale=[0.1, 3.0])
+    labels = ["0.01, scale 0.1", "0.01, scale 3"]
+    for key, tried in record["tried"].items():
+        assert list(tried) == labels
+        assert tried[labels[0]] != tried[labels[1]]  # it reaches the adapters
+        assert record["chosen"][key] == max(labels, key=lambda label: tried[label][0])
+    assert "and the scale of the adapters from 0.1, 3 by" in (tmp_path / "multitask.md").read_text()
+    run = multitask.Run(multitask.variants(2)[0], "model", ("a", "b"), 4, 10, 0.01, 0, False)
+    assert run.path(tmp_path) != multitask.replace(run, scale=0.1).path(tmp_path)
 
 
 def test_wrong_words_are_named(tmp_path: Path) -> None:
