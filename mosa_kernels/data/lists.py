@@ -52,6 +52,30 @@ def locate(prefix: str, benchmark: str, address: str, root: str | Path | None = 
     return folder, row
 
 
+def find_folder(parent: str | Path, benchmark: str, name: str) -> Path:
+    """The folder of a data set below another, by its usual name or by another name in use.
+
+    Args:
+        parent: the folder that holds the benchmark's data sets.
+        benchmark: as in `Published`.
+        name: the usual name; its folder is returned, whether it exists or not, where there is no other.
+
+    Raises:
+        ValueError: not the usual name, but several others are there.
+    """
+    usual, row = Path(parent) / name, find_published(benchmark, name)
+    if usual.is_dir() or row is None or not Path(parent).is_dir():
+        return usual
+    others = [path for path in sorted(Path(parent).iterdir()) if find_published(benchmark, path.name) == row]
+    found = [path for path in others if path.is_dir()]
+    if len(found) > 1:
+        raise ValueError(
+            f"{parent}: expected one folder of {row.title}, got {', '.join(path.name for path in found)}; call the one "
+            f"that is meant {row.name}"
+        )
+    return found[0] if found else usual
+
+
 def dataset_of(listed: Listed, images: Path, obtained: str) -> FileDataset:
     """The files of a list.
 
@@ -158,5 +182,6 @@ def compared(splits: DataSplits, row: Published | None) -> DataSplits:
     """A data set that another reader opened, with its differences from Table 11; unchanged where it has no row."""
     if row is None:
         return splits
-    sizes = (len(splits.train), len(splits.validation), len(splits.test))
+    held = 0 if splits.validation_in_train else len(splits.validation)
+    sizes = (len(splits.train), held, len(splits.test))
     return dataclasses.replace(splits, benchmark=row.benchmark, differs=differences(row, splits.num_classes, *sizes))

@@ -10,7 +10,7 @@ from pathlib import Path
 from mosa_kernels.data.fgvc import open_fgvc
 from mosa_kernels.data.folders import open_folder
 from mosa_kernels.data.lists import compared
-from mosa_kernels.data.named import open_timm, open_torchvision
+from mosa_kernels.data.named import open_timm, open_torchvision, train_on_all
 from mosa_kernels.data.noise import with_label_noise
 from mosa_kernels.data.offline import OFFLINE_TASKS, open_offline
 from mosa_kernels.data.published import GICD, find_published
@@ -40,6 +40,7 @@ def open_data(
         vtab1000:/root/cifar                    the same for the final run: all 1000 images to train on
         fgvc:/root/CUB_200_2011                 a fine-grained data set with VPT's json splits; see `fgvc.py`
         torchvision:CIFAR100                    a class of torchvision.datasets, files under `root`
+        torchvision-all:CIFAR100                the same for the final run: its validation images are trained on, too
         timm:hfds/uoft-cs/cifar100              any name that timm.data.create_dataset takes
         anything else                           a folder of images: train/ val/ test/, or one folder of classes
 
@@ -67,8 +68,8 @@ def open_data(
         splits = open_vtab(name, root=root, final=kind == "vtab1000", verify=verify)
     elif kind == "fgvc" and name:
         splits = open_fgvc(name, root=root, verify=verify)
-    elif kind in ("torchvision", "timm") and name:
-        opener = open_torchvision if kind == "torchvision" else open_timm
+    elif kind in ("torchvision", "torchvision-all", "timm") and name:
+        opener = open_timm if kind == "timm" else open_torchvision
         splits = opener(
             name,
             root=root,
@@ -78,14 +79,15 @@ def open_data(
             download=download,
             split_names=split_names,
         )
-        splits = compared(splits, find_published(GICD, name) if kind == "torchvision" else None)
+        splits = train_on_all(splits) if kind == "torchvision-all" else splits
+        splits = compared(splits, find_published(GICD, name) if kind != "timm" else None)
     elif Path(text).expanduser().is_dir():
         splits = open_folder(text, seed=seed, validation_share=validation_share, test_share=test_share, verify=verify)
     else:
         raise FileNotFoundError(
             f"data: {text!r} is neither a folder nor a name; expected a folder of images, "
             f"{', '.join('offline:' + task for task in OFFLINE_TASKS)}, "
-            "vtab:<folder>, vtab1000:<folder>, fgvc:<folder>, torchvision:<class> or timm:<name>"
+            "vtab:<folder>, vtab1000:<folder>, fgvc:<folder>, torchvision:<class>, torchvision-all:<class> or timm:<name>"
         )
     if label_preserving is not None:
         splits = dataclasses.replace(splits, label_preserving=frozenset(label_preserving))

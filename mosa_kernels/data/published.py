@@ -22,7 +22,7 @@ class Published:
         benchmark: "VTAB-1k", "FGVC" or "GICD".
         title: as in the paper's tables.
         classes, train, validation, test: numbers of classes and of images; a validation of None is one that the
-            table leaves open, held out of the training images.
+            table leaves open; its number of training images counts all.
         group: of VTAB-1k: "natural", "specialized" or "structured".
         aliases: other names in use.
     """
@@ -122,12 +122,13 @@ def differences(row: Published, classes: int, train: int, validation: int, test:
     Args:
         row: of the table.
         classes, train, validation, test: what was found. A training set that holds the validation images too counts
-            with them, and `validation` is then 0.
+            with them, and `validation` is then 0; images held out of a training set that the table gives as a whole
+            are a difference.
     """
     found = [("classes", classes, row.classes)]
-    if row.validation is None or validation == 0:
+    if validation == 0:
         found.append(("training and validation images", train + validation, row.train + (row.validation or 0)))
     else:
-        found += [("training images", train, row.train), ("validation images", validation, row.validation)]
+        found += [("training images", train, row.train), ("validation images", validation, row.validation or 0)]
     found.append(("test images", test, row.test))
     return tuple(f"{here:,} {what} instead of {there:,}" for what, here, there in found if here != there)

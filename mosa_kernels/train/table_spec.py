@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels.data.lists import find_folder
+from mosa_kernels.data.published import FGVC, VTAB
 from mosa_kernels.peft.styles import STYLES
 from mosa_kernels.train.methods import DEFAULT_STYLE, METHODS, AdapterOptions
 from mosa_kernels.train.recipe import make_recipe
@@ -18,6 +20,7 @@ from mosa_kernels.train.settings import Settings
 
 SPEC = Path(__file__).resolve().parent.parent / "assets" / "tables.json"
 ADAPTER_OPTIONS = frozenset(option.name for option in dataclasses.fields(AdapterOptions))
+BENCHMARKS = {"fgvc": FGVC, "vtab": VTAB, "vtab1000": VTAB}  # by the kind of address
 INITIAL_SEED = 1000  # added to the data's seed: initial weights, splits, experts and order have seeds of their own
 
 
@@ -92,6 +95,7 @@ class Table:
         claims: pairs of row keys of which the paper says that the first is better.
         added: pairs of row keys of which the paper says nothing, such as its method and what is added to its rows.
         tune: fewer values for numbers that a row chooses, where another table has shown which.
+        tune_more: values of further numbers of the recipe, from which every row chooses.
         by_task: differences are told task by task rather than of the mean over tasks.
         sweep: the adapter option that runs through several values, or None.
         unavailable: titles of rows that this version cannot train, with the reason.
@@ -110,6 +114,7 @@ class Table:
     added: tuple[tuple[str, str], ...]
     unavailable: Mapping[str, str]
     tune: Mapping[str, list[float]] = field(default_factory=dict)
+    tune_more: Mapping[str, Sequence[float]] = field(default_factory=dict)
     by_task: bool = False
     sweep: str | None = None
 
@@ -145,11 +150,19 @@ def suite_of(number: str) -> str:
     return suite
 
 
+def whole_path(path: str | Path) -> str:
+    """A path as it is spelled in addresses and settings, so that a run has one identity however it was given."""
+    return str(Path(path).expanduser().resolve())
+
+
 def read_table(number: str, root: str | None = None) -> Table:
     """A table over the paper's data sets below `root`, or over offline tasks.
 
+    A data set's folder below `root` may have any of the names in use.
+
     Raises:
-        ValueError: no such table, or one that needs a backbone that does not exist offline.
+        ValueError: no such table, one that needs a backbone that does not exist offline, or several folders of a data
+            set.
     """
     suite = suite_of(number)
     spec = read_spec()
@@ -203,8 +216,16 @@ def read_table(number: str, root: str | None = None) -> Table:
 def _task(entry: Mapping[str, Any], root: str | None) -> Task:
     values = {"tuning_data": entry["data"], "tuned_on": entry["name"], **entry}
     if root is not None:
-        values |= {key: values[key].replace("{root}", root) for key in ("data", "tuning_data")}
+        values |= {key: _below(root, values[key]) for key in ("data", "tuning_data")}
     return Task(**values)
+
+
+def _below(root: str, address: str) -> str:
+    """An address of the file with its folder below `root`, whatever that folder's name."""
+    kind, _, place = address.partition(":")
+    if not place.startswith("{root}/"):
+        return address
+    return f"{kind}:{find_folder(whole_path(root), BENCHMARKS[kind], place.removeprefix('{root}/'))}"
 
 
 def _row(entry: Mapping[str, Any], columns: list[str]) -> Row:
@@ -242,7 +263,7 @@ def candidates(table: Table, row: Row) -> list[dict[str, float]]:
     rates, style = scale["rates"], _style(variant, row)
     kind = variant.get("rates", style if style in rates else "adapter")
     grid = {scale["rate"]: rates[kind], **variant.get("tune", {})}
-    grid |= {name: values for name, values in table.tune.items() if name in grid}
+    grid |= {name: values for name, values in table.tune.items() if name in grid} | table.tune_more
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -265,8 +286,8 @@ class Changes:
 
     Attributes:
         recipe: overrides, for a quick look.
-        checkpoint: weights of the backbone.
-        data_root: of data sets that need one.
+        checkpoint: weights of the backbone; a path, made whole.
+        data_root: of data sets that need one, made whole.
         mixed_precision, workers: as in `Settings`.
     """
 
@@ -275,6 +296,11 @@ class Changes:
     data_root: str | None = None
     mixed_precision: str = "no"
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint", "data_root"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_path(getattr(self, name)))
 
 
 def cell_settings(

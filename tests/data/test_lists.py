@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mosa_kernels.cli.main import app
 from mosa_kernels.data import open_data
+from mosa_kernels.data.lists import find_folder
 from mosa_kernels.data.loaders import make_loaders
 from mosa_kernels.data.published import FGVC, GICD, PUBLISHED, VTAB, differences, find_published, names_of
 
@@ -135,6 +136,18 @@ def test_a_folder_may_have_any_name_when_the_data_set_is_named(tmp_path: Path) -
         open_data(f"vtab:{root}")
 
 
+def test_the_folder_of_a_data_set_is_found_by_any_of_its_names(tmp_path: Path) -> None:
+    assert find_folder(tmp_path, "VTAB-1k", "cifar") == tmp_path / "cifar"  # none there: the usual one, to be named
+    (tmp_path / "cifar100").mkdir()
+    (tmp_path / "clevr_count").mkdir()
+    assert find_folder(tmp_path, "VTAB-1k", "cifar") == tmp_path / "cifar100"
+    (tmp_path / "vtab-cifar").mkdir()
+    with pytest.raises(ValueError, match="one folder of CIFAR-100, got cifar100, vtab-cifar; call .* cifar"):
+        find_folder(tmp_path, "VTAB-1k", "cifar")
+    (tmp_path / "cifar").mkdir()
+    assert find_folder(tmp_path, "VTAB-1k", "cifar") == tmp_path / "cifar"
+
+
 def test_a_relative_folder_is_below_the_root(tmp_path: Path) -> None:
     write_vtab(tmp_path / "dtd")
     assert open_data("vtab:dtd", root=tmp_path).fingerprint == open_data(f"vtab:{tmp_path / 'dtd'}").fingerprint
@@ -254,8 +267,10 @@ def test_differences_are_named_one_by_one() -> None:
     assert differences(cub, 200, 5394, 600, 5794) == ()
     assert differences(cub, 200, 5994, 0, 5794) == ()
     assert differences(cub, 201, 5394, 600, 5794) == ("201 classes instead of 200",)
-    assert differences(food, 101, 68175, 7575, 25250) == ()  # validation held out of the training images
-    assert differences(food, 101, 68175, 7574, 25250) == ("75,749 training and validation images instead of 75,750",)
+    assert differences(food, 101, 75750, 0, 25250) == ()  # trained on all
+    assert differences(food, 101, 75749, 0, 25250) == ("75,749 training and validation images instead of 75,750",)
+    held = ("68,175 training images instead of 75,750", "7,575 validation images instead of 0")
+    assert differences(food, 101, 68175, 7575, 25250) == held
 
 
 def test_check_data_exits_with_1_and_says_why(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def write_food(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "sizes", "first_difference"),
     [
-        ("CIFAR100", write_cifar100, (200, 100, 100), "300 training and validation images instead of 50,000"),
+        ("CIFAR100", write_cifar100, (200, 100, 100), "200 training images instead of 50,000"),
         ("FGVCAircraft", write_aircraft, (4, 2, 6), "2 classes instead of 100"),
         ("Food101", write_food, (36, 4, 10), "2 classes instead of 101"),
     ],
@@ -93,6 +93,17 @@ def test_the_general_data_sets_are_compared_with_table_11(
     assert (len(splits.train), len(splits.validation), len(splits.test)) == sizes
     assert splits.benchmark == "GICD"
     assert splits.differs[0] == first_difference
+    # The final run trains on every image that is not a test image.
+    final = open_data(f"torchvision-all:{name}", root=tmp_path)
+    assert (len(final.train), len(final.validation), len(final.test)) == (sizes[0] + sizes[1], *sizes[1:])
+    assert final.validation_in_train
+    assert final.fingerprint != splits.fingerprint
+    held = [(np.asarray(image).tobytes(), label) for image, label in (final.validation[i] for i in range(sizes[1]))]
+    trained = {(np.asarray(final.train[i][0]).tobytes(), final.train[i][1]) for i in range(len(final.train))}
+    assert set(held) <= trained
+    assert not any(each.startswith(f"{sizes[1]} validation images") for each in final.differs)
+    with pytest.raises(IndexError, match="index: expected 0 to"):
+        final.train[len(final.train)]
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
@@ -100,7 +102,45 @@ def test_real_tasks_are_the_papers_data_sets():
     vtab = read_table("2", "/data").tasks
     assert [task.data for task in vtab] == [f"vtab1000:/data/{name}" for name in names_of(VTAB)]
     assert [task.tuning_data for task in vtab] == [f"vtab:/data/{name}" for name in names_of(VTAB)]
-    assert [task.data for task in read_table("3", "/d").tasks] == [f"torchvision:{name}" for name in names_of(GICD)]
+    gicd = read_table("3", "/d").tasks  # the held-out images choose, and are trained on in the end
+    assert [task.data for task in gicd] == [f"torchvision-all:{name}" for name in names_of(GICD)]
+    assert [task.tuning_data for task in gicd] == [f"torchvision:{name}" for name in names_of(GICD)]
+
+
+def test_folders_may_have_any_name_in_use(tmp_path: Path):
+    for name in ("cifar100", "flowers102", "svhn"):
+        (tmp_path / name).mkdir()
+    tasks = {task.name: task for task in read_table("2", str(tmp_path)).tasks}
+    assert tasks["CIFAR-100"].data == f"vtab1000:{tmp_path}/cifar100"
+    assert tasks["Flowers102"].tuning_data == f"vtab:{tmp_path}/flowers102"
+    assert tasks["SVHN"].data == f"vtab1000:{tmp_path}/svhn"
+    assert tasks["DTD"].data == f"vtab1000:{tmp_path}/dtd"
+    (tmp_path / "cub").mkdir()
+    assert read_table("1", str(tmp_path)).tasks[0].data == f"fgvc:{tmp_path}/cub"
+
+
+def test_a_run_is_the_same_however_its_folder_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    spelled = (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/x/..", ".", "")
+    cells = []
+    for root in spelled:
+        table = read_table("2", root)
+        changes = Changes(data_root=root, checkpoint=f"{root or '.'}/B.npz")
+        cells.append(Grid(table, changes).tuning_cells(table.rows[0], table.tasks[0])[0][0])
+    assert {cell.settings.data for cell in cells} == {f"vtab:{tmp_path}/cifar"}
+    assert len({cell.identity for cell in cells}) == 1
+
+
+def test_weight_decay_can_be_chosen_like_a_learning_rate():
+    table = read_table("9")
+    more = dataclasses.replace(table, tune_more={"weight_decay": (0.01, 0.0)})
+    row = by_variant("9")["mosa-n2"]
+    assert len(candidates(more, row)) == 2 * len(candidates(table, row))
+    cells = [group[0] for group in Grid(more, Changes(), 1, 1).tuning_cells(row, table.tasks[0])]
+    assert {cell.settings.recipe.weight_decay for cell in cells} == {0.01, 0.0}
+    # 0.01 is the recipe's own: those runs are the ones of the table as it is
+    plain = {group[0].identity for group in Grid(table, Changes(), 1, 1).tuning_cells(row, table.tasks[0])}
+    assert plain < {cell.identity for cell in cells}
 
 
 @pytest.mark.parametrize("number", OFFLINE)
