@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +45,10 @@ def table(
     loaders: Annotated[int, typer.Option(help="Processes a run that read images.", min=0)] = 0,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16, fp16.")] = "no",
     epochs: Annotated[int | None, typer.Option(help="Another length of each run.", min=1)] = None,
+    augment: Annotated[str | None, typer.Option(help="none, light, paper, official: of every run.")] = None,
+    weight_decay: Annotated[
+        str | None, typer.Option(help="Of every run; of several, as 0.01,0, validation chooses for each row and task.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of each run: not the real figures.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say how many runs there are, and run none.")] = False,
 ) -> None:
@@ -56,9 +60,14 @@ def table(
     with plain_errors():
         require_writable(output, folder=True)
         roots = {"fgvc": fgvc, "vtab": vtab, "gicd": gicd}
-        recipe = {"epochs": epochs} if epochs is not None else QUICK if quick else {}
-        grids = []
-        for wanted in PAPERS if number == "all" else (number,):
+        numbers = PAPERS if number == "all" else (number,)
+        check_folders(roots, numbers)
+        recipe: dict[str, Any] = {"epochs": epochs} if epochs is not None else dict(QUICK) if quick else {}
+        if augment is not None:
+            recipe["augment"] = augment
+        tune_more = {} if weight_decay is None else {"weight_decay": numbers_of("weight_decay", weight_decay)}
+        grids, left_out = [], []
+        for wanted in numbers:
             root = roots.get(suite_of(wanted))
             changes = Changes(
                 recipe=recipe,
@@ -72,11 +81,18 @@ def table(
             except ValueError as error:
                 if number != "all":
                     raise
-                console.print(f"left out: {error}", highlight=False)
+                left_out.append(str(error))
                 continue
-            grids.append(Grid(found, changes, seeds, tuning_seeds))
+            grids.append(Grid(dataclasses.replace(found, tune_more=tune_more), changes, seeds, tuning_seeds))
+        if not grids:
+            raise ValueError(f"no table is left: {'; '.join(left_out)}")
+        for why in left_out:
+            console.print(f"left out: {why}", highlight=False)
+        if checkpoint is not None:
+            check_one_backbone(grids)
         processes = workers or usual_workers()
         choosing, testing = count_cells(grids)
+        console.print(where_from(grids), highlight=False)
         console.print(
             f"{len(grids)} table(s): {choosing} runs that choose on validation images, at most {testing} that test; "
             f"{processes} process(es); results in {output}/",
@@ -87,14 +103,12 @@ def table(
             left = len(missing_cells(chosen, output / "cells"))
             console.print(f"{choosing - left} of the {choosing} are done", highlight=False)
             return
-        began = time.perf_counter()
         check_data_of(grids)
         watch(grids, output / "cells", processes, console)
         facts = {
             "command": shlex.join(["mosa-kernels", *sys.argv[1:]]) if sys.argv[0].endswith("mosa-kernels") else "",
             "machine": machine(),
             "processes": processes,
-            "wall_seconds_of_this_command": round(time.perf_counter() - began),
             "versions": versions(),
             "quick": quick,
         }
@@ -126,6 +140,63 @@ def restrict(table: Table, tasks: str | None, rows: str | None) -> Table:
         tasks=tuple(task for task in table.tasks if task.name in wanted["tasks"]),
         rows=tuple(row for row in table.rows if row.variant in wanted["rows"]),
     )
+
+
+def check_folders(roots: Mapping[str, Path | None], numbers: Sequence[str]) -> None:
+    """Refuses folders of data that do not exist or that no table wants, rather than run offline tasks unasked.
+
+    Raises:
+        ValueError: a folder of another suite than the tables need.
+        NotADirectoryError: no such folder.
+    """
+    needed = {number: suite_of(number) for number in numbers}
+    for suite, root in roots.items():
+        if root is None:
+            continue
+        if suite not in needed.values():
+            wants = [f"--{name}" if name in roots else "offline tasks only" for name in dict.fromkeys(needed.values())]
+            raise ValueError(f"--{suite}: table {', '.join(numbers)} needs {', '.join(wants)}, got --{suite} {root}")
+        if not root.expanduser().is_dir():
+            raise NotADirectoryError(f"--{suite}: expected a folder, got {root}")
+
+
+def check_one_backbone(grids: Sequence[Grid]) -> None:
+    """Refuses to give one file of weights to several backbones.
+
+    Raises:
+        ValueError: naming them and their tables.
+    """
+    tables: dict[str, list[str]] = {}
+    for grid in grids:
+        tables.setdefault(grid.table.model, []).append(grid.table.number)
+    if len(tables) > 1:
+        several = "; ".join(f"{model} (table {', '.join(numbers)})" for model, numbers in tables.items())
+        raise ValueError(
+            f"--checkpoint: expected tables of one backbone, got {several}; give the tables one by one, each with the "
+            "weights of its backbone, and the same --output"
+        )
+
+
+def numbers_of(name: str, text: str) -> list[float]:
+    """The different numbers of "0.01,0", in order.
+
+    Raises:
+        ValueError: something else between the commas.
+    """
+    try:
+        return list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers separated by commas, got {text!r}") from None
+
+
+def where_from(grids: Sequence[Grid]) -> str:
+    """What stands in for which data, in words."""
+    places: dict[str, list[str]] = {}
+    for grid in grids:
+        offline = "offline tasks in place of the paper's data sets"
+        place = offline if grid.table.scale == "offline" else f"the paper's data sets in {grid.changes.data_root}"
+        places.setdefault(place, []).append(grid.table.number)
+    return "\n".join(f"table {', '.join(numbers)}: {place}" for place, numbers in places.items())
 
 
 def check_data_of(grids: list[Grid]) -> None:
@@ -194,7 +265,7 @@ def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Consol
 
     measured = collect(grid, output / "cells")
     runs, seconds = seconds_of(grid, output / "cells")
-    facts = {**facts, "runs_behind_the_table": runs, "seconds_of_these_runs": round(seconds)}
+    facts = {**facts, "runs_behind_the_table": runs, "seconds_of_these_runs_added_up": round(seconds)}
     summaries = summarise_table(grid.table, measured)
     differences = differences_of(grid.table, measured)
     stem = output / grid.table.name.lower().replace(" ", "-")

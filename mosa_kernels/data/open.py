@@ -87,7 +87,8 @@ def open_data(
         raise FileNotFoundError(
             f"data: {text!r} is neither a folder nor a name; expected a folder of images, "
             f"{', '.join('offline:' + task for task in OFFLINE_TASKS)}, "
-            "vtab:<folder>, vtab1000:<folder>, fgvc:<folder>, torchvision:<class>, torchvision-all:<class> or timm:<name>"
+            "vtab:<folder>, vtab1000:<folder>, fgvc:<folder>, torchvision:<class>, torchvision-all:<class> or "
+            "timm:<name>"
         )
     if label_preserving is not None:
         splits = dataclasses.replace(splits, label_preserving=frozenset(label_preserving))

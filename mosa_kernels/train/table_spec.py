@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Table:
     added: tuple[tuple[str, str], ...]
     unavailable: Mapping[str, str]
     tune: Mapping[str, list[float]] = field(default_factory=dict)
-    tune_more: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tune_more: Mapping[str, list[float]] = field(default_factory=dict)
     by_task: bool = False
     sweep: str | None = None
 
@@ -263,7 +263,7 @@ def candidates(table: Table, row: Row) -> list[dict[str, float]]:
     rates, style = scale["rates"], _style(variant, row)
     kind = variant.get("rates", style if style in rates else "adapter")
     grid = {scale["rate"]: rates[kind], **variant.get("tune", {})}
-    grid |= {name: values for name, values in table.tune.items() if name in grid} | table.tune_more
+    grid |= {name: values for name, values in table.tune.items() if name in grid} | dict(table.tune_more)
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from mosa_kernels.cli.main import app
@@ -179,3 +180,87 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     result = run("2", "--output", str(tmp_path), "--vtab", str(tmp_path))
     assert result.exit_code == 1
     assert result.output.count("which does not exist") == 19
+
+
+def plan(*arguments: str) -> Any:
+    return run(*arguments, "--output", "never-written", "--plan")
+
+
+def test_folders_of_data_are_taken_as_meant_or_refused(tmp_path: Path) -> None:
+    result = plan("1", "--vtab", str(tmp_path))
+    assert result.exit_code == 1
+    assert f"--vtab: table 1 needs --fgvc, got --vtab {tmp_path}" in result.output
+    result = plan("ours-4", "--fgvc", str(tmp_path))
+    assert "--fgvc: table ours-4 needs offline tasks only" in result.output
+    result = plan("1", "--fgvc", str(tmp_path / "none"))
+    assert result.exit_code == 1
+    assert "--fgvc: expected a folder, got" in result.output
+    result = plan("all", "--rows", "foo")
+    assert result.exit_code == 1
+    assert "no table is left: rows: expected some of full, linear" in result.output
+    result = plan("all", "--fgvc", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    whole = "".join(result.output.split("\n"))
+    assert f"table 1, 4, 5, 6, 7, 8, 9, 10, 13, 14, figure-3: the paper's data sets in {tmp_path}" in whole
+    assert "table 2, 3, 15: offline tasks in place of the paper's data sets" in whole
+
+
+def write_vtab(folder: Path) -> None:
+    """The lists of VTAB-1k over two images a split."""
+    (folder / "images").mkdir(parents=True)
+    lines: dict[str, list[str]] = {}
+    for split in ("train", "val", "test"):
+        for label in range(2):
+            Image.new("RGB", (8, 8), (label * 9, 0, 0)).save(folder / "images" / f"{split}{label}.png")
+            lines.setdefault(split, []).append(f"images/{split}{label}.png {label}")
+    lists = {"train800": ["train"], "val200": ["val"], "train800val200": ["train", "val"], "test": ["test"]}
+    for name, splits in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(line for split in splits for line in lines[split]))
+
+
+def test_a_folder_of_data_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_vtab(tmp_path / "vt" / "svhn_cropped")  # by another name in use
+    monkeypatch.chdir(tmp_path)
+    ran: list[Cell] = []
+    monkeypatch.setattr("mosa_kernels.cli.table.watch", lambda grids, *_: ran.extend(grids[0].all_tuning_cells()))
+    monkeypatch.setattr("mosa_kernels.cli.table.write_table", lambda *_: None)
+    result = run("2", "--output", "out", "--vtab", "vt", "--tasks", "SVHN", "--rows", "mosa")
+    assert result.exit_code == 0, result.output
+    assert {cell.settings.data for cell in ran} == {f"vtab:{tmp_path}/vt/svhn_cropped"}
+    splits = table_cells.open_splits(ran[0].settings, 8)
+    assert len(splits.train) == 2
+
+
+def test_one_checkpoint_is_not_given_to_several_backbones(tmp_path: Path) -> None:
+    result = plan("all", "--checkpoint", "B.npz", "--fgvc", str(tmp_path))
+    assert result.exit_code == 1
+    assert "--checkpoint: expected tables of one backbone, got vit_base_patch16_224.orig_in21k (table 1, 5" in (
+        result.output
+    )
+    assert "vit_large_patch16_224.orig_in21k (table 4); " in result.output
+    assert "give the tables one by one" in result.output
+    assert plan("1", "--checkpoint", "B.npz", "--fgvc", str(tmp_path)).exit_code == 0
+
+
+def test_augmentation_and_weight_decay_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Cell] = []
+    monkeypatch.setattr("mosa_kernels.cli.table.watch", lambda grids, *_: ran.extend(grids[0].all_tuning_cells()))
+    monkeypatch.setattr("mosa_kernels.cli.table.write_table", lambda *_: None)
+    given = ("--augment", "light", "--weight-decay", "0.01,0")
+    for options in ((), given, (*given, "--quick")):
+        result = run("9", "--output", str(tmp_path), "--rows", "mosa", *options)
+        assert result.exit_code == 0, result.output
+    plain, both, quick = ran[: len(ran) // 5], ran[len(ran) // 5 : 3 * len(ran) // 5], ran[3 * len(ran) // 5 :]
+    assert {cell.settings.recipe.augment for cell in plain} == {"none"}
+    assert {(c.settings.recipe.augment, c.settings.recipe.weight_decay) for c in both} == {
+        ("light", 0.01),
+        ("light", 0),
+    }
+    assert {cell.settings.recipe.epochs for cell in quick} == {2}
+    assert {cell.settings.recipe.augment for cell in quick} == {"light"}
+    assert not {cell.identity for cell in plain} & {cell.identity for cell in both}
+    assert (
+        "weight_decay: expected numbers separated by commas, got 'much'" in plan("9", "--weight-decay", "much").output
+    )
+    assert "weight_decay: expected a number of at least 0" in plan("9", "--weight-decay", "-1").output
+    assert "augment: expected one of none, light" in plan("9", "--augment", "heavy").output

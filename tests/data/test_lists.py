@@ -142,7 +142,7 @@ def test_the_folder_of_a_data_set_is_found_by_any_of_its_names(tmp_path: Path) -
     (tmp_path / "clevr_count").mkdir()
     assert find_folder(tmp_path, "VTAB-1k", "cifar") == tmp_path / "cifar100"
     (tmp_path / "vtab-cifar").mkdir()
-    with pytest.raises(ValueError, match="one folder of CIFAR-100, got cifar100, vtab-cifar; call .* cifar"):
+    with pytest.raises(ValueError, match=r"one folder of CIFAR-100, got cifar100, vtab-cifar; call .* cifar"):
         find_folder(tmp_path, "VTAB-1k", "cifar")
     (tmp_path / "cifar").mkdir()
     assert find_folder(tmp_path, "VTAB-1k", "cifar") == tmp_path / "cifar"

@@ -133,7 +133,7 @@ def test_a_run_is_the_same_however_its_folder_is_spelled(tmp_path: Path, monkeyp
 
 def test_weight_decay_can_be_chosen_like_a_learning_rate():
     table = read_table("9")
-    more = dataclasses.replace(table, tune_more={"weight_decay": (0.01, 0.0)})
+    more = dataclasses.replace(table, tune_more={"weight_decay": [0.01, 0.0]})
     row = by_variant("9")["mosa-n2"]
     assert len(candidates(more, row)) == 2 * len(candidates(table, row))
     cells = [group[0] for group in Grid(more, Changes(), 1, 1).tuning_cells(row, table.tasks[0])]
