@@ -37,7 +37,7 @@ def open_loader(
         saved: the model and the settings of its run.
         split: "validation" or "test".
         console: where it is said that classes could not be compared by name.
-        data, data_root: other data than the run's.
+        data, data_root: other data than the run's, or another place of it.
         any_classes: take data whose classes have other names, label by label.
         batch_size, workers: of the loader.
 
@@ -47,8 +47,8 @@ def open_loader(
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     settings = saved.settings
-    if data is not None:
-        settings = dataclasses.replace(settings, data=data, data_root=data_root)
+    if data is not None or data_root is not None:
+        settings = dataclasses.replace(settings, data=data or settings.data, data_root=data_root)
     if not settings.data:
         raise ValueError(f"data: {saved.weights} does not say what it was trained on; give --data")
     splits = open_splits(settings, native_size(settings))

@@ -19,6 +19,7 @@ from mosa_kernels.train.loop import NonFiniteError
 from mosa_kernels.train.methods import METHODS, AdapterOptions, find_method
 from mosa_kernels.train.progress import make_reporter
 from mosa_kernels.train.recipe import RECIPES, Recipe, make_recipe, regularised
+from mosa_kernels.train.relevance import meaningless, refuse_meaningless
 from mosa_kernels.train.settings import Settings
 
 ADAPTER = frozenset(field.name for field in dataclasses.fields(AdapterOptions))
@@ -52,6 +53,7 @@ def train(
     granularity: Annotated[str | None, typer.Option(help="element, row, column, block, ...")] = None,
     activation: Annotated[str | None, typer.Option(help="gelu, relu, silu, identity.")] = None,
     scale: Annotated[float | None, typer.Option(help="Factor on the adapter's output.")] = None,
+    learnable_scale: Annotated[bool | None, typer.Option(help="Train that factor.")] = None,
     norm: Annotated[bool | None, typer.Option(help="LayerNorm of the adapter's own.")] = None,
     expert_bias: Annotated[bool | None, typer.Option(help="A bias per expert, or one for all.")] = None,
     expert_scale: Annotated[str | None, typer.Option(help="Factor on the active expert in training; N for N.")] = None,
@@ -75,13 +77,16 @@ def train(
     optimizer: Annotated[str | None, typer.Option(help="mosa: only active experts move; or adamw.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     base_lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate at a batch of 256, scaled to yours.")
+        float | None, typer.Option(help="Peak learning rate at a batch of 256, where the recipe scales it to yours.")
     ] = None,
+    lr_scaled: Annotated[bool | None, typer.Option(help="Scale --base-lr to the batch (paper), or not.")] = None,
+    lr_per_epoch: Annotated[bool | None, typer.Option(help="Change it between epochs only (official).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Length; the warm-up keeps its share of it.")] = None,
     warmup_epochs: Annotated[float | None, typer.Option(help="Part of it that warms up.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images an update, over all processes.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches of which an update is made.")] = None,
     weight_decay: Annotated[float | None, typer.Option()] = None,
+    eps: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, light, paper, official.")] = None,
     inference: Annotated[
@@ -101,6 +106,7 @@ def train(
     console = Console()
     with plain_errors():
         settings = settings_of(options, RunFolder(output).read_config()["settings"] if resume else None)
+        refuse_meaningless(settings, options)
         reporter = make_reporter(settings.recipe.epochs, console)
         job = Job(settings, output, resume, reporter)
         if job.accelerator.is_main_process:
@@ -197,14 +203,14 @@ def introduce(job: Job, console: Console) -> None:
     table.add_row("backbone", f"{s.model} from {source}, sha256 {prepared.backbone['sha256'][:12]}")
     table.add_row("normalisation", ", ".join(f"{key} {value}" for key, value in prepared.normalisation.items()))
     table.add_row("parameters", ", ".join(f"{name} {count:,}" for name, count in job.parameters.items()))
-    baseline = find_method(s.method).baseline
-    if baseline is None:
-        table.add_row("adapter", _listing(dataclasses.asdict(s.adapter)) + f", passes {s.passes}")
-    elif baseline.startswith("vpt"):
-        prompts = {"prompt_length": s.adapter.prompt_length, "layers": s.adapter.layers}
-        table.add_row("prompts", _listing(prompts) + f", passes {s.passes}")
+    left_out = frozenset(meaningless(s))
+    options = _listing({**dataclasses.asdict(s.adapter), **prepared.adapter}, left_out)
+    if options:
+        table.add_row("adapter" if find_method(s.method).has_adapters else "prompts", f"{options}, passes {s.passes}")
     toggles = {"lr": s.recipe.lr, "regularisation": s.recipe.regularisation, **s.recipe.as_dict()}
-    table.add_row(f"recipe {s.recipe.name}", _listing(toggles, leave=("name",)))
+    if s.recipe.augment != "none":
+        toggles["augment"] = f"{s.recipe.augment} (here: {', '.join(prepared.augmentations) or 'nothing'})"
+    table.add_row(f"recipe {s.recipe.name}", _listing(toggles, left_out | {"name"}))
     table.add_row(
         "computing",
         f"{job.device}, precision {s.mixed_precision}, optimizer {s.optimizer}, "
@@ -216,7 +222,7 @@ def introduce(job: Job, console: Console) -> None:
         console.print(f"note: {hint}")
 
 
-def _listing(record: dict[str, Any], leave: tuple[str, ...] = ()) -> str:
+def _listing(record: dict[str, Any], leave: frozenset[str]) -> str:
     shown = {key: value for key, value in record.items() if key not in leave and value is not None}
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()

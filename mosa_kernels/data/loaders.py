@@ -162,8 +162,7 @@ def make_loaders(
     if evaluation_size < 1:
         raise ValueError(f"evaluation_batch_size: expected at least 1, got {evaluation_size}")
 
-    if augment == "official" and splits.benchmark == VTAB:
-        augment = "none"  # the released code resizes VTAB's images and leaves them whole
+    augment = recipe_for(augment, splits)
 
     def loader(name: str, dataset: ImageDataset, training: bool) -> DataLoader[Any]:
         if len(dataset) == 0:
@@ -194,6 +193,11 @@ def make_loaders(
         validation=loader("validation", splits.validation, False),
         test=loader("test", splits.test, False),
     )
+
+
+def recipe_for(augment: Augment, splits: DataSplits) -> Augment:
+    """The released code resizes VTAB's images and leaves them whole."""
+    return "none" if augment == "official" and splits.benchmark == VTAB else augment
 
 
 def set_epoch(loader: DataLoader[Any], epoch: int) -> None:

@@ -116,6 +116,8 @@ class Job:
             "backbone": self.prepared.backbone,
             "data": self.prepared.splits.summary(),
             "normalisation": self.prepared.normalisation,
+            "adapter": self.prepared.adapter,
+            "augmentations": self.prepared.augmentations,
             "parameters": self.parameters,
             "device": self.device,
             "processes": self.accelerator.num_processes,

@@ -36,13 +36,18 @@ class Method:
     style: str | None = None
     baseline: str | None = None
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it puts adapters into the model, and no prompts or nothing."""
+        return self.mode is not None and self.baseline is None
+
     def complete(self, options: AdapterOptions) -> AdapterOptions:
         """The options with style and bottleneck filled in, where the method has adapters.
 
         Raises:
             ValueError: the options name another style than the method's own.
         """
-        if self.mode is None or self.baseline is not None:
+        if not self.has_adapters:
             return options
         if self.style is not None and options.style not in (None, self.style):
             raise ValueError(f"style: method {self.name!r} has style {self.style!r}, got {options.style!r}")

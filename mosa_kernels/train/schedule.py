@@ -27,6 +27,10 @@ class Schedule:
         self.per_epoch = recipe.lr_per_epoch
         steps = 1 if self.per_epoch else updates_per_epoch
         warmup = round(recipe.warmup_epochs * steps)
+        if (
+            self.per_epoch and recipe.warmup_epochs > 0
+        ):  # the first of several epochs runs at zero, however few they are
+            warmup = min(max(1, warmup), recipe.epochs - 1)
         self._timm = CosineLRScheduler(
             optimizer,
             t_initial=max(1, recipe.epochs * steps - warmup),

@@ -69,8 +69,12 @@ class Settings:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch size {self.recipe.batch_size}, got {self.accumulate}"
             )
+        if self.passes == 2 and not method.has_adapters:
+            raise ValueError(f"passes: expected 1 for method {self.method!r}, whose passes of a batch are alike, got 2")
         if self.adapter.anchored and self.passes != 2:
             raise ValueError("anchored: its consistency loss needs --passes 2, got --passes 1")
+        if self.adapter.anchored and self.recipe.regularisation == "none":
+            raise ValueError("anchored: expected a consistency loss for the pass that runs experts, got none")
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; `from_dict` reads it."""

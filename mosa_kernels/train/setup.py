@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
-from mosa_kernels.data.loaders import Loaders, make_loaders
+from mosa_kernels.data.loaders import Loaders, make_loaders, recipe_for
 from mosa_kernels.data.open import open_data
 from mosa_kernels.data.splits import DataSplits
+from mosa_kernels.data.transforms import operations
 from mosa_kernels.losses import MoSALoss
 from mosa_kernels.peft.placement import find_blocks
 from mosa_kernels.train.backbones import create_backbone, data_config, require_known
@@ -38,6 +39,8 @@ class Prepared:
         splits, loaders: the data.
         backbone: name, source and hash of the frozen weights.
         normalisation: size, mean, standard deviation and resizing that the model's images go through.
+        adapter: activation, scale and norm that the adapters have; empty without adapters.
+        augmentations: what is really done to training images: what the recipe wants and the data set allows.
     """
 
     model: nn.Module
@@ -45,6 +48,8 @@ class Prepared:
     loaders: Loaders
     backbone: dict[str, Any]
     normalisation: dict[str, Any]
+    adapter: dict[str, Any]
+    augmentations: list[str]
 
 
 def seed_everything(seed: int) -> None:
@@ -125,7 +130,8 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
         "pretrained": settings.pretrained or settings.checkpoint is not None,
         "sha256": backbone_hash(model),
     }
-    adapt(model, find_method(settings.method), settings.adapter, settings.recipe, settings.recipe.seed)
+    method = find_method(settings.method)
+    adapters = adapt(model, method, settings.adapter, settings.recipe, settings.recipe.seed)
     config = data_config(model, settings.image_size)
     parts = settings.accumulate * processes
     if settings.recipe.batch_size % parts:
@@ -142,7 +148,10 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
         augment=settings.recipe.augment,  # type: ignore[arg-type]  # checked by the recipe
     )
     normalisation = {name: config[name] for name in NORMALISATION if name in config}
-    return Prepared(model, splits, loaders, backbone, normalisation)
+    resolved = adapters.resolved() if adapters is not None and method.has_adapters else None
+    adapter = {} if resolved is None else {name: getattr(resolved, name) for name in ("activation", "scale", "norm")}
+    done = operations(recipe_for(settings.recipe.augment, splits), splits.label_preserving)  # type: ignore[arg-type]
+    return Prepared(model, splits, loaders, backbone, normalisation, adapter, sorted(done))
 
 
 def make_trainer(settings: Settings, prepared: Prepared, accelerator: Accelerator, reporter: Reporter) -> Trainer:

@@ -6,8 +6,13 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from rich.console import Console
+
+from mosa_kernels.cli.opened import open_loader
+from mosa_kernels.train.saved import open_saved
 
 
 def test_all_mechanisms_of_a_run(trained: tuple[Path, str], command: Any, tmp_path: Path):
@@ -112,3 +117,17 @@ def test_a_run_that_does_not_name_its_classes_is_still_read(
     result = command("train", "--output", older, "--resume")
     assert result.exit_code == 0, result.output
     assert "the run does not name its classes" in " ".join(result.stdout.split())
+
+
+def test_another_place_of_the_data_is_looked_into(trained: tuple[Path, str], command: Any, pictures: Path):
+    folder, _ = trained
+    result = command("evaluate", folder, "--data-root", pictures.parent / "nowhere", "--data", "vtab:cifar")
+    assert result.exit_code != 0
+    assert "nowhere" in result.output
+    saved = open_saved(folder)
+    console = Console()
+    options = {"any_classes": False, "batch_size": 8, "workers": 0}
+    with mock.patch("mosa_kernels.cli.opened.open_splits", side_effect=KeyError) as opened, pytest.raises(KeyError):
+        open_loader(saved, "test", console, data=None, data_root="elsewhere", **options)
+    settings = opened.call_args.args[0]
+    assert (settings.data, settings.data_root) == (saved.settings.data, "elsewhere")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mosa_kernels.cli.train import settings_of
+from mosa_kernels.train.relevance import refuse_meaningless
 from mosa_kernels.train.settings import Settings
 
 
@@ -90,6 +91,67 @@ def test_options_given_again_on_resuming_are_no_difference():
     assert settings_of(given, settings.as_dict()) == settings
     assert settings_of({}, settings.as_dict()) == settings
     assert settings_of({"lr": 0.02}, settings.as_dict()) != settings
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ({"method": "linear", "bottleneck": 4}, "bottleneck: .* 'linear' has no adapters"),
+        ({"method": "linear", "dropout": 0.5}, "dropout: .* 'linear' has no bottleneck"),
+        ({"method": "bitfit", "layers": "0"}, "layers: .* 'bitfit' has no adapters"),
+        ({"method": "full", "prompt_length": 5}, "prompt_length: .* 'full' has no adapters"),
+        ({"method": "vpt-deep", "scale": 0.3}, "scale: .* 'vpt-deep' has no adapters"),
+        ({"method": "adaptformer", "num_experts": "8"}, "num_experts: .* 'adaptformer' has no experts"),
+        ({"method": "adaptformer", "inference": "ensemble"}, "inference: .* no experts"),
+        ({"method": "adaptformer", "lora_targets": "q"}, "lora_targets: .* 'adaptformer' adapts no linear layers"),
+        ({"method": "adaptformer", "alpha": 5.0}, "alpha: .* cross-entropy alone"),
+        ({"method": "mosa", "passes": 1, "regularisation": "consistency"}, "regularisation: .* cross-entropy alone"),
+        ({"method": "mosa", "prompt_length": 5}, "prompt_length: .* 'mosa' has no prompts"),
+        ({"method": "sparseadapter", "sparse": "down"}, "sparse: .* one fixed mask for both projections"),
+        ({"method": "mosl", "expert_bias": False}, "expert_bias: .* 'lora' has no bias"),
+        ({"method": "mosa", "data": "offline:count", "download": True}, "download: .* drawn in memory"),
+        ({"method": "mosa", "data": "offline:count", "labels_per_class": 5}, "labels_per_class: .* offline:digits"),
+        ({"method": "linear", "passes": 2}, "passes: expected 1 for method 'linear', .* got 2"),
+        ({"method": "mosa", "anchored": True, "regularisation": "none"}, "anchored: expected a consistency loss"),
+    ],
+)
+def test_an_option_without_effect_is_refused(words: dict[str, Any], named: str) -> None:
+    given = {"data": "offline:digits", **words}
+    with pytest.raises(ValueError, match=named):
+        refuse_meaningless(settings_of(given, None), given)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"method": "vpt-deep", "prompt_length": 5, "layers": "0", "dropout": 0.1},
+        {"method": "adaptformer", "passes": 2, "alpha": 0.5, "dropout": 0.1, "scale": 1.0, "learnable_scale": True},
+        {"method": "sparseadapter", "num_experts": "8", "granularity": "row"},
+        {"method": "mosl", "lora_targets": "q,k", "num_experts": "2", "merge_rule": "jigsaw"},
+        {"method": "mosa", "anchored": True, "expert_scale": "N", "sparse": "both", "labels_per_class": 5},
+        {"method": "full", "eps": 1e-6, "lr_per_epoch": True, "lr_scaled": False, "base_lr": 0.1},
+    ],
+)
+def test_options_with_an_effect_are_taken(words: dict[str, Any]) -> None:
+    given = {"data": "offline:digits", **words}
+    settings = settings_of(given, None)
+    refuse_meaningless(settings, given)
+    if "lr_scaled" in words:
+        assert (settings.recipe.lr, settings.recipe.eps, settings.recipe.lr_per_epoch) == (0.1, 1e-6, True)
+
+
+def test_what_is_printed_is_what_is_done(command: Any, tmp_path: Path) -> None:
+    words = ("--data", "offline:digits", "--method", "adaptformer", "--epochs", 1, "--bottleneck", 4)
+    result = command("train", *words, "--output", tmp_path / "run", "--labels-per-class", 1)
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.output.replace("│", " ").split())  # the cells of a table are wrapped
+    for shown in ("activation gelu", "scale 0.1", "norm True", "augment paper (here: nothing)"):
+        assert shown in printed, shown
+    for hidden in ("num_experts", "regularisation", "expert_per", "prompt_length", "lora_targets"):
+        assert hidden not in printed, hidden
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["adapter"] == {"activation": "gelu", "scale": 0.1, "norm": True}
+    assert config["augmentations"] == []
 
 
 def test_lists_are_read() -> None:

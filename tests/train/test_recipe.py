@@ -109,6 +109,13 @@ def test_schedule_is_the_formula(epochs: int, share: float, updates: int, lr: fl
     assert rates_of(recipe, updates) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(("epochs", "still"), [(1, 0), (2, 1), (4, 1), (30, 3)])
+def test_the_released_codes_first_epoch_runs_at_zero_however_short_the_run(epochs: int, still: int):
+    rates = rates_of(make_recipe("official", epochs=epochs), 3)
+    assert rates[:3] == ([0.0] * 3 if still else [OFFICIAL.lr] * 3)
+    assert all(rate > 0 for rate in rates[3:])
+
+
 def test_schedule_may_be_entered_anywhere():
     recipe = make_recipe("paper", epochs=8)
     whole = rates_of(recipe, 5)
