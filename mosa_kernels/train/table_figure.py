@@ -9,7 +9,7 @@ from typing import Any
 
 from mosa_kernels.train.comparison_report import spread
 from mosa_kernels.train.plots import save_figure
-from mosa_kernels.train.table_summary import GROUP_MEAN, MEAN, Difference, Summary
+from mosa_kernels.train.table_summary import MEAN, Difference, Summary, printed_mean
 
 COLOURS = {"paper": "#4c72b0", "control": "#8c8c8c", "ours": "#2f8f83"}
 PRINTED = "#c44e52"
@@ -25,7 +25,7 @@ def draw_table(summaries: Sequence[Summary], title: str, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    printed = [s.paper.get(MEAN, s.paper.get(GROUP_MEAN)) for s in summaries]
+    printed = [printed_mean(s.row) for s in summaries]
     known = [value for value in printed if value is not None]
     figure: Any = Figure(figsize=(12, 1.6 + 0.42 * len(summaries)), layout="constrained")
     figure.suptitle(title, fontsize=11)

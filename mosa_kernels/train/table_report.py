@@ -10,8 +10,14 @@ from typing import Any
 
 from mosa_kernels.train.comparison_report import markdown_table
 from mosa_kernels.train.table_grid import Grid, Measured, recipe_of
+from mosa_kernels.train.table_notes import notes_on_parameters, what_was_chosen
 from mosa_kernels.train.table_spec import Table
 from mosa_kernels.train.table_summary import MEAN, Difference, Summary
+
+LIKE_WITH_LIKE = (
+    "Differences of means over tasks; so are the paper's, computed from its columns where it prints them, as its last "
+    "column is not always that mean."
+)
 
 
 def columns_of(summaries: Sequence[Summary]) -> list[str]:
@@ -84,12 +90,12 @@ def table_markdown(
         parts.append("**QUICK: a few steps, to see that everything works. These are not the real figures.**")
     parts.append(
         f"On {where}. Test accuracy in percent, mean ± sample standard deviation over {grid.seeds} seed(s); backbone "
-        f"{table.model}, {given}. Learning rates (and dropout of the controls) were chosen by "
-        f"mean validation accuracy over {grid.tuning_seeds} other seed(s); each run tests once, after its last epoch."
+        f"{table.model}, {given}. {what_was_chosen(grid)} Each run tests once, after its last epoch."
     )
     if table.note:
         parts.append(table.note)
     parts.append(markdown_table(rows_of_table(summaries)))
+    parts.append(notes_on_parameters(table))
     if table.unavailable:
         parts.append("Not run: " + "; ".join(f"{title} ({why})" for title, why in table.unavailable.items()) + ".")
     for title, claimed in (
@@ -98,7 +104,10 @@ def table_markdown(
     ):
         lines = [f"- {difference}" for difference in differences if difference.claimed == claimed]
         if lines:
-            parts.append(f"## {title}\n\n" + "\n".join(lines))
+            parts.append(f"## {title}")
+            if any(difference.paper is not None for difference in differences if difference.claimed == claimed):
+                parts.append(LIKE_WITH_LIKE)
+            parts.append("\n".join(lines))
     choices = markdown_table(rows_of_choices(table, measured))
     parts.append(f"## Chosen on validation images (* at the end of its grid)\n\n{choices}")
     recipe = ", ".join(f"{key} {value}" for key, value in recipe_of(grid).as_dict().items() if key != "seed")

@@ -256,6 +256,11 @@ def _style(variant: Mapping[str, Any], row: Row) -> str:
     return style
 
 
+def style_of(row: Row) -> str:
+    """The style of a row's adapters, whether its method has any or not."""
+    return _style(read_spec()["variants"][row.variant], row)
+
+
 def candidates(table: Table, row: Row) -> list[dict[str, float]]:
     """The numbers that validation chooses from: learning rates, and where the variant says so dropout or scale."""
     variant = read_spec()["variants"][row.variant]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mosa_kernels.data.published import GROUPS, PUBLISHED
 from mosa_kernels.train.comparison_report import spread
 from mosa_kernels.train.table_grid import Measured
 from mosa_kernels.train.table_spec import Row, Table
@@ -84,6 +85,21 @@ def _summary(table: Table, row: Row, tasks: Mapping[str, Measured]) -> Summary:
         paper[GROUP_MEAN] = paper.pop(MEAN)
     parameters = next(iter(tasks.values())).parameters / 1e6
     return Summary(row, values, paper, parameters)
+
+
+def printed_mean(row: Row) -> float | None:
+    """The paper's mean over tasks of a row, from its columns: of tasks, or of VTAB's groups by their numbers of tasks.
+
+    Where it prints neither, the printed mean; None where there is none. The printed means of one column are not all of
+    one kind (Table 2), nor all those of their columns (Table 4).
+    """
+    tasks = [value for name, value in row.paper.items() if name not in (MEAN, *GROUPS)]
+    if tasks:
+        return statistics.fmean(tasks)
+    if all(group in row.paper for group in GROUPS):
+        sizes = [sum(known.group == group for known in PUBLISHED) for group in GROUPS]
+        return sum(size * row.paper[group] for size, group in zip(sizes, GROUPS, strict=True)) / sum(sizes)
+    return row.paper.get(MEAN)
 
 
 def _means(rows: Sequence[Sequence[float | None]]) -> tuple[float | None, ...]:
@@ -187,12 +203,12 @@ def _difference(
         )
     points = _mean(by_task).by_seed
     every = [value for values in by_task for value in values if value is not None]
-    known = MEAN in better.paper and MEAN in worse.paper
+    printed = printed_mean(better), printed_mean(worse)
     return Difference(
         better=better.title,
         worse=worse.title,
         claimed=claimed,
-        paper=better.paper[MEAN] - worse.paper[MEAN] if known else None,
+        paper=None if printed[0] is None or printed[1] is None else printed[0] - printed[1],
         points=points,
         t_p=paired_t(points),
         wilcoxon_p=signed_rank(every),

@@ -55,6 +55,8 @@ def test_a_table_is_written_in_every_form(made: Path) -> None:
     assert len(validation) == 3
     assert validation[tested["settings"]["recipe"]["base_lr"]] == max(validation.values())
     assert record["runs_behind_the_table"] == 4
+    assert record["seconds_of_these_runs_added_up"] == round(sum(cell["seconds"] for cell in cells))
+    assert not any("wall" in key for key in record)  # of a command that resumed, it says nothing
     for cell in cells:
         assert cell["normalisation"]["mean"]
         assert len(cell["backbone"]["sha256"]) == 64

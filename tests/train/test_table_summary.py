@@ -116,6 +116,53 @@ def test_differences_are_paired_and_carry_the_papers():
     assert len(extra) == 3
 
 
+def test_the_papers_differences_are_of_one_kind_of_mean():
+    def paper(number: str, better: str, worse: str) -> float | None:
+        table = read_table(number, "/data")
+        titles = {row.key: row.title for row in table.rows}
+        found = differences_of(table, measured(table, {}))
+        return next(d.paper for d in found if (d.better, d.worse) == (titles[better], titles[worse]))
+
+    # Table 2 prints MoSA's mean over groups beside VPT's over the 19 tasks; Table 15 has all tasks.
+    over_tasks = (7 * (79.86 - 78.48) + 4 * (84.03 - 82.43) + 8 * (50.28 - 54.98)) / 19
+    assert paper("2", "mosa", "vpt-deep") == pytest.approx(over_tasks)
+    assert over_tasks == pytest.approx(68.25 - 69.42, abs=0.05)
+    assert paper("2", "mosa", "adaptformer") == pytest.approx(68.25 - 67.16, abs=0.05)
+    assert paper("15", "mosa", "adaptformer") == pytest.approx(68.25 - 67.16, abs=0.02)
+    # Table 4 misprints the mean of MoSA's columns.
+    assert paper("4", "mosa", "full") == pytest.approx(91.14 - 90.16)
+    assert paper("6", "mosa", "adaptformer") == pytest.approx(89.9 - 88.58)
+    assert paper("1", "mosa", "mosa-sample") is None
+
+
+def test_the_page_says_what_was_chosen_and_what_is_counted():
+    def page(number: str, **changes: object) -> str:
+        table = dataclasses.replace(read_table(number), **changes)  # type: ignore[arg-type]
+        cells = measured(table, {})
+        return table_markdown(
+            Grid(table, Changes()), cells, summarise_table(table, cells), differences_of(table, cells), {}
+        )
+
+    assert (
+        "over 4 other seed(s): learning rate (all rows); dropout (AdaptFormer + dropout; AdaptFormer + dropout, two "
+        "passes + KL). What was chosen on “digits, 20 labels a class” is taken over on “digits, 10 labels a "
+        "class”. Each"
+    ) in page("1")
+    assert "other seed(s): learning rate (all rows); scale of the adapter (all rows); dropout (Ada" in page("ours-3")
+    assert "other seed(s): scale of the adapter (all rows); dropout (AdaptFormer + dropout; Ada" in page("ours-4")
+    assert "weight decay (all rows)" in page("9", tune_more={"weight_decay": [0.01, 0.0]})
+    assert "What was chosen for MoSA (paper: an expert per batch) is taken over by: 2; 3; 5; 8." in page("9")
+    assert "Nothing was chosen" in page("9", tune={"lr": [0.01], "dropout": [0.3]})
+    sweep = page("figure-3")
+    assert "dropout (AdaptFormer + dropout; AdaptFormer + dropout, two passes + KL)." in sweep
+    assert "has 1.21 here and 1.19 there. Pruned adapters keep all" in page("1")
+    assert "VPT has 10 prompts" in page("1")
+    assert "1.19 M: 2 x 64 x 768 weights" in page("1")
+    assert "LayerNorm, which" not in page("5")
+    assert "VPT has" not in page("14")
+    assert "computed from its columns" in page("2")
+
+
 def test_differences_by_task_are_drawn_and_told(tmp_path: Path):
     table = read_table("ours-4")
     cells = measured(table, {("mosa-own-scale", "5 labels a class"): (52.0, 53.0, 51.5)})
