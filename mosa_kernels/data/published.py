@@ -129,6 +129,10 @@ def differences(row: Published, classes: int, train: int, validation: int, test:
     if validation == 0:
         found.append(("training and validation images", train + validation, row.train + (row.validation or 0)))
     else:
-        found += [("training images", train, row.train), ("validation images", validation, row.validation or 0)]
+        hint = f" (torchvision-all:{row.name} trains on them, too)" if row.validation is None else ""
+        found += [
+            ("training images", train, row.train),
+            (f"validation images{hint}", validation, row.validation or 0),
+        ]
     found.append(("test images", test, row.test))
     return tuple(f"{here:,} {what} instead of {there:,}" for what, here, there in found if here != there)
