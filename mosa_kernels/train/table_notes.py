@@ -64,6 +64,6 @@ def notes_on_parameters(table: Table) -> str:
         text += " Pruned adapters keep all their biases (and the LayerNorm); the paper's counts are a quarter of all."
     if any(methods[row.variant].startswith("vpt") for row in table.rows):
         text += (
-            " VPT has 10 prompts on every task here; the paper takes over VPT's figures, of a number chosen by task."
+            " VPT has 10 prompts on every task here; in the paper, which follows VPT, their number is chosen by task."
         )
     return text
