@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from mosa_kernels.data.splits import DataSplits, ImageDataset, SubsetDataset, stratified_parts
 
@@ -186,28 +187,12 @@ def open_timm(
     return _assemble(f"timm:{name}", parts, seed, validation_share, test_share, whole=True)
 
 
-class JoinedDataset:
-    """Two datasets, one after the other."""
-
-    def __init__(self, first: ImageDataset, second: ImageDataset) -> None:
-        self.first = first
-        self.second = second
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image | NDArray[np.uint8], int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
-
-
 def train_on_all(splits: DataSplits) -> DataSplits:
     """The same for the final run: the validation images, held out or a set of their own, are trained on, too."""
     note = f"{splits.note}; the validation images are trained on, too: take the last epoch"
     return dataclasses.replace(
         splits,
-        train=JoinedDataset(splits.train, splits.validation),
+        train=ConcatDataset([splits.train, splits.validation]),  # type: ignore[list-item]  # they have the methods
         fingerprint=hashlib.sha256(f"{splits.fingerprint}\nall".encode()).hexdigest(),
         note=note,
         validation_in_train=True,

@@ -102,7 +102,7 @@ def test_the_general_data_sets_are_compared_with_table_11(
     trained = {(np.asarray(final.train[i][0]).tobytes(), final.train[i][1]) for i in range(len(final.train))}
     assert set(held) <= trained
     assert not any(each.startswith(f"{sizes[1]} validation images") for each in final.differs)
-    with pytest.raises(IndexError, match="index: expected 0 to"):
+    with pytest.raises(IndexError):
         final.train[len(final.train)]
 
 
