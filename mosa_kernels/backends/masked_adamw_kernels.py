@@ -12,8 +12,11 @@ _MOST_ENTRIES = 2**31 - 1
 _MOST_EXPERTS = 256  # kMaxAdamWExperts of csrc/masked_adamw.h
 
 
-def takes(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
-    """Whether the kernels take this step, all of it on one device, and if not, why."""
+def takes(tensors: AdamWTensors, options: AdamWOptions, strided: bool = False) -> tuple[bool, str]:
+    """Whether the kernels take this step, all of it on one device, and if not, why.
+
+    `strided`: parameters and moments may lie as they like.
+    """
     device, here = tensors.params[0].device, tensors.params[0].get_device()
     if torch.compiler.is_compiling() or type(tensors.params[0]) not in (Tensor, torch.nn.Parameter):
         return False, f"params[0] is a {type(tensors.params[0]).__name__} without an address, or is being traced"
@@ -23,7 +26,7 @@ def takes(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
             return False, f"params[{index}] is {dtype}; the kernel takes float32, float16 and bfloat16"
         if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
             return False, f"params[{index}], its gradient and its moments differ in dtype"
-        if not (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+        if not (strided or (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous())):
             return False, f"params[{index}] or a moment of it is not contiguous"
         if p.numel() > _MOST_ENTRIES:
             return False, f"params[{index}] has {p.numel()} entries; the kernel takes {_MOST_ENTRIES}"

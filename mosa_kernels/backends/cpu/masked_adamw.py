@@ -21,7 +21,7 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
     device = tensors.params[0].device
     if device.type != "cpu":
         return False, f"params[0] is on {device}, not on a CPU"
-    return takes(_contiguous(tensors), options)
+    return takes(tensors, options, strided=True)
 
 
 def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:

@@ -20,11 +20,11 @@ from mosa_kernels.backends.triton.adapter_weight_sums import down_gradients, sum
 from mosa_kernels.backends.triton.device import existing, inside, units_of
 from mosa_kernels.backends.triton.launch import Launch
 from mosa_kernels.backends.triton.plan import Parts, Plan, Rows
+from mosa_kernels.backends.triton.pointers import arrives_last
 from mosa_kernels.backends.triton.reduce import (
     AT_ONCE,
     MOST_SCALE_PARTS,
     add_up,
-    arrives_last,
     store_activity,
     store_scale,
 )
@@ -252,7 +252,7 @@ def adapter_backward_weights_kernel(
     column_block = tl.program_id(0)
     part = tl.program_id(1)
     number = tl.num_programs(1)
-    counters = parts
+    arrivals = parts.to(tl.pointer_type(tl.int32), bitcast=True)
     parts += ARRIVALS
     begin = part * tokens_a_part
     end = tl.minimum(begin + tokens_a_part, num_tokens)
@@ -280,7 +280,7 @@ def adapter_backward_weights_kernel(
                     D, R, LISTS, X_STRIDE, BLOCK_R, RAW, AT_GAMMA, AT_BETA, AT_DOWN_BIAS, DTYPE, PRECISION,
                     BLOCK_T, BLOCK_D, BLOCK_LIST,
                 )  # fmt: skip
-            if arrives_last(counters, column_block, number):
+            if arrives_last(arrivals + column_block, number):
                 first = column_block * BLOCK_D
                 add_up(parts, dw_down, number, first, 0, R, D, BLOCK_D, LENGTH, SUMMED, AT_ONCE)
                 add_up(parts, dgamma, number, first, AT_GAMMA, 1, D, BLOCK_D, LENGTH, BLOCK_D, AT_ONCE)
@@ -303,13 +303,13 @@ def adapter_backward_weights_kernel(
                     D, R, N, LISTS, GRAD_STRIDE, BLOCK_R, NEED_SCALE, AT_UP, AT_BIAS, AT_SCALE, DTYPE, PRECISION,
                     BLOCK_T, BLOCK_D, BLOCK_LIST, BLOCK_N,
                 )  # fmt: skip
-            if arrives_last(counters, tl.num_programs(0) + column_block, number):
+            if arrives_last(arrivals + tl.num_programs(0) + column_block, number):
                 first = column_block * BLOCK_D
                 add_up(parts, dw_up, number, first * R, AT_UP, 1, D * R, BLOCK_D * R, LENGTH, SUMMED, AT_ONCE)
                 add_up(parts, db_up, number, first, AT_BIAS, max(N, 1), D, BLOCK_D, LENGTH, BLOCK_D, AT_ONCE)
             if NEED_SCALE:
                 columns = tl.num_programs(0)
-                if arrives_last(counters, 2 * columns, number * columns):
+                if arrives_last(arrivals + 2 * columns, number * columns):
                     store_scale(parts, dscale, number, AT_SCALE, LENGTH, BLOCK_SCALE)
     if activity is not None:
         if column_block == 0 and part == 0 and tl.program_id(2) == 0:

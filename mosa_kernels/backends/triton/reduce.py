@@ -58,16 +58,6 @@ def clear_arrivals(parts, ARRIVALS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def arrives_last(parts, counter, number):
-    """Whether the other programs that count here, `number` with this one, have stored their parts for it to read."""
-    arrivals = parts.to(tl.pointer_type(tl.int32), bitcast=True)
-    tl.debug_barrier()  # all threads have stored theirs
-    before = tl.atomic_add(arrivals + counter, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()  # no thread reads ahead of the one that counts
-    return before == number - 1
-
-
-@triton.jit
 def store_slice(out, index, total, BEGIN: tl.constexpr, SIZE: tl.constexpr):
     """Stores what belongs to the vector that begins at BEGIN among all vectors."""
     if out is not None:
@@ -117,15 +107,10 @@ def reduce_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < DOWN_BLOCKS:
-        if dw_down is not None:
-            index = program * BLOCK + tl.arange(0, BLOCK)
-            total = sum_parts(parts, index, index < SIZE, number, LENGTH, BLOCK, AT_ONCE)
-            store_slice(dw_down, index, total, 0, SIZE)
+        add_up(parts, dw_down, number, program * BLOCK, 0, 1, SIZE, BLOCK, LENGTH, BLOCK, AT_ONCE)
     elif program < DOWN_BLOCKS + UP_BLOCKS:
-        if dw_up is not None:
-            index = AT_UP + (program - DOWN_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-            total = sum_parts(parts, index, index < AT_UP + SIZE, number, LENGTH, BLOCK, AT_ONCE)
-            store_slice(dw_up, index, total, AT_UP, SIZE)
+        first = (program - DOWN_BLOCKS) * BLOCK
+        add_up(parts, dw_up, number, first, AT_UP, 1, SIZE, BLOCK, LENGTH, BLOCK, AT_ONCE)
     elif program < DOWN_BLOCKS + UP_BLOCKS + VECTOR_BLOCKS:
         index = AT_GAMMA + (program - DOWN_BLOCKS - UP_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         total = sum_parts(parts, index, index < AT_SCALE, number, LENGTH, BLOCK, AT_ONCE)
