@@ -22,25 +22,36 @@ MOSA_HOST_DEVICE inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// yes or no. By its bits, since compilers make branches of choices, and no vector code of loops with branches.
+MOSA_HOST_DEVICE inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
+MOSA_HOST_DEVICE inline float choose(bool condition, float yes, float no) {
+  return bits_to_float(choose(condition, float_to_bits(yes), float_to_bits(no)));
+}
+
 MOSA_HOST_DEVICE inline float bfloat16_to_float(uint16_t bits) {
   return bits_to_float(static_cast<uint32_t>(bits) << 16);
 }
 
-// Rounds to nearest, ties to even. A choice and no branch: loops over it become vector code.
+// Rounds to nearest, ties to even.
 MOSA_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet = (bits >> 16) | 0x40u;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);  // NaN stays NaN
+  return static_cast<uint16_t>(choose((bits & 0x7fffffffu) > 0x7f800000u, quiet, rounded));  // NaN stays NaN
 }
 
 MOSA_HOST_DEVICE inline float float16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));  // inf, NaN
-  if (magnitude >= 0x400u) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
-  const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // units of 2^-24
-  return bits_to_float(sign | float_to_bits(subnormal));
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t subnormal = float_to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t infinite_or_nan = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+  const uint32_t finite = choose(magnitude < 0x400u, subnormal, normal);
+  return bits_to_float(sign | choose(magnitude < 0x7c00u, finite, infinite_or_nan));
 }
 
 // Rounds to nearest, ties to even; beyond the range to infinity.
@@ -48,15 +59,12 @@ MOSA_HOST_DEVICE inline uint16_t float_to_float16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on
-  if (magnitude < 0x38800000u) {                                               // below 2^-14: subnormal
-    // Adding 0.5 leaves units of 2^-24 in the last bits of the sum, rounded by the adder itself.
-    const uint32_t sum = float_to_bits(bits_to_float(magnitude) + 0.5f);
-    return static_cast<uint16_t>(sign | (sum - 0x3f000000u));
-  }
-  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-  return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Adding 0.5 leaves units of 2^-24 in the last bits of the sum, rounded by the adder itself.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = choose(magnitude < 0x38800000u, subnormal, normal);  // below 2^-14
+  const uint32_t infinite_or_nan = choose(magnitude > 0x7f800000u, 0x7e00u, 0x7c00u);
+  return static_cast<uint16_t>(sign | choose(magnitude < 0x477ff000u, finite, infinite_or_nan));  // up to 65520
 }
 
 MOSA_HOST_DEVICE inline float load_float(const void* data, uint8_t dtype, int64_t index) {

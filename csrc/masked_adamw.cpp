@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "float_rows.h"
 #include "masked_adamw_math.h"
 #include "parallel.h"
+#include "vector_code.h"
 
 namespace mosa {
 namespace {
@@ -48,8 +50,9 @@ struct Floats {
   float* __restrict exp_avg_sq;
 };
 
-// All of them by one move.
-void advance_alike(Floats at, int count, AdamWMove move, float decay, const AdamWOptions& o) {
+// All of them by one move. What follows is inlined by force: each instruction set has its own vector code of it.
+[[gnu::always_inline]] inline void advance_alike(Floats at, int count, AdamWMove move, float decay,
+                                                 const AdamWOptions& o) {
   for (int i = 0; i < count; ++i) {
     const AdamWEntry entry = advance({at.param[i], at.exp_avg[i], at.exp_avg_sq[i]}, at.grad[i], move, decay, o);
     at.param[i] = entry.param;
@@ -58,18 +61,14 @@ void advance_alike(Floats at, int count, AdamWMove move, float decay, const Adam
   }
 }
 
-// By its bits, without the branch that compilers make of a choice.
-inline float choose(uint32_t all_ones_or_zero, float a, float b) {
-  return bits_to_float((float_to_bits(a) & all_ones_or_zero) | (float_to_bits(b) & ~all_ones_or_zero));
-}
-
 // Each by its own move. Chosen, not multiplied: what stands still does so bit by bit, whatever its gradient holds.
-void advance_each(Floats at, int count, const float* __restrict step_size, const float* __restrict root_scale,
-                  float decay, const AdamWOptions& o) {
+[[gnu::always_inline]] inline void advance_each(Floats at, int count, const float* __restrict step_size,
+                                                const float* __restrict root_scale, float decay,
+                                                const AdamWOptions& o) {
   for (int i = 0; i < count; ++i) {
     const AdamWEntry old = {at.param[i], at.exp_avg[i], at.exp_avg_sq[i]};
     const AdamWEntry entry = advance(old, at.grad[i], {step_size[i], root_scale[i]}, decay, o);
-    const uint32_t moving = 0u - static_cast<uint32_t>(root_scale[i] != 0.0f);
+    const bool moving = root_scale[i] != 0.0f;
     at.param[i] = choose(moving, entry.param, old.param);
     at.exp_avg[i] = choose(moving, entry.exp_avg, old.exp_avg);
     at.exp_avg_sq[i] = choose(moving, entry.exp_avg_sq, old.exp_avg_sq);
@@ -77,8 +76,8 @@ void advance_each(Floats at, int count, const float* __restrict step_size, const
 }
 
 // What each entry's owner does.
-void moves_of_entries(const AdamWTensor& t, int64_t first, int count, const Moves& moves, float* step_size,
-                      float* root_scale) {
+[[gnu::always_inline]] inline void moves_of_entries(const AdamWTensor& t, int64_t first, int count, const Moves& moves,
+                                                    float* step_size, float* root_scale) {
   if (!moves.alike) {
     for (int i = 0; i < count; ++i) {
       const uint8_t owner = t.owner[first + i];
@@ -91,48 +90,40 @@ void moves_of_entries(const AdamWTensor& t, int64_t first, int count, const Move
   const auto begin = static_cast<uint32_t>(moves.first), experts = static_cast<uint32_t>(moves.count);
   for (int i = 0; i < count; ++i) {  // a comparison, which is vector code, where a look-up is not
     step_size[i] = step;
-    root_scale[i] = choose(0u - static_cast<uint32_t>(t.owner[first + i] - begin < experts), root, 0.0f);
+    root_scale[i] = choose(t.owner[first + i] - begin < experts, root, 0.0f);
   }
 }
 
 // The entries [first, first + count) of a tensor, at most kPiece; without owners they are of one expert.
-template <uint8_t kType>
-void advance_piece(const AdamWTensor& t, int64_t first, int count, int expert, const Moves& moves, float decay,
-                   const AdamWOptions& options) {
+[[gnu::always_inline]] inline void advance_piece(const AdamWTensor& t, int64_t first, int count, int expert,
+                                                 const Moves& moves, float decay, const AdamWOptions& options) {
   float step_size[kPiece], root_scale[kPiece];
   if (t.owner != nullptr) moves_of_entries(t, first, count, moves, step_size, root_scale);
-  const auto run = [&](Floats at) {
+  const auto run = [&](Floats at) __attribute__((always_inline)) {
     if (t.owner == nullptr) {
       advance_alike(at, count, {moves.step_size[expert], moves.root_scale[expert]}, decay, options);
     } else {
       advance_each(at, count, step_size, root_scale, decay, options);
     }
   };
-  if (kType == kFloat32) {
+  if (t.dtype == kFloat32) {
     run({static_cast<float*>(t.param) + first, static_cast<const float*>(t.grad) + first,
          static_cast<float*>(t.exp_avg) + first, static_cast<float*>(t.exp_avg_sq) + first});
     return;
   }
   float param[kPiece], grad[kPiece], exp_avg[kPiece], exp_avg_sq[kPiece];
-  const auto load = [&](const void* data, float* to) {
-    for (int i = 0; i < count; ++i) to[i] = load_float(data, kType, first + i);
-  };
-  load(t.param, param);
-  load(t.grad, grad);
-  load(t.exp_avg, exp_avg);
-  load(t.exp_avg_sq, exp_avg_sq);
+  load_floats(t.param, t.dtype, first, count, param);
+  load_floats(t.grad, t.dtype, first, count, grad);
+  load_floats(t.exp_avg, t.dtype, first, count, exp_avg);
+  load_floats(t.exp_avg_sq, t.dtype, first, count, exp_avg_sq);
   run({param, grad, exp_avg, exp_avg_sq});
-  const auto store = [&](void* data, const float* from) {
-    if (t.owner == nullptr) {
-      for (int i = 0; i < count; ++i) store_float(data, kType, first + i, from[i]);
-      return;
-    }
+  const auto store = [&](void* data, const float* from) __attribute__((always_inline)) {
+    if (t.owner == nullptr) return store_floats(data, t.dtype, first, count, from);
+    uint16_t rounded[kPiece];
+    store_floats(rounded, t.dtype, 0, count, from);
     auto* to = static_cast<uint16_t*>(data) + first;
     for (int i = 0; i < count; ++i) {  // what stands still keeps its bits, which may be those of a NaN
-      uint16_t rounded;
-      store_float(&rounded, kType, 0, from[i]);
-      const auto moving = static_cast<uint16_t>(0u - static_cast<uint32_t>(root_scale[i] != 0.0f));
-      to[i] = static_cast<uint16_t>((rounded & moving) | (to[i] & ~moving));
+      to[i] = static_cast<uint16_t>(choose(root_scale[i] != 0.0f, uint32_t{rounded[i]}, uint32_t{to[i]}));
     }
   };
   store(t.param, param);
@@ -140,20 +131,25 @@ void advance_piece(const AdamWTensor& t, int64_t first, int count, int expert, c
   store(t.exp_avg_sq, exp_avg_sq);
 }
 
-void advance_item(const AdamWTensor& t, int64_t first, int64_t last, const Moves& moves, float decay,
-                  const AdamWOptions& options) {
+// The entries [first, last) of a tensor.
+struct Run {
+  const AdamWTensor& tensor;
+  const Moves& moves;
+  float decay;
+  const AdamWOptions& options;
+  int64_t first, last;
+};
+
+[[gnu::always_inline]] inline void advance_run(const Run& run) {
+  const AdamWTensor& t = run.tensor;
+  const Moves& moves = run.moves;
   const bool one_part = t.owner != nullptr || (moves.alike && moves.count == t.experts);
   const int64_t part = one_part ? t.size : t.size / t.experts;
-  while (first < last) {
+  for (int64_t first = run.first, end; first < run.last; first = end) {
     const int64_t expert = first / part;
-    const int64_t end = std::min({last, first + kPiece, (expert + 1) * part});
-    if (t.owner != nullptr || moves.root_scale[expert] != 0.0f) {
-      const auto piece = t.dtype == kFloat32   ? advance_piece<kFloat32>
-                         : t.dtype == kFloat16 ? advance_piece<kFloat16>
-                                               : advance_piece<kBFloat16>;
-      piece(t, first, static_cast<int>(end - first), static_cast<int>(expert), moves, decay, options);
-    }
-    first = end;
+    end = std::min({run.last, first + kPiece, (expert + 1) * part});
+    if (t.owner == nullptr && moves.root_scale[expert] == 0.0f) continue;
+    advance_piece(t, first, static_cast<int>(end - first), static_cast<int>(expert), moves, run.decay, run.options);
   }
 }
 
@@ -182,7 +178,8 @@ int masked_adamw_cpu(const AdamWParams& params, int threads) {
     const auto n = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), item) - starts.begin() - 1);
     const AdamWTensor& t = params.tensors[n];
     const int64_t first = (item - starts[n]) * kItem;
-    advance_item(t, first, std::min<int64_t>(first + kItem, t.size), moves[n], decay, options);
+    const int64_t last = std::min<int64_t>(first + kItem, t.size);
+    run_in_vector_code<advance_run>(Run{t, moves[n], decay, options, first, last});
   });
   for (int32_t n = 0; n < params.count; ++n) {
     const AdamWTensor& t = params.tensors[n];

@@ -1,13 +1,13 @@
 #include "merge.h"
 
 #include <algorithm>
-#include <iterator>
 #include <numeric>
-#include <utility>
 
+#include "float_rows.h"
 #include "merge_math.h"
 #include "parallel.h"
 #include "status.h"
+#include "vector_code.h"
 
 namespace mosa {
 namespace {
@@ -15,45 +15,71 @@ namespace {
 // Elements below which waking the other threads costs more than they save.
 constexpr int64_t kElementsOfOneThread = 65536;
 constexpr int kRowsPerItem = 16;
-constexpr int kSums = 16;  // of a row, side by side
+constexpr int kPiece = 512;  // elements whose working copies stay in the first cache
+constexpr int kSums = 16;    // of a row, side by side
 
-// Inlined by force, so that where the dtypes are constants the loops become vector code.
-[[gnu::always_inline]] inline void merge_rows(const MergeAdapter a, int64_t first, int64_t last) {
-  const float scale = merge_scale(a);
-  for (int64_t row = first; row < last; ++row) {
-    if (row >= a.rank) {
-      const int i = static_cast<int>(row - a.rank);
-      for (int k = 0; k < a.rank; ++k) merge_up(a, i, k, scale * a.up_factor);
-      merge_up_bias(a, i, scale);
-      continue;
+[[gnu::always_inline]] inline void merge_down_row(const MergeAdapter& a, int64_t row) {
+  const bool has_initial = a.w_down_init != nullptr && a.down_factor != 1.0f;
+  const auto k = static_cast<int>(row);
+  float beta_sums[kSums] = {};
+  for (int first = 0; first < a.width; first += kPiece) {
+    const int count = std::min(kPiece, a.width - first);
+    float down[kPiece], other[kPiece];
+    load_floats(a.w_down, a.w_down_dtype, row * a.w_down_stride + first, count, down);
+    if (has_initial) {
+      load_floats(a.w_down_init, a.w_down_init_dtype, row * a.w_down_init_stride + first, count, other);
+      for (int i = 0; i < count; ++i) down[i] = effective_down(down[i], other[i], a.down_factor);
     }
-    const int k = static_cast<int>(row);
-    float beta_sums[kSums] = {};
-    int i = 0;
-    for (; i + kSums <= a.width; i += kSums) {
-      for (int lane = 0; lane < kSums; ++lane) beta_sums[lane] += merge_down(a, k, i + lane);
+    if (a.beta != nullptr) {
+      load_floats(a.beta, a.beta_dtype, first, count, other);
+      int i = 0;
+      for (; i + kSums <= count; i += kSums) {
+        for (int lane = 0; lane < kSums; ++lane) beta_sums[lane] += down[i + lane] * other[i + lane];
+      }
+      for (; i < count; ++i) beta_sums[i % kSums] += down[i] * other[i];
     }
-    for (; i < a.width; ++i) beta_sums[i % kSums] += merge_down(a, k, i);
-    merge_down_bias(a, k, std::accumulate(beta_sums, beta_sums + kSums, 0.0f));
+    if (a.gamma != nullptr) {
+      load_floats(a.gamma, a.gamma_dtype, first, count, other);
+      for (int i = 0; i < count; ++i) down[i] *= other[i];
+    }
+    store_floats(a.out_w_down, a.out_dtype, row * a.width + first, count, down);
   }
+  merge_down_bias(a, k, std::accumulate(beta_sums, beta_sums + kSums, 0.0f));
 }
 
-template <DType Type>
-void merge_rows_of(MergeAdapter a, int64_t first, int64_t last) {
-  a.w_down_dtype = a.w_down_init_dtype = a.b_down_dtype = a.gamma_dtype = a.beta_dtype = Type;
-  a.w_up_dtype = a.b_up_dtype = a.scale_dtype = a.out_dtype = Type;
-  merge_rows(a, first, last);
+// Rows [first, last) of the up-projection, at most kRowsPerItem, and their biases.
+[[gnu::always_inline]] inline void merge_up_rows(const MergeAdapter& a, int64_t first, int64_t last) {
+  const float scale = merge_scale(a), factor = scale * a.up_factor;
+  float values[kPiece];
+  const auto merge_run = [&](int64_t from, int64_t to, int64_t count) __attribute__((always_inline)) {
+    for (int64_t done = 0; done < count; done += kPiece) {
+      const auto part = static_cast<int>(std::min<int64_t>(kPiece, count - done));
+      load_floats(a.w_up, a.w_up_dtype, from + done, part, values);
+      for (int i = 0; i < part; ++i) values[i] *= factor;
+      store_floats(a.out_w_up, a.out_dtype, to + done, part, values);
+    }
+  };
+  if (a.w_up_stride == a.rank) {
+    merge_run(first * a.rank, first * a.rank, (last - first) * a.rank);
+  } else {
+    for (int64_t row = first; row < last; ++row) merge_run(row * a.w_up_stride, row * a.rank, a.rank);
+  }
+  if (a.out_b_up == nullptr) return;
+  const auto rows = static_cast<int>(last - first);
+  float sums[kRowsPerItem] = {};
+  for (int e = 0; e < a.experts; ++e) {
+    load_floats(a.b_up, a.b_up_dtype, static_cast<int64_t>(e) * a.b_up_stride + first, rows, values);
+    for (int i = 0; i < rows; ++i) sums[i] += values[i];
+  }
+  for (int i = 0; i < rows; ++i) sums[i] = merged_up_bias(sums[i], a.experts, scale);
+  store_floats(a.out_b_up, a.out_dtype, first, rows, sums);
 }
 
-// Of what is there; the dtype of a null pointer says nothing.
-bool are_all(const MergeAdapter& a, uint8_t wanted) {
-  const std::pair<const void*, uint8_t> tensors[] = {{a.w_down, a.w_down_dtype}, {a.w_down_init, a.w_down_init_dtype},
-                                                     {a.b_down, a.b_down_dtype}, {a.gamma, a.gamma_dtype},
-                                                     {a.beta, a.beta_dtype},     {a.w_up, a.w_up_dtype},
-                                                     {a.b_up, a.b_up_dtype},     {a.scale, a.scale_dtype},
-                                                     {a.out_w_up, a.out_dtype}};
-  return std::all_of(std::begin(tensors), std::end(tensors),
-                     [=](const auto& tensor) { return tensor.first == nullptr || tensor.second == wanted; });
+// Of the rows of both projections, first those of the down-projection.
+[[gnu::always_inline]] inline void merge_rows(const MergeAdapter& a, int64_t first, int64_t last) {
+  int64_t row = first;
+  for (; row < std::min<int64_t>(last, a.rank); ++row) merge_down_row(a, row);
+  if (row < last) merge_up_rows(a, row - a.rank, last - a.rank);
 }
 
 int64_t rows_of(const MergeAdapter& a) { return static_cast<int64_t>(a.rank) + a.width; }
@@ -92,13 +118,7 @@ int merge_cpu(const MergeParams& params, int threads) {
     const MergeAdapter& a = params.adapters[n];
     const int64_t first = (item - starts[n]) * kRowsPerItem;
     const int64_t last = std::min(first + kRowsPerItem, rows_of(a));
-    if (are_all(a, kFloat32)) {
-      merge_rows_of<kFloat32>(a, first, last);
-    } else if (are_all(a, kBFloat16)) {
-      merge_rows_of<kBFloat16>(a, first, last);
-    } else {
-      merge_rows(a, first, last);
-    }
+    run_in_vector_code<merge_rows>(a, first, last);
   });
   return kOk;
 }

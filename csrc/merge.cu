@@ -24,6 +24,32 @@ __device__ float block_sum(float value) {
   return sum;
 }
 
+// Writes entry (k, i) of out_w_down; returns its share of out_b_down[k].
+__device__ float merge_down(const MergeAdapter& a, int k, int i) {
+  float down = load_float(a.w_down, a.w_down_dtype, static_cast<int64_t>(k) * a.w_down_stride + i);
+  if (a.w_down_init != nullptr && a.down_factor != 1.0f) {
+    const int64_t at = static_cast<int64_t>(k) * a.w_down_init_stride + i;
+    down = effective_down(down, load_float(a.w_down_init, a.w_down_init_dtype, at), a.down_factor);
+  }
+  const float gamma = a.gamma != nullptr ? load_float(a.gamma, a.gamma_dtype, i) : 1.0f;
+  store_float(a.out_w_down, a.out_dtype, static_cast<int64_t>(k) * a.width + i, down * gamma);
+  return a.beta != nullptr ? down * load_float(a.beta, a.beta_dtype, i) : 0.0f;
+}
+
+__device__ void merge_up(const MergeAdapter& a, int i, int k, float factor) {
+  const float up = load_float(a.w_up, a.w_up_dtype, static_cast<int64_t>(i) * a.w_up_stride + k);
+  store_float(a.out_w_up, a.out_dtype, static_cast<int64_t>(i) * a.rank + k, factor * up);
+}
+
+__device__ void merge_up_bias(const MergeAdapter& a, int i, float scale) {
+  if (a.out_b_up == nullptr) return;
+  float sum = 0.0f;
+  for (int e = 0; e < a.experts; ++e) {
+    sum += load_float(a.b_up, a.b_up_dtype, static_cast<int64_t>(e) * a.b_up_stride + i);
+  }
+  store_float(a.out_b_up, a.out_dtype, i, merged_up_bias(sum, a.experts, scale));
+}
+
 // blockIdx.y is the adapter. Its first `rank` blocks merge a row of the down-projection each, the next ones kUpRows
 // rows of the up-projection each, with their biases.
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeParams params) {

@@ -44,7 +44,7 @@ def takes(adapters: Sequence[MergeInput], dtype: torch.dtype | None, device_type
     if dtype is not None and dtype not in DTYPE_CODES:
         return False, f"the kernels write {dtype_names()}, not {dtype}"
     for n, adapter in enumerate(adapters):
-        for name, tensor in adapter._asdict().items():
+        for name, tensor in zip(adapter._fields, adapter, strict=True):
             if not isinstance(tensor, Tensor):
                 continue
             if type(tensor) not in PLAIN:
@@ -73,18 +73,18 @@ def describe(adapter: MergeInput, fold_norm: bool, out: MergedWeights, keep_aliv
     def matrix(tensor: Tensor | None) -> Matrix:
         if tensor is None:
             return 0, 0, 0
-        rows = tensor.detach().reshape(-1, tensor.shape[-1])
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        keep_alive.append(rows)
-        return rows.data_ptr(), rows.stride(0), DTYPE_CODES[rows.dtype]
+        if tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+            keep_alive.append(tensor)
+        return tensor.data_ptr(), tensor.stride(0), DTYPE_CODES[tensor.dtype]
 
     def vector(tensor: Tensor | None) -> Vector:
         if tensor is None:
             return 0, 0
-        values = tensor.detach().contiguous()
-        keep_alive.append(values)
-        return values.data_ptr(), DTYPE_CODES[values.dtype]
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            keep_alive.append(tensor)
+        return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
 
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()

@@ -95,25 +95,18 @@ def _check_adapter(n: int, adapter: MergeInput) -> None:
     if w_down.dim() != 2 or min(w_down.shape) < 1:
         raise ValueError(f"adapters[{n}].w_down: expected shape [r, d], got {list(w_down.shape)}")
     r, d = w_down.shape
-    shapes = {
-        "w_down": (r, d),
-        "b_down": (r,),
-        "w_up": (d, r),
-        "norm_weight": (d,),
-        "norm_bias": (d,),
-        "w_down_init": (r, d),
-        "scale": (),
-    }
-    for name, value in adapter._asdict().items():
+    matrix, row = (r, d), (d,)
+    shapes = (matrix, (r,), (d, r), None, row, row, (), None, matrix, None)  # as the fields stand; None: any
+    device = w_down.device
+    for name, value, shape in zip(adapter._fields, adapter, shapes, strict=True):
         if not isinstance(value, Tensor):
             continue
-        where = f"adapters[{n}].{name}"
         if not value.dtype.is_floating_point:
-            raise TypeError(f"{where}: expected a floating-point tensor, got {value.dtype}")
-        if name in shapes and value.shape != shapes[name]:
-            raise ValueError(f"{where}: expected shape {list(shapes[name])}, got {list(value.shape)}")
-        if value.device != w_down.device and not (name == "scale" and value.device.type == "cpu"):
-            raise ValueError(f"{where}: expected on {w_down.device} (as w_down), got {value.device}")
+            raise TypeError(f"adapters[{n}].{name}: expected a floating-point tensor, got {value.dtype}")
+        if shape is not None and value.shape != shape:
+            raise ValueError(f"adapters[{n}].{name}: expected shape {list(shape)}, got {list(value.shape)}")
+        if value.device != device and not (name == "scale" and value.device.type == "cpu"):
+            raise ValueError(f"adapters[{n}].{name}: expected on {device} (as w_down), got {value.device}")
     b_up = adapter.b_up
     if b_up is not None and (b_up.dim() not in (1, 2) or b_up.shape[-1] != d or b_up.shape[0] < 1):
         raise ValueError(f"adapters[{n}].b_up: expected shape [{d}] or [N, {d}], got {list(b_up.shape)}")

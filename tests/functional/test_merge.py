@@ -270,3 +270,27 @@ def test_on_a_gpu_as_on_the_host() -> None:
         wide = MergedWeights(*(None if t is None else t.double() for t in oracle(a, True)))
         assert [t.dtype for t in host] == [t.dtype for t in want]
         assert_close(host, wide, a, a.w_down.dtype)
+
+
+@needs_cpu
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_is_read_and_every_float_is_rounded_as_pytorch_does(half):
+    """Up-projections that the merge only converts: each pattern of bits, and floats at and beside each edge."""
+
+    def converted(w_up: Tensor, dtype: torch.dtype) -> Tensor:
+        width, rank = w_up.shape
+        adapter = MergeInput(torch.zeros(rank, width, dtype=w_up.dtype), None, w_up, None)
+        return merge_by_cpu([adapter], dtype=dtype)[0].w_up
+
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(half).reshape(-1, 32)
+    values = halves.float()
+    torch.testing.assert_close(converted(halves, torch.float32), values, rtol=0, atol=0, equal_nan=True)
+
+    nonnegative = values.flatten().sort().values
+    nonnegative = nonnegative[(nonnegative >= 0) & nonnegative.isfinite()]
+    edges = nonnegative[:-1] + nonnegative.diff() / 2  # halfway between neighbours: to even
+    top = torch.tensor([torch.finfo(half).max]) * torch.tensor([1, 1 + 2**-9, 1 + 2**-8, 1 + 2**-7, 2**0.1])
+    floats = torch.cat([edges, top, torch.tensor([float("inf"), float("nan"), 1e-45])])
+    floats = torch.cat([floats, floats.nextafter(torch.zeros(())), floats.nextafter(torch.tensor(float("inf")))])
+    floats = torch.stack([floats, -floats], 1)
+    torch.testing.assert_close(converted(floats, half), floats.to(half), rtol=0, atol=0, equal_nan=True)
