@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from mosa_kernels.cli.opened import ANY_CLASSES, open_loader
 from mosa_kernels.train.embedding import NEIGHBOURS, draw_embeddings, embed
 from mosa_kernels.train.folder import require_writable, versions, write_json
 from mosa_kernels.train.saved import open_saved
+from mosa_kernels.train.setup import make_accelerator
 
 
 def tsne(
@@ -28,6 +30,7 @@ def tsne(
     seed: Annotated[int, typer.Option(help="Of the choice and of t-SNE.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     workers: Annotated[int, typer.Option(min=0)] = 0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")] = False,
 ) -> None:
     """Draw the features of trained models by t-SNE, each merged as it was configured."""
     console = Console()
@@ -49,9 +52,10 @@ def tsne(
                 batch_size=batch_size,
                 workers=workers,
             )
+            device = make_accelerator(dataclasses.replace(saved.settings, mixed_precision="no", cpu=cpu)).device
             method = saved.settings.method
             title = path.name if path.name == method else f"{path.name} ({method})"
-            found.append(embed(saved.model, loader, title, images=images, classes=classes, seed=seed))
+            found.append(embed(saved.model.to(device), loader, title, images=images, classes=classes, seed=seed))
         output.parent.mkdir(parents=True, exist_ok=True)
         draw_embeddings(found, output)
         write_json(
