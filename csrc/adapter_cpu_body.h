@@ -355,10 +355,10 @@ void backward(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& exp
 }
 
 #if defined(MOSA_BF16_PRODUCTS)
-constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed,
+constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed, transpose_blocks,
                                  owned_bytes,  pack_owned,    forward, backward};
 #else
-constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed,
+constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed, transpose_blocks,
                                  nullptr,      nullptr,       forward, backward};
 #endif
 

@@ -191,18 +191,43 @@ void pack_panels(const float* rows, int64_t stride, int64_t k, int64_t n, Operan
   }
 }
 
-// Panels of B [k, n] from the rows of its transpose [n, k].
+// The first words of a row: kLanes of fp32, or as many pairs of bf16, of which the second half may lie behind its end.
+inline Bits load_words(const float* from, bool second_half) {
+#if defined(MOSA_BF16_PRODUCTS)
+  const Vector upper = second_half ? load(from + kLanes) : Vector{};
+  return bit_cast<Bits>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(upper), bit_cast<__m512>(load(from))));
+#else
+  (void)second_half;
+  return bit_cast<Bits>(load(from));
+#endif
+}
+
+// Panels of B [k, n] from the rows of its transpose [n, k], which are padded with zeros to `stride` >= padded(k).
 void pack_panels_transposed(const float* rows, int64_t stride, int64_t k, int64_t n, Operand* to) {
-  // As many source rows are read side by side as a vector has lanes: few enough to stay in L1 whatever their stride.
-  for (int64_t first = 0; first < padded(n); first += kLanes) {
-    const int64_t given = n - first < kLanes ? n - first : kLanes;
-    for (int64_t row = 0; row < k; row += 2) {
-      float even_row[kLanes] = {}, odd_row[kLanes] = {};
-      for (int64_t i = 0; i < given; ++i) {
-        even_row[i] = rows[(first + i) * stride + row];
-        odd_row[i] = row + 1 < k ? rows[(first + i) * stride + row + 1] : 0.0f;
+  for (int64_t column = 0; column < padded(n); column += kLanes) {
+    for (int64_t row = 0; row < k; row += kLanes * kPair) {
+      Bits words[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const bool given = column + i < n;
+        words[i] = given ? load_words(rows + (column + i) * stride + row, row + kLanes < stride) : Bits{};
       }
-      set_panel_vectors(to + panel_index(k, row, first), load(even_row), load(odd_row));
+      transpose(words);
+      for (int i = 0; i < kLanes && row + i * kPair < even(k); ++i) {
+        __builtin_memcpy(to + panel_index(k, row + i * kPair, column), &words[i], sizeof(words[i]));
+      }
+    }
+  }
+}
+
+// to [columns, rows] = from [rows, columns].T, both in whole blocks of kPad x kPad.
+void transpose_blocks(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      Bits block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = bit_cast<Bits>(load(from + (row + i) * from_stride + column));
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) store(to + (column + i) * to_stride + row, bit_cast<Vector>(block[i]));
     }
   }
 }

@@ -15,10 +15,10 @@ namespace {
 
 static_assert(kLanes == kPad, "a group of columns is a vector");
 
-constexpr int64_t kChunk = 32;      // rows of B, bf16
-constexpr int64_t kPairChunk = 16;  // rows of B, pairs of bf16
-constexpr int64_t kSlotCost = 2;    // of a slot, in dense products; with less of a gain slots are not worth packing
-constexpr int kSparseRows = 8;      // 8 sums and 8 registers of operands
+constexpr int64_t kChunk = 32;    // rows of B, bf16
+constexpr int kPairChunk = 16;    // rows of B, pairs of bf16
+constexpr int64_t kSlotCost = 2;  // of a slot, in dense products; with less of a gain slots are not worth packing
+constexpr int kSparseRows = 8;    // 8 sums and 8 registers of operands
 
 constexpr int64_t kPairElements = 4 * kLanes;  // of a pair of slots: two rows and two weights of each column
 
@@ -27,13 +27,10 @@ constexpr int64_t whole_lines(int64_t bytes) { return parts(bytes, 64) * 64; }
 // Where the slots of a [k, n] matrix stand in its memory.
 struct Slots {
   int32_t* starts;  // [groups * chunks + 1] of the pairs of slots of a group of 16 columns and a chunk
-  uint8_t* counts;  // [chunks, padded(n)] rows that a column lists
   Operand* pairs;   // [pairs, 2, 16, 2] rows within the chunk, then their weights
   int64_t chunks;
-  Slots(void* memory, int64_t k, int64_t n)
-      : starts(static_cast<int32_t*>(memory)), counts(), pairs(), chunks(parts(k, kChunk)) {
-    counts = static_cast<uint8_t*>(memory) + whole_lines((padded(n) / kLanes * chunks + 1) * 4);
-    pairs = reinterpret_cast<Operand*>(counts + whole_lines(chunks * padded(n)));
+  Slots(void* memory, int64_t k, int64_t n) : starts(static_cast<int32_t*>(memory)), pairs(), chunks(parts(k, kChunk)) {
+    pairs = reinterpret_cast<Operand*>(static_cast<char*>(memory) + whole_lines((padded(n) / kLanes * chunks + 1) * 4));
   }
 };
 
@@ -44,62 +41,72 @@ size_t slots_bytes_beyond(int64_t k, int64_t n) {
 }
 
 inline uint32_t lanes_of(int64_t given) { return given >= 16 ? 0xffffu : (1u << given) - 1u; }
+inline int larger(int a, int b) { return a > b ? a : b; }
+inline __m512i lane_numbers() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 
-// body(i, j, mask) for 16 columns at a time of rows [height, width]: which entries are other than zero.
-template <typename Body>
-inline void each_mask(const float* rows, int64_t stride, int64_t height, int64_t width, const Body& body) {
-  for (int64_t i = 0; i < height; ++i) {
-    for (int64_t j = 0; j < width; j += 16) {
-      const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes_of(width - j)), rows + i * stride + j);
-      body(i, j, _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+// 16 rows of each of 16 columns of B [k, n], a column in each vector, from B's rows or (transposed) those of its
+// transpose, either padded with zeros. What lies outside B reads as zero.
+inline void load_columns(const float* rows, int64_t stride, int64_t k, int64_t n, bool transposed, int64_t row,
+                         int64_t column, Bits (&columns)[kLanes]) {
+  const int64_t first = transposed ? column : row, height = transposed ? n : k;
+  const float* from = rows + first * stride + (transposed ? row : column);
+  const int64_t given = row < k ? height - first : 0;
+  for (int i = 0; i < kLanes; ++i) columns[i] = i < given ? bit_cast<Bits>(load(from + i * stride)) : Bits{};
+  if (!transposed) transpose(columns);
+}
+
+// What the columns of one group own of one chunk, in words of a weight and, in the upper half, its row: those that a
+// column owns, in order, then zeros. Returns how many the longest column has.
+inline int list_words(const float* rows, int64_t stride, int64_t k, int64_t n, bool transposed, int64_t chunk,
+                      int64_t group, uint32_t (&listed)[kLanes][kChunk + kLanes]) {
+  int counts[kLanes] = {}, most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) __builtin_memset(listed[lane] + kLanes, 0, kLanes * sizeof(uint32_t));
+  for (int half = 0; half < 2; ++half) {
+    Bits columns[kLanes];
+    load_columns(rows, stride, k, n, transposed, chunk * kChunk + half * kLanes, group * kLanes, columns);
+    const __m512i numbers = _mm512_slli_epi32(_mm512_add_epi32(lane_numbers(), _mm512_set1_epi32(half * kLanes)), 16);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const __m512 values = bit_cast<__m512>(columns[lane]);
+      const __mmask16 owned = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      const __m512i weights = _mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+      // In a register: straight to memory it takes Zen 4 a hundred cycles.
+      const __m512i words = _mm512_maskz_compress_epi32(owned, _mm512_or_si512(weights, numbers));
+      _mm512_storeu_si512(listed[lane] + counts[lane], words);
+      counts[lane] += __builtin_popcount(owned);
+      most = larger(most, counts[lane]);
     }
   }
+  return most;
 }
 
 // Slots of B [k, n], from its rows or (transposed) those of its transpose. False, with nothing useful in memory, where
 // dense products are faster.
 bool pack_slots(const float* rows, int64_t stride, int64_t k, int64_t n, bool transposed, void* memory) {
   const Slots slots(memory, k, n);
-  const int64_t wide = padded(n), groups = wide / kLanes, chunks = slots.chunks;
-  const int64_t height = transposed ? n : k, width = transposed ? k : n;
-  __builtin_memset(slots.counts, 0, static_cast<size_t>(chunks * wide));
-  each_mask(rows, stride, height, width, [&](int64_t i, int64_t j, __mmask16 mask) {
-    if (transposed) {
-      uint8_t* count = slots.counts + j / kChunk * wide + i;
-      *count = static_cast<uint8_t>(*count + __builtin_popcount(mask));
-    } else {
-      __m128i* to = reinterpret_cast<__m128i*>(slots.counts + i / kChunk * wide + j);
-      _mm_storeu_si128(to, _mm_sub_epi8(_mm_loadu_si128(to), _mm_movm_epi8(mask)));
-    }
-  });
-  int64_t total = 0;
+  const int64_t groups = padded(n) / kLanes, limit = groups * even(k) / 2 / kSlotCost;
+  int32_t* starts = slots.starts;
+  int32_t total = 0;
   for (int64_t group = 0; group < groups; ++group) {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      int most = 0;
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const int count = slots.counts[chunk * wide + group * kLanes + i];
-        most = count > most ? count : most;
-      }
-      slots.starts[group * chunks + chunk] = static_cast<int32_t>(total);
+    for (int64_t chunk = 0; chunk < slots.chunks; ++chunk) {
+      uint32_t listed[kLanes][kChunk + kLanes];
+      const int most = list_words(rows, stride, k, n, transposed, chunk, group, listed);
+      Operand* pair = slots.pairs + total * kPairElements;
+      *starts++ = total;
       total += (most + 1) / 2;
+      if (total > limit) return false;
+      for (int first = 0; first < most; first += kLanes) {
+        Bits words[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) __builtin_memcpy(&words[lane], listed[lane] + first, sizeof(Bits));
+        transpose(words);
+        for (int slot = 0; slot < kLanes && first + slot < most; slot += 2, pair += kPairElements) {
+          const Bits even_slot = words[slot], odd_slot = words[slot + 1];
+          const Bits both[2] = {(even_slot >> 16) | (odd_slot & 0xffff0000u), (even_slot & 0xffffu) | (odd_slot << 16)};
+          __builtin_memcpy(pair, both, sizeof(both));
+        }
+      }
     }
   }
-  slots.starts[groups * chunks] = static_cast<int32_t>(total);
-  if (total * kSlotCost > groups * even(k) / 2) return false;
-
-  __builtin_memset(slots.pairs, 0, static_cast<size_t>(total) * kPairElements * sizeof(Operand));
-  __builtin_memset(slots.counts, 0, static_cast<size_t>(chunks * wide));
-  each_mask(rows, stride, height, width, [&](int64_t i, int64_t first, uint32_t mask) {
-    for (; mask != 0; mask &= mask - 1) {
-      const int64_t j = first + __builtin_ctz(mask);
-      const int64_t row = transposed ? j : i, column = transposed ? i : j, chunk = row / kChunk;
-      const int slot = slots.counts[chunk * wide + column]++;
-      Operand* pair = slots.pairs + (slots.starts[column / kLanes * chunks + chunk] + slot / 2) * kPairElements;
-      const int64_t lane = column % kLanes * 2 + slot % 2;
-      pair[lane] = static_cast<Operand>(row % kChunk);
-      set_operand(pair + 2 * kLanes + lane, rows[i * stride + j]);
-    }
-  });
+  *starts = total;
   return true;
 }
 
@@ -158,39 +165,38 @@ size_t owned_bytes(int64_t width, int64_t rank) {
 
 bool pack_owned(const uint8_t* owner, int id, int64_t width, int64_t rank, void* memory, CpuOwned* owned) {
   const int64_t groups = padded(width) / kLanes, chunks = parts(rank, kPairChunk);
+  const int64_t limit = groups * padded(rank) / kSlotCost;
   int32_t* starts = static_cast<int32_t*>(memory);
   int32_t* units = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + whole_lines((groups * chunks + 1) * 4));
+  *owned = {starts, units, chunks};
   const __m128i mine = _mm_set1_epi8(static_cast<char>(id));
-  const auto owns = [&](int64_t column, int64_t chunk) -> uint32_t {
-    const __mmask16 here = static_cast<__mmask16>(column < width ? lanes_of(rank - chunk * kPairChunk) : 0u);
-    const __m128i owners = _mm_maskz_loadu_epi8(here, owner + column * rank + chunk * kPairChunk);
-    return _mm_mask_cmpeq_epi8_mask(here, owners, mine);
-  };
-  int64_t total = 0;
+  int32_t total = 0;
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const __m512i numbers = _mm512_add_epi32(lane_numbers(), _mm512_set1_epi32(static_cast<int>(chunk) * kPairChunk));
+      const __mmask16 given = static_cast<__mmask16>(lanes_of(rank - chunk * kPairChunk));
+      Bits listed[kLanes];
       int most = 0;
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int count = __builtin_popcount(owns(group * kLanes + lane, chunk));
-        most = count > most ? count : most;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t column = group * kLanes + lane;
+        const __mmask16 here = column < width ? given : __mmask16{};
+        const __m128i owners = _mm_maskz_loadu_epi8(here, owner + column * rank + chunk * kPairChunk);
+        const __mmask16 owns = _mm_mask_cmpeq_epi8_mask(here, owners, mine);
+        listed[lane] = bit_cast<Bits>(_mm512_mask_compress_epi32(_mm512_set1_epi32(-1), owns, numbers));
+        most = larger(most, __builtin_popcount(owns));
       }
-      starts[group * chunks + chunk] = static_cast<int32_t>(total);
-      total += most;
+      *starts++ = total;
+      if (total + most > limit) {
+        *owned = {};
+        return false;
+      }
+      transpose(listed);
+      for (int slot = 0; slot < most; ++slot, ++total) {
+        __builtin_memcpy(units + total * kLanes, &listed[slot], sizeof(Bits));
+      }
     }
   }
-  starts[groups * chunks] = static_cast<int32_t>(total);
-  if (total * kSlotCost > groups * padded(rank)) return false;
-
-  __builtin_memset(units, 0xff, static_cast<size_t>(total) * 64);
-  for (int64_t column = 0; column < width; ++column) {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      int32_t* to = units + starts[column / kLanes * chunks + chunk] * kLanes + column % kLanes;
-      for (uint32_t mask = owns(column, chunk); mask != 0; mask &= mask - 1, to += kLanes) {
-        *to = static_cast<int32_t>(chunk * kPairChunk + __builtin_ctz(mask));
-      }
-    }
-  }
-  *owned = {starts, units, chunks};
+  *starts = total;
   return true;
 }
 

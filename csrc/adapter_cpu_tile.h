@@ -81,6 +81,9 @@ struct CpuKernels {
   size_t (*scratch_bytes)(int64_t width, int64_t rank, bool backward);
   void (*pack)(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed);             // from [k, n]
   void (*pack_transposed)(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed);  // from [n, k]
+  // to [columns, rows] = from [rows, columns].T, in blocks of kPad x kPad.
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                    int64_t to_stride);
   // Null where owned entries are not multiplied apart from others. False where that would be slower.
   size_t (*owned_bytes)(int64_t width, int64_t rank);
   bool (*pack_owned)(const uint8_t* owner, int id, int64_t width, int64_t rank, void* memory, CpuOwned* owned);
