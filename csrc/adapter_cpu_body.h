@@ -355,10 +355,10 @@ void backward(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& exp
 }
 
 #if defined(MOSA_BF16_PRODUCTS)
-constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed, transpose_blocks,
-                                 owned_bytes,  pack_owned,    forward, backward};
+constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    transpose_blocks, owned_bytes,
+                                 pack_owned,   spread_owned,  forward, backward};
 #else
-constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    pack_transposed, transpose_blocks,
+constexpr CpuKernels kKernels = {packed_bytes, scratch_bytes, pack,    transpose_blocks, nullptr,
                                  nullptr,      nullptr,       forward, backward};
 #endif
 

@@ -20,20 +20,12 @@ size_t packed_bytes(int64_t k, int64_t n) {
 inline bool pack_slots(const float*, int64_t, int64_t, int64_t, bool, void*) { return false; }
 #endif
 
-// B [k, n] from its rows, which are padded with zeros to `stride` >= padded(n).
-void pack(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed) {
+void pack(const float* rows, int64_t stride, int64_t k, int64_t n, bool transposed, bool sparse, void* packed) {
   char* body = static_cast<char*>(packed) + kPackedHeader;
-  const bool slots = pack_slots(rows, stride, k, n, false, body);
+  const bool slots = sparse && pack_slots(rows, stride, k, n, transposed, body);
   *static_cast<uint8_t*>(packed) = slots;
-  if (!slots) pack_panels(rows, stride, k, n, reinterpret_cast<Operand*>(body));
-}
-
-// B [k, n] from the rows of its transpose [n, k].
-void pack_transposed(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed) {
-  char* body = static_cast<char*>(packed) + kPackedHeader;
-  const bool slots = pack_slots(rows, stride, k, n, true, body);
-  *static_cast<uint8_t*>(packed) = slots;
-  if (!slots) pack_panels_transposed(rows, stride, k, n, reinterpret_cast<Operand*>(body));
+  if (slots) return;
+  (transposed ? pack_panels_transposed : pack_panels)(rows, stride, k, n, reinterpret_cast<Operand*>(body));
 }
 
 // C[m, n] = A[m, k] B[k, n], B packed. Columns of C from n to padded(n) are written too.

@@ -16,7 +16,7 @@ namespace {
 static_assert(kLanes == kPad, "a group of columns is a vector");
 
 constexpr int64_t kChunk = 32;    // rows of B, bf16
-constexpr int kPairChunk = 16;    // rows of B, pairs of bf16
+constexpr int kPairChunk = kPad;  // rows of B, pairs of bf16
 constexpr int64_t kSlotCost = 2;  // of a slot, in dense products; with less of a gain slots are not worth packing
 constexpr int kSparseRows = 8;    // 8 sums and 8 registers of operands
 
@@ -163,25 +163,28 @@ size_t owned_bytes(int64_t width, int64_t rank) {
                              groups * padded(rank) / kSlotCost * 64);
 }
 
-bool pack_owned(const uint8_t* owner, int id, int64_t width, int64_t rank, void* memory, CpuOwned* owned) {
-  const int64_t groups = padded(width) / kLanes, chunks = parts(rank, kPairChunk);
-  const int64_t limit = groups * padded(rank) / kSlotCost;
+// Which of a chunk's units an expert owns in a column.
+inline __mmask16 owned_units(const CpuOwner& owner, int64_t column, int64_t chunk) {
+  const int64_t given = column < owner.width ? owner.rank - chunk * kPairChunk : 0;
+  const __mmask16 here = static_cast<__mmask16>(lanes_of(given));
+  const __m128i owners = _mm_maskz_loadu_epi8(here, owner.assignment + column * owner.rank + chunk * kPairChunk);
+  return _mm_mask_cmpeq_epi8_mask(here, owners, _mm_set1_epi8(static_cast<char>(owner.id)));
+}
+
+bool pack_owned(const CpuOwner& owner, void* memory, CpuOwned* owned) {
+  const int64_t groups = padded(owner.width) / kLanes, chunks = parts(owner.rank, kPairChunk);
+  const int64_t limit = groups * padded(owner.rank) / kSlotCost;
   int32_t* starts = static_cast<int32_t*>(memory);
   int32_t* units = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + whole_lines((groups * chunks + 1) * 4));
   *owned = {starts, units, chunks};
-  const __m128i mine = _mm_set1_epi8(static_cast<char>(id));
   int32_t total = 0;
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const __m512i numbers = _mm512_add_epi32(lane_numbers(), _mm512_set1_epi32(static_cast<int>(chunk) * kPairChunk));
-      const __mmask16 given = static_cast<__mmask16>(lanes_of(rank - chunk * kPairChunk));
       Bits listed[kLanes];
       int most = 0;
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t column = group * kLanes + lane;
-        const __mmask16 here = column < width ? given : __mmask16{};
-        const __m128i owners = _mm_maskz_loadu_epi8(here, owner + column * rank + chunk * kPairChunk);
-        const __mmask16 owns = _mm_mask_cmpeq_epi8_mask(here, owners, mine);
+        const __mmask16 owns = owned_units(owner, group * kLanes + lane, chunk);
         listed[lane] = bit_cast<Bits>(_mm512_mask_compress_epi32(_mm512_set1_epi32(-1), owns, numbers));
         most = larger(most, __builtin_popcount(owns));
       }
@@ -198,6 +201,22 @@ bool pack_owned(const uint8_t* owner, int id, int64_t width, int64_t rank, void*
   }
   *starts = total;
   return true;
+}
+
+void spread_owned(const CpuOwner& owner, const CpuOwned& owned, int64_t group, int64_t first, int64_t last,
+                  const float* sums, float* to, int64_t to_stride) {
+  const int32_t* starts = owned.starts + group * owned.chunks;
+  for (int64_t chunk = first; chunk < last; ++chunk, to += kPairChunk) {
+    const int32_t slots = starts[chunk + 1] - starts[chunk];
+    Bits values[kLanes];
+    for (int i = 0; i < kLanes; ++i) values[i] = i < slots ? bit_cast<Bits>(load(sums + i * kLanes)) : Bits{};
+    sums += slots * kLanes;
+    transpose(values);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const __mmask16 owns = owned_units(owner, group * kLanes + lane, chunk);
+      _mm512_storeu_ps(to + lane * to_stride, _mm512_maskz_expand_ps(owns, bit_cast<__m512>(values[lane])));
+    }
+  }
 }
 
 // Adds to, or sets, the sums of Count slots over the pairs of rows of a tile.

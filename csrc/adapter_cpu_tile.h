@@ -15,20 +15,26 @@ constexpr int kPad = 16;  // columns of fp32 scratch come in multiples of it
 
 static constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
+struct CpuOwner {
+  const uint8_t* assignment;  // [width, rank]
+  int id;
+  int64_t width;
+  int64_t rank;
+};
+
 // The entries of the up projection that one expert owns: each of 16 neighbouring columns lists its units, chunk by
-// chunk of the bottleneck, in slots. A null pointer stands for the whole matrix.
+// chunk of kPad units of the bottleneck, in slots. A null pointer stands for the whole matrix.
 struct CpuOwned {
   const int32_t* starts;  // [padded(width) / 16 * chunks + 1] of the slots of 16 columns and a chunk
   const int32_t* units;   // [slots, 16], or -1
   int64_t chunks;
 };
 
-// One expert's projections: effective weights as fp32 rows, then as panels for the matrix products.
+// One expert's projections, packed for the matrix products.
 struct CpuExpert {
-  float* down_rows;    // [rank, padded(width)] w_down_e * gamma
-  float* up_rows;      // [width, padded(rank)] w_up_e
+  float* up_rows;      // [width, padded(rank)] w_up_e, or null: not kept
   float* b_down;       // [padded(rank)] b_down + w_down_e @ beta
-  float* row_sums;     // [padded(rank)] of down_rows
+  float* row_sums;     // [padded(rank)] of w_down_e * gamma
   float* b_up;         // [padded(width)] b_up_e, zeros without one
   void* down;          // packed [width, rank]: x to bottleneck
   void* up;            // packed [rank, width]: bottleneck to output
@@ -79,14 +85,18 @@ struct CpuTile {
 struct CpuKernels {
   size_t (*packed_bytes)(int64_t k, int64_t n);  // of a [k, n] matrix
   size_t (*scratch_bytes)(int64_t width, int64_t rank, bool backward);
-  void (*pack)(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed);             // from [k, n]
-  void (*pack_transposed)(const float* rows, int64_t stride, int64_t k, int64_t n, void* packed);  // from [n, k]
+  // Packs B [k, n] from its rows, or (transposed) from those of its transpose [n, k], padded with zeros to `stride`
+  // elements, a multiple of kPad. Sparse: entries other than zero may be few enough to be multiplied alone.
+  void (*pack)(const float* rows, int64_t stride, int64_t k, int64_t n, bool transposed, bool sparse, void* packed);
   // to [columns, rows] = from [rows, columns].T, in blocks of kPad x kPad.
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                     int64_t to_stride);
   // Null where owned entries are not multiplied apart from others. False where that would be slower.
   size_t (*owned_bytes)(int64_t width, int64_t rank);
-  bool (*pack_owned)(const uint8_t* owner, int id, int64_t width, int64_t rank, void* memory, CpuOwned* owned);
+  bool (*pack_owned)(const CpuOwner& owner, void* memory, CpuOwned* owned);
+  // From sums [slots, 16] of one group and its chunks from `first` to `last`: rows of its 16 columns, zeros elsewhere.
+  void (*spread_owned)(const CpuOwner& owner, const CpuOwned& owned, int64_t group, int64_t first, int64_t last,
+                       const float* sums, float* to, int64_t to_stride);
   void (*forward)(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, void* scratch);
   void (*backward)(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, const CpuSums& sums,
                    void* scratch);

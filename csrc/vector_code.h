@@ -4,9 +4,14 @@
 namespace mosa {
 
 #if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__clang__)  // ignores a list with a name that it does not know
+#define MOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq"
+#else
+#define MOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"
+#endif
+
 template <auto Function, typename... Arguments>
-[[gnu::target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")]] void run_with_avx512(
-    const Arguments&... arguments) {
+[[gnu::target(MOSA_AVX512)]] void run_with_avx512(const Arguments&... arguments) {
   Function(arguments...);
 }
 
