@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.peft.block import PROMPTS, SLOT, AdapterSlot, adapters_in
@@ -34,6 +35,7 @@ class AdapterBook(nn.Module):
         heads: the classifiers of the adapters that are not active.
         tuned: the parameters of baselines that train the backbone's own, by name; of the active one, the originals.
         folded: while an adapter is merged into the backbone's weights, these as they were, by name; else None.
+        hooks: on the backbone, to be taken out with the last adapter.
     """
 
     backbone_head: Head | None
@@ -48,6 +50,7 @@ class AdapterBook(nn.Module):
         self.heads = nn.ModuleDict()
         self.tuned = nn.ModuleDict()
         self.folded: dict[str, Tensor] | None = None
+        self.hooks: list[RemovableHandle] = []
         self._model = weakref.ref(model)  # weak, so that the model's memory is free as soon as its user drops it
 
     @property

@@ -15,6 +15,7 @@ from mosa_kernels.peft.attention import find_attention, projected
 from mosa_kernels.peft.backbone import backbone_tensors
 from mosa_kernels.peft.block import PROMPTS, AdapterSlot, give_slot, take_slot
 from mosa_kernels.peft.book import BOOK, AdapterBook, book_of, check_known, check_settled, find_book, unwrap
+from mosa_kernels.peft.checkpointing import let_gradients_in
 from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
 from mosa_kernels.peft.placement import FoundBlock, block_width, find_blocks, forward_class, select_layers
@@ -132,6 +133,8 @@ def remove_all(model: nn.Module, keep_head: bool = False) -> nn.Module:
             tuned.exchange(model)
     for path in book.blocks:
         take_slot(model.get_submodule(path))
+    for hook in book.hooks:
+        hook.remove()
     delattr(model, BOOK)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in book.trainable)
@@ -267,6 +270,7 @@ def _open_book(model: nn.Module, blocks: list[FoundBlock]) -> AdapterBook:
         give_slot(block, kind, index)
     book = AdapterBook(model, [path for path, _, _ in blocks], trainable)
     model.add_module(BOOK, book)
+    book.hooks = let_gradients_in(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)

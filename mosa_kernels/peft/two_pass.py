@@ -15,6 +15,7 @@ from mosa_kernels.nn.sampler import Draw, ExpertSampler
 from mosa_kernels.nn.streams import STREAM_BITS, marked_generator
 from mosa_kernels.peft.block import AdapterSlot
 from mosa_kernels.peft.book import AdapterBook, book_of, check_settled
+from mosa_kernels.peft.checkpointing import refuse_reentrant
 from mosa_kernels.peft.images import Images, doubled, patches_of
 from mosa_kernels.peft.placement import select_layers
 
@@ -64,7 +65,7 @@ def two_pass(
         TypeError: the model's output is no tensor, `images` is neither one nor a mapping with patches, or `features`
             lists nothing.
         ValueError: an argument is out of range, or the model has no active adapters.
-        RuntimeError: the model is in evaluation mode.
+        RuntimeError: the model is in evaluation mode, or its activation checkpointing is reentrant.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -79,6 +80,7 @@ def two_pass(
         )
     if isinstance(model, nn.DataParallel):
         raise TypeError("model: expected no DataParallel, whose replicas share no draws; use DistributedDataParallel")
+    refuse_reentrant(model)
     slots = book.slots()
     blocks = _chosen(features, len(slots))
     samplers = [adapter.sampler for _, _, adapter in book.adapters(book.active)]
@@ -139,7 +141,7 @@ class _Run:
         if logits.requires_grad and not all(record[i].requires_grad for i in self.blocks if i >= first):
             raise RuntimeError(
                 "features: reentrant activation checkpointing cuts them off from the gradient; use the other kind "
-                "(timm.layers.set_reentrant_ckpt(False)), or features=False"
+                "(timm.layers.set_reentrant_ckpt(False), use_reentrant=False)"
             )
         return logits, [record[index] for index in self.blocks]
 

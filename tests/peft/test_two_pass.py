@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
 import pytest
 import timm
 import torch
@@ -181,17 +184,49 @@ def test_what_it_refuses() -> None:
         two_pass(model, x)
 
 
+ARGUMENTS_BY_NAME = ("vit_small_patch16_dinov3", "vit_relpos", "beit", "eva02", "naflexvit")
+
+
+@pytest.fixture
+def reentrant() -> Iterator[None]:
+    before = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(True)
+    yield
+    timm.layers.set_reentrant_ckpt(before)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_features_without_a_gradient_are_refused() -> None:
+@pytest.mark.usefixtures("reentrant")
+def test_reentrant_checkpointing_is_refused() -> None:
     model, x = trained(), images()
+    two_pass(model, x)
     model.set_grad_checkpointing(True)
-    reentrant = timm.layers.use_reentrant_ckpt()
-    try:
-        timm.layers.set_reentrant_ckpt(True)
-        with pytest.raises(RuntimeError, match="reentrant activation checkpointing"):
-            two_pass(model, x)
-    finally:
-        timm.layers.set_reentrant_ckpt(reentrant)
+    for features in (True, False):
+        with pytest.raises(RuntimeError, match=r"without reentry, got the reentrant kind.*set_reentrant_ckpt\(False\)"):
+            two_pass(model, x, features=features)
+    with torch.no_grad():
+        two_pass(model, x)
+
+
+@pytest.mark.usefixtures("reentrant")
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_reentrant_checkpointing_loses_no_gradient_of_a_plain_pass(family: Family) -> None:
+    model, x = copy.deepcopy(trained(family, dropout=0.0)), images(family)
+    if family.name.startswith(ARGUMENTS_BY_NAME):
+        model.set_grad_checkpointing(True)
+        with pytest.raises(ValueError, match="Unexpected keyword arguments"):  # PyTorch's own
+            model(x)
+        return
+    found = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(x).logsumexp(-1).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+        found.append(gradients(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_seeds_depend_on_every_number() -> None:
