@@ -64,12 +64,16 @@ def measure_commits(names: Sequence[str], arguments: Sequence[str], clone: Path,
 
 
 def faster(first: Record, second: Record) -> Record:
-    """The first report with the rows of the second where those are faster, or wrong: once is enough."""
+    """The first report with the rows of the second where those are faster, or wrong: once is enough.
+
+    A row keeps the medians of both runs, which say how far a run is off.
+    """
     others = dict(timings(second))
     for name, row in timings(first):
         other = others.get(name, {})
-        if "ms" in row and "ms" in other and other["ms"]["median"] < row["ms"]["median"]:
-            row["ms"] = other["ms"]
+        if "ms" in row and "ms" in other:
+            row["medians"] = [row["ms"]["median"], other["ms"]["median"]]
+            row["ms"] = min(row["ms"], other["ms"], key=lambda ms: ms["median"])
         elif "ms" in row and other.get("status") in ("red", "failed"):
             del row["ms"]
             row |= {"status": other["status"], "reason": other["reason"]}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 from mosa_kernels.bench.records import Record, timings
 from mosa_kernels.bench.report import table
 
 LEAST_CHANGE = 0.05
-"""A change counts where it is more than this and each median lies outside the other's 20th to 80th percentile."""
+"""A change counts where it is more than this, each median lies outside the other's 20th to 80th percentile, no run of
+one side lies among those of the other, and what is not ours, measured beside it, did not move as much."""
 
 
 class Difference(NamedTuple):
@@ -17,7 +20,7 @@ class Difference(NamedTuple):
     name: tuple[str, str, str]  # operator, case, provider
     before: float | None  # median in ms; None: there is none
     after: float | None
-    verdict: str  # "slower", "faster", "same", "lost" (there, without a figure), "absent" (not there), "new"
+    verdict: str  # "slower", "faster", "same", "undecided", "lost" (there, without a figure), "absent", "new"
     ours: bool  # whether it is ours to mend
     reason: str | None = None
 
@@ -29,12 +32,18 @@ class Difference(NamedTuple):
 def compare(before: Record, after: Record) -> list[Difference]:
     """Everything that either report has a time for."""
     old, new = dict(timings(before)), dict(timings(after))
+    machine: dict[tuple[str, str], list[float]] = {}  # per case what became of the times that are not ours
+    for name in old.keys() & new.keys():
+        a, b = old[name], new[name]
+        if "ms" in a and "ms" in b and not a["ours"]:
+            machine.setdefault(name[:2], []).append(b["ms"]["median"] / a["ms"]["median"])
     found = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name, {}), new.get(name, {})
         ours = bool((a or b)["ours"])
         if "ms" in a and "ms" in b:
-            found.append(Difference(name, a["ms"]["median"], b["ms"]["median"], _verdict(a["ms"], b["ms"]), ours))
+            verdict = _verdict(a, b, machine.get(name[:2], ()) if ours else ())
+            found.append(Difference(name, a["ms"]["median"], b["ms"]["median"], verdict, ours))
         elif "ms" in a:
             reason = b.get("reason") or "it was not measured"
             found.append(Difference(name, a["ms"]["median"], None, "lost" if b else "absent", ours, reason))
@@ -65,6 +74,9 @@ def markdown(before: Record, after: Record, names: tuple[str, str], differences:
     parts += [f"Note: {note}." for note in caveats(before, after)]
     if same_device(before, after):
         parts.append(f"{len(bad)} regression(s) beyond the noise." if bad else "No regression beyond the noise.")
+        undecided = sum(d.verdict == "undecided" for d in differences)
+        if undecided:
+            parts.append(f"{undecided} undecided: what is not ours moved too, so the machine may have. Measure again.")
         others = [d for d in differences if not d.ours and d.verdict == "slower"]
         if others:
             parts.append(f"{len(others)} of what is not ours became slower too: the machine may have.")
@@ -137,9 +149,16 @@ def _line(difference: Difference) -> tuple[str, ...]:
     return (*difference.name, before, after, ratio, words)
 
 
-def _verdict(a: Record, b: Record) -> str:
-    if b["median"] > (1 + LEAST_CHANGE) * a["median"] and b["median"] > a["p80"] and a["median"] < b["p20"]:
-        return "slower"
-    if a["median"] > (1 + LEAST_CHANGE) * b["median"] and a["median"] > b["p80"] and b["median"] < a["p20"]:
-        return "faster"
+def _verdict(a: Record, b: Record, machine: Sequence[float]) -> str:
+    """Of one row, given what became of the times beside it that are not ours: those move with the machine alone."""
+    runs = [row.get("medians") or [row["ms"]["median"]] for row in (a, b)]
+    margin = max(1 + LEAST_CHANGE, *(max(times) / min(times) for times in runs))
+    for verdict, x, y, (fast, slow) in (("slower", a["ms"], b["ms"], runs), ("faster", b["ms"], a["ms"], runs[::-1])):
+        change = min(slow) / max(fast)
+        if change > margin and y["median"] > x["p80"] and x["median"] < y["p20"]:
+            if not machine:
+                return verdict
+            shift = median(machine) if verdict == "slower" else 1 / median(machine)
+            moved = max(max(ratio, 1 / ratio) for ratio in machine)
+            return verdict if change / shift > margin * moved else "undecided"
     return "same"

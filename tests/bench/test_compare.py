@@ -52,6 +52,51 @@ def test_a_slower_baseline_is_no_regression_of_ours_but_said() -> None:
     assert "1 of what is not ours became slower too" in markdown(before, after, ("a", "b"), differences)
 
 
+def runs(*pairs: tuple[float, float]) -> list:
+    """A report for each (eager, ours)."""
+    return [report(record("adapter", [row("eager", eager), row("cpu", ours, True)])) for eager, ours in pairs]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ((10.0, 1.0), (10.0, 1.2), "slower"),
+        ((10.0, 1.0), (30.0, 3.1), "undecided"),  # the whole machine
+        ((10.0, 1.0), (12.0, 1.3), "undecided"),  # a little more than the machine, which moved as much
+        ((10.0, 1.0), (12.0, 3.0), "slower"),  # far more than the machine
+        ((30.0, 3.1), (10.0, 1.0), "undecided"),
+        ((10.0, 1.2), (10.0, 1.0), "faster"),
+        ((10.0, 1.0), (25.0, 1.0), "same"),  # eager alone, whose allocator had to ask the system
+        ((25.0, 1.0), (10.0, 1.0), "same"),
+    ],
+)
+def test_what_is_not_ours_says_what_the_machine_did(
+    before: tuple[float, float], after: tuple[float, float], verdict: str
+) -> None:
+    reports = runs(before, after)
+    differences = compare(*reports)
+    found = {d.name[2]: d.verdict for d in differences}
+    assert found["cpu"] == verdict
+    assert bool(regressions(differences)) is (verdict == "slower")
+    assert ("1 undecided" in markdown(*reports, ("a", "b"), differences)) is (verdict == "undecided")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ((0.191, 0.4), (0.593, 0.39), "same"),  # the runs overlap
+        ((0.4, 0.19), (0.6, 0.45), "same"),  # they do not, but differ as much among themselves
+        ((1.0, 1.02), (1.5, 1.4), "slower"),
+        ((1.5, 1.4), (1.0, 1.02), "faster"),
+    ],
+)
+def test_of_commits_every_run_has_to_be_slower(
+    before: tuple[float, float], after: tuple[float, float], verdict: str
+) -> None:
+    sides = [faster(*runs(*((10.0, ours) for ours in side))) for side in (before, after)]
+    assert {d.name[2]: d.verdict for d in compare(*sides)}["cpu"] == verdict
+
+
 def test_other_versions_presets_and_clocks_are_said() -> None:
     before = report(record("adapter", [row("triton", 1.0, True)]))
     machine = {"versions": {"torch": "2.12.0"}, "compiled_cpu_kernels": "avx512", "compiled_cuda_kernels": None}
