@@ -177,7 +177,7 @@ inline Vector activate(uint8_t activation, Vector z, Vector* slope) {
     return z * s;
   }
   if (activation == kReluCode) {
-    if (slope) *slope = select(z > 0.0f, splat(1.0f), splat(0.0f));
+    if (slope) *slope = select(z <= 0.0f, splat(0.0f), splat(1.0f));
     return select(z < 0.0f, splat(0.0f), z);  // NaN stays NaN
   }
   if (activation == kSiluCode) {

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mosa_kernels.backends.consistency import cross_entropy
 from mosa_kernels.functional.alignment import feature_alignment
-from mosa_kernels.functional.consistency import OPERATOR, consistency
+from mosa_kernels.functional.consistency import OPERATOR, check_target, consistency
 
 ALIGNMENTS = ("none", "shallow", "deep", "all")
 
@@ -125,7 +124,7 @@ class MoSALoss(nn.Module):
             logits1, logits2, features1, features2 = out, None, None, None
         else:
             logits1, logits2, features1, features2 = out.logits1, out.logits2, out.features1, out.features2
-        _check_target(logits1, target)
+        check_target(logits1, target)
         if logits2 is None or not self.alpha:
             predicted = cross_entropy(logits1, target, self.label_smoothing)
             zero = alignment = divergence = predicted.new_zeros(())
@@ -176,16 +175,3 @@ class MoSALoss(nn.Module):
             f"alpha={self.alpha}, beta={self.beta}, align={self.align!r}, label_smoothing={self.label_smoothing}, "
             f"detach_targets={self.detach_targets}"
         )
-
-
-def _check_target(logits: Tensor, target: Tensor) -> None:
-    if logits.dim() != 2:
-        raise ValueError(f"logits1: expected shape [B, C], got {list(logits.shape)}")
-    if target.dtype.is_floating_point:
-        expected: tuple[int, ...] = tuple(logits.shape)
-    elif target.dtype in (torch.int64, torch.int32, torch.uint8):
-        expected = (logits.shape[0],)
-    else:
-        raise TypeError(f"target: expected classes (int64) or probabilities (floating point), got {target.dtype}")
-    if tuple(target.shape) != expected:
-        raise ValueError(f"target: expected shape {list(expected)} for {target.dtype}, got {list(target.shape)}")

@@ -8,6 +8,7 @@ from mosa_kernels.backends.arguments import AdapterArguments
 
 _MAX_WIDTH = 4096
 _MAX_BOTTLENECK = 256
+_MAX_TOKENS = 2**30  # 32-bit numbers count them, and the parts that they are split into go beyond the last
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -20,8 +21,8 @@ def takes(args: AdapterArguments) -> tuple[bool, str]:
         return False, f"x is {x.shape[-1]} wide, at most {_MAX_WIDTH} are taken"
     if args.w_down.shape[0] > _MAX_BOTTLENECK:
         return False, f"the bottleneck is {args.w_down.shape[0]} wide, at most {_MAX_BOTTLENECK} are taken"
-    if x.numel() // x.shape[-1] >= 2**31 - 2**10:
-        return False, "x has 2**31 tokens or more"
+    if x.numel() // x.shape[-1] > _MAX_TOKENS:
+        return False, f"x has {x.numel() // x.shape[-1]} tokens, at most {_MAX_TOKENS} are taken"
     dtype = args.compute_dtype or args.x.dtype
     if dtype not in _DTYPES:
         return False, f"products in {dtype} are not taken"

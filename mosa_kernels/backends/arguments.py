@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,15 @@ class AdapterArguments(NamedTuple):
     @property
     def matmul_dtype(self) -> torch.dtype:
         return self.compute_dtype or self.x.dtype
+
+
+_TENSORS = AdapterArguments._fields.index("expert_id")  # the tensors come first, then the options
+
+
+def has_gradients(args: AdapterArguments) -> bool:
+    """Whether any tensor of a call requires a gradient."""
+    tensors: Any = args[:_TENSORS]
+    return args.w_down.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class AdapterNeeds(NamedTuple):

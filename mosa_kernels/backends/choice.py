@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from mosa_kernels.backends import cpu, reference
-from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.arguments import AdapterArguments, has_gradients
 from mosa_kernels.backends.cuda import backend as cuda
 from mosa_kernels.backends.lookup import Backend, Operator, preferred_backends
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
 
 _WIDE_BOTTLENECK, _LARGE_CALL = 192, 2_400_000  # r, and entries of x
-_TENSORS = AdapterArguments._fields.index("expert_id")  # the tensors come first, then the options
 
 
 def _pays_off(name: str, args: AdapterArguments) -> bool:
@@ -41,13 +39,8 @@ def _kind(args: AdapterArguments) -> Kind:
     """With gradients, a backend is chosen for both passes."""
     x = args.x
     r, d = args.w_down.shape
-    name = "adapter" if torch.is_grad_enabled() and _has_gradients(args) else "adapter_forward"
+    name = "adapter" if torch.is_grad_enabled() and has_gradients(args) else "adapter_forward"
     return name, x.device, args.compute_dtype or x.dtype, d, r, x.numel() // (d or 1)
-
-
-def _has_gradients(args: AdapterArguments) -> bool:
-    tensors: Any = args[:_TENSORS]
-    return args.w_down.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 ADAPTER = Operator(

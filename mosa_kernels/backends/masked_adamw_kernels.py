@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosa_kernels.backends.element_types import DTYPE_CODES
+from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 
 _MOST_ENTRIES = 2**31 - 1
@@ -18,12 +18,14 @@ def takes(tensors: AdamWTensors, options: AdamWOptions, strided: bool = False) -
     `strided`: parameters and moments may lie as they like.
     """
     device, here = tensors.params[0].device, tensors.params[0].get_device()
-    if torch.compiler.is_compiling() or type(tensors.params[0]) not in (Tensor, torch.nn.Parameter):
-        return False, f"params[0] is a {type(tensors.params[0]).__name__} without an address, or is being traced"
+    if torch.compiler.is_compiling():
+        return False, "params[0] is being traced and has no address"
     for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
         dtype = p.dtype
+        if type(p) not in PLAIN:
+            return False, f"params[{index}] is a {type(p).__name__}; the kernel takes plain tensors"
         if dtype not in DTYPE_CODES:
-            return False, f"params[{index}] is {dtype}; the kernel takes float32, float16 and bfloat16"
+            return False, f"params[{index}] is {dtype}; the kernel takes {dtype_names()}"
         if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
             return False, f"params[{index}], its gradient and its moments differ in dtype"
         if not (strided or (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous())):

@@ -53,6 +53,9 @@ def check_adapter(args: AdapterArguments) -> None:
         raise ValueError(f"scale: expected a number or a tensor of shape [], got {list(args.scale_tensor.shape)}")
     if args.activity is not None and args.activity.dim() != 1:
         raise ValueError(f"activity: expected shape [N], got {list(args.activity.shape)}")
+    if args.activity is not None and args.activity.dtype != torch.float32:
+        raise TypeError(f"activity: expected torch.float32, got {args.activity.dtype}")
+    _check_numbers(args)
     _check_groups("expert", args.expert, x)
     _check_groups("seed", args.seed, x)
     _check_experts(args)
@@ -83,6 +86,25 @@ def check_adapter(args: AdapterArguments) -> None:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {args.dropout_p}")
     if args.norm_eps < 0:
         raise ValueError(f"norm_eps: expected at least 0, got {args.norm_eps}")
+
+
+def _check_numbers(args: AdapterArguments) -> None:
+    integers: tuple[tuple[str, object], ...] = (("expert", args.expert_id), ("seed", args.seed_id))
+    for name, number in integers:
+        if not isinstance(number, (int, torch.SymInt)) and not hasattr(number, "__index__"):
+            raise TypeError(f"{name}: expected None, an integer or an integer tensor, got {type(number).__name__}")
+    if not torch.compiler.is_compiling() and not -(2**63) <= args.seed_id < 2**63:
+        raise ValueError(f"seed: expected a signed number of 64 bits, got {args.seed_id}")
+    factors: tuple[tuple[str, object], ...] = (
+        ("scale", args.scale),
+        ("expert_scale", args.expert_scale),
+        ("merged_scale", args.merged_scale),
+        ("dropout_p", args.dropout_p),
+        ("norm_eps", args.norm_eps),
+    )
+    for name, factor in factors:
+        if not isinstance(factor, (float, int)) and not hasattr(factor, "__float__"):
+            raise TypeError(f"{name}: expected a number, got {type(factor).__name__}")
 
 
 def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -163,9 +163,11 @@ def consistency(
         Two tensors [], float32, or float64 for float64 logits.
 
     Raises:
+        TypeError: the target has a dtype that names neither classes nor probabilities.
         ValueError: a shape is wrong, or the backend asked for does not take this call.
     """
     _check_logits(logits1, logits2)
+    check_target(logits1, target)
     args = ConsistencyArguments(logits1, logits2, target, label_smoothing, detach_targets)
     name = OPERATOR.choose(logits1.device.type, backend, args)
     if name == "reference":
@@ -196,3 +198,22 @@ def _check_logits(logits1: Tensor, logits2: Tensor) -> None:
         raise ValueError(
             f"logits2: expected the shape [B, C] of logits1, got {list(logits2.shape)} and {list(logits1.shape)}"
         )
+
+
+def check_target(logits: Tensor, target: Tensor) -> None:
+    """Whether a target fits logits [B, C].
+
+    Raises:
+        TypeError: its dtype names neither classes nor probabilities.
+        ValueError: a shape is wrong.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"logits1: expected shape [B, C], got {list(logits.shape)}")
+    if target.dtype.is_floating_point:
+        expected: tuple[int, ...] = tuple(logits.shape)
+    elif target.dtype in (torch.int64, torch.int32, torch.uint8):
+        expected = (logits.shape[0],)
+    else:
+        raise TypeError(f"target: expected classes (int64) or probabilities (floating point), got {target.dtype}")
+    if tuple(target.shape) != expected:
+        raise ValueError(f"target: expected shape {list(expected)} for {target.dtype}, got {list(target.shape)}")

@@ -16,6 +16,7 @@ from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.choice import ADAPTER, automatic_backends, choose_adapter_backend
 from mosa_kernels.backends.lookup import NAMES
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
+from mosa_kernels.backends.triton import backend as triton
 from mosa_kernels.functional.masked_adamw import OPERATOR as MASKED_ADAMW
 
 
@@ -111,3 +112,31 @@ def test_the_environment_sets_the_order_on_cuda_devices() -> None:
     assert answer("cuda, triton").stdout.strip() == "('cuda', 'triton')"
     assert answer("").stdout.strip() == "None"
     assert "MOSA_CUDA_BACKENDS: names: expected any of" in answer("tpu").stderr
+
+
+def test_triton_asks_each_gpu_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    class OnGPU(torch.Tensor):
+        is_cuda, index = True, 0
+
+        def get_device(self) -> int:
+            return self.index
+
+    capabilities = [(8, 0), (7, 5)]
+    monkeypatch.setattr(triton, "_INTERPRETING", False)
+    monkeypatch.setattr(triton, "_too_old", ())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    assert triton._look() == (True, "")
+    args = _call(5, 24, 6)
+    newer, older = (args.x.clone().as_subclass(OnGPU) for _ in range(2))
+    older.index = 1
+    assert triton.supports_adapter(args._replace(x=newer))[0]
+    ok, reason = triton.supports_adapter(args._replace(x=older))
+    assert not ok
+    assert "below 8.0" in reason
+    del capabilities[0]
+    assert triton._look() == (False, "needs compute capability 8.0, this machine has [(7, 5)]")

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accuracy import check_nans
+from calls import call_with_nan
 from cases import adapter_calls
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -169,6 +171,14 @@ def test_large_means_and_outlier_channels(path: str, dtype: torch.dtype, shift: 
     gain[::61] = outlier
     x = ((args.x.detach().float() * gain) + shift).to(dtype).requires_grad_()
     assert_as_accurate_as_eager(path, args._replace(x=x))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("where", ["x", "b_down"])
+def test_nan_is_not_hidden(path: str, where: str, activation: str) -> None:
+    args = call_with_nan(where, activation)
+    out, gradients = run_cpu(path, args, torch.ones_like(args.x))
+    check_nans(args, out, gradients.x)
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))

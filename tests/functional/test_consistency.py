@@ -102,3 +102,11 @@ def test_errors_name_the_argument() -> None:
             call(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="backend: expected one of reference, triton or None, got 'cpu'"):
         consistency(a, a, target, backend="cpu")
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (6,), (1, 4), (4, 3), (2, 5)], ids=str)
+def test_a_target_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    logits, many = torch.randn(4, 5), len(shape) > 1
+    target = torch.rand(shape) if many else torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"target: expected shape " + (r"\[4, 5\]" if many else r"\[4\]")):
+        consistency(logits, logits, target)

@@ -98,6 +98,18 @@ class Expected:
         )
 
 
+def check_nans(args: AdapterArguments, out: Tensor, grad_x: Tensor | None) -> None:
+    """NaN is where the definition has it: a loss that diverges has to be seen. grad_x: by a gradient of ones."""
+    expected = reference.adapter(args._replace(activity=None))
+    assert expected.isnan().any()
+    assert torch.equal(out.isnan(), expected.isnan())
+    if args.x.isnan().any():
+        assert not expected.isnan().all(), "other tokens have nothing to do with it"
+        assert grad_x is not None
+        (exact,) = torch.autograd.grad(expected, args.x, torch.ones_like(expected))
+        assert torch.equal(grad_x.isnan(), exact.isnan())
+
+
 def _owned_by_idle_experts(args: AdapterArguments, name: str) -> Tensor | None:
     """Which entries of a parameter belong to experts that did not run; None where experts own nothing of it."""
     ran = {args.expert_id} if args.expert is None else set(args.expert.reshape(-1).tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -75,6 +76,41 @@ def relu_call(d: int, dtype: torch.dtype) -> AdapterArguments:
         assert args.b_down is not None
         args.b_down.copy_(torch.arange(12) % 2 * 6.0 - 3)
     return args
+
+
+def call_with_nan(where: str, activation: str) -> AdapterArguments:
+    """A call with one NaN, in a token ("x") or in the bias of a unit ("b_down")."""
+    args = full_call(activation=activation, expert=torch.tensor(1))
+    with torch.no_grad():
+        if where == "x":
+            args.x[1, 3, 5] = float("nan")
+        else:
+            assert args.b_down is not None
+            args.b_down[1] = float("nan")
+    return args
+
+
+def far_apart(args: AdapterArguments, device: torch.device | str) -> tuple[AdapterArguments, AdapterArguments, Tensor]:
+    """A call of float16, the same with 2^30 elements and more between tokens, and a gradient of its output like it.
+
+    Of the memory in between nothing is touched, so that little of it is real on a CPU.
+    """
+    tokens, d = args.x.shape[1:]
+    step = 2**30 + 16
+    try:
+        memory = torch.empty((tokens - 1) * step + 3 * d, dtype=torch.float16, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no room for rows so far apart: {error}")
+    rows = [memory.as_strided((1, tokens, d), (tokens * step, step, 1), part * d) for part in range(3)]
+    assert args.residual is not None
+    generator = torch.Generator().manual_seed(9)
+    values = (args.x, args.residual, torch.randn(1, tokens, d, generator=generator))
+    for row, value in zip(rows, values, strict=True):
+        row.copy_(value.detach())
+    near = args._replace(
+        **{name: value.detach().to(device) for name, value in args._asdict().items() if isinstance(value, Tensor)}
+    )
+    return near, near._replace(x=rows[0], residual=rows[1]), rows[2]
 
 
 def hard_tokens(d: int, columns: list[int]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, 
 
 _MAX_BIAS_ROWS = 64  # the rows of b_up whose gradients one program holds in registers
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_LEAST = (8, 0)
 _found: tuple[bool, str] | None = None
+_too_old: tuple[int, ...] = ()  # devices of a machine that has newer ones, too
 
 
 def available() -> tuple[bool, str]:
@@ -28,6 +30,7 @@ def available() -> tuple[bool, str]:
 
 
 def _look() -> tuple[bool, str]:
+    global _too_old
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -38,9 +41,10 @@ def _look() -> tuple[bool, str]:
         return False, "there is no CUDA device"
     if torch.version.hip is not None:
         return False, "the kernels have not been checked on AMD GPUs"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return False, f"needs compute capability 8.0, this device has {major}.{minor}"
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    if max(capabilities) < _LEAST:
+        return False, f"needs compute capability 8.0, this machine has {capabilities}"
+    _too_old = tuple(index for index, capability in enumerate(capabilities) if capability < _LEAST)
     return True, ""
 
 
@@ -48,6 +52,8 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     x = args.x
     if not x.is_cuda and not _INTERPRETING:
         return False, f"x is on {x.device}, not on a CUDA device"
+    if _too_old and x.get_device() in _too_old:
+        return False, f"x is on {x.device}, whose compute capability is below 8.0"
     if args.b_up is not None and args.b_up.dim() == 2 and args.b_up.shape[0] > _MAX_BIAS_ROWS:
         return False, f"b_up has {args.b_up.shape[0]} rows, at most {_MAX_BIAS_ROWS} are taken"
     return takes(args)

@@ -62,7 +62,7 @@ def configs(width: int, units: int, matmul_dtype: torch.dtype, arch: int, crowde
     columns = padded(width)
     size = padded(units)
     if crowded and matmul_dtype == torch.float32:
-        size = max(128, 2 * size)
+        size = min(max(128, 2 * size), max(table))
     row = table[next(limit for limit in sorted(table) if size <= limit)]
     forward, tokens, weights = (config._replace(block_d=min(config.block_d, columns)) for config in row)
     together = _TOGETHER["float32" if matmul_dtype == torch.float32 else family]

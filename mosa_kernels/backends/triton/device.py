@@ -80,7 +80,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         return z * tl.sigmoid(z * (1.5957691216057308 + 0.07135481282720187 * z * z))
     elif ACTIVATION == "relu":
-        return tl.maximum(z, 0.0)
+        return tl.where(z <= 0, 0.0, z)  # a NaN stays one
     elif ACTIVATION == "silu":
         return z * tl.sigmoid(z)
     else:
@@ -96,7 +96,7 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
         half = tl.sigmoid(z * (1.5957691216057308 + 0.07135481282720187 * z * z))  # (1 + tanh) / 2
         return half + z * half * (1 - half) * (1.5957691216057308 + 0.2140644384816156 * z * z)
     elif ACTIVATION == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
+        return tl.where(z <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(z)
         return sigmoid * (1 + z * (1 - sigmoid))

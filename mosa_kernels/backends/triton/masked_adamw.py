@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
+from mosa_kernels.backends.element_types import DTYPE_CODES
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, log_of
+from mosa_kernels.backends.masked_adamw_kernels import takes
 from mosa_kernels.backends.triton.backend import available
 from mosa_kernels.backends.triton.launch import Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
@@ -153,7 +154,6 @@ def masked_adamw_kernel(
 
 SCALAR_TYPES = ("i32", *("fp32",) * 8)
 _LARGEST = 2**31 - BLOCK
-_MOST_EXPERTS = 256
 
 
 def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
@@ -161,32 +161,10 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
     device = tensors.params[0].device
     if device.type != "cuda" and not interpreted(masked_adamw_kernel):
         return False, f"params[0] is on {device}, not on a CUDA device"
-    for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
-        dtype = p.dtype
-        if type(p) not in PLAIN:
-            return False, f"params[{index}] is a {type(p).__name__}; the kernel takes plain tensors"
-        if dtype not in DTYPE_CODES:
-            return False, f"params[{index}] is {dtype}; the kernel takes {dtype_names()}"
-        if grad.dtype != dtype or exp_avg.dtype != dtype or exp_avg_sq.dtype != dtype:
-            return False, f"params[{index}], its gradient and its moments differ in dtype"
-        if not (p.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-            return False, f"params[{index}] or a moment of it is not contiguous"
-        if owner is not None and not owner.is_contiguous():
-            return False, f"owners[{index}] is not contiguous"
-        if steps.dtype != torch.float32 or not steps.is_contiguous() or steps.numel() > _MOST_EXPERTS:
-            return False, f"steps[{index}] is not contiguous float32 of at most {_MOST_EXPERTS} counts"
-        if active is not None and (active.dtype != torch.float32 or not active.is_contiguous()):
-            return False, f"active[{index}] is not contiguous float32"
+    for index, p in enumerate(tensors.params):
         if p.numel() > _LARGEST:
             return False, f"params[{index}] has {p.numel()} entries, at most {_LARGEST} are taken"
-        if p.device != device or grad.device != device or steps.device != device:
-            return False, f"params[{index}], its gradient or its counts are not on {device}"
-        if (owner is not None and owner.device != device) or (active is not None and active.device != device):
-            return False, f"owners[{index}] or active[{index}] is not on {device}"
-    lr = options.lr
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        return False, f"lr has shape {list(lr.shape)}; one number is taken"
-    return True, ""
+    return takes(tensors, options)
 
 
 def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import cuda_on_host
 import pytest
 import torch
-from accuracy import Expected, all_needs, argument, on, well_conditioned
-from calls import call_of_no_expert, full_call, hard_tokens, relu_call, sparse_down
+from accuracy import Expected, all_needs, argument, check_nans, on, well_conditioned
+from calls import call_of_no_expert, call_with_nan, far_apart, full_call, hard_tokens, relu_call, sparse_down
 from cases import adapter_calls
 from cuda_machine import (
     TWO_RANKS,
@@ -26,6 +26,7 @@ from cuda_machine import (
 from hypothesis import Phase, assume, given, settings
 from torch import Tensor
 
+from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter, backend
 from mosa_kernels.functional.split import split
@@ -68,6 +69,23 @@ def test_any_call_with_a_wide_bottleneck(machine: Machine, args: AdapterArgument
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_relu_in_half_precision(machine: Machine, dtype: torch.dtype) -> None:
     machine.check(relu_call(48, dtype))
+
+
+@on_machines
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("where", ["x", "b_down"])
+def test_nan_is_not_hidden(machine: Machine, where: str, activation: str) -> None:
+    args = on(call_with_nan(where, activation), machine.device)
+    out, gradients = machine.run(args, torch.ones_like(args.x))
+    check_nans(args, out, gradients.x)
+
+
+@on_machines
+def test_rows_further_apart_than_32_bits_count(machine: Machine) -> None:
+    near, far, grad_out = far_apart(full_call(1, 4, 32, 8, torch.float16, expert=torch.tensor(1)), machine.device)
+    expected = tensors_of(*machine.run(near, grad_out.contiguous()))
+    for found, exact in zip(tensors_of(*machine.run(far, grad_out)), expected, strict=True):
+        assert torch.equal(found, exact)
 
 
 @on_machines

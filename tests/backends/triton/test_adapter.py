@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import Expected, all_needs, argument, on, well_conditioned
-from calls import call_of_no_expert, full_call, hard_tokens, sparse_down
+from accuracy import Expected, all_needs, argument, check_nans, on, well_conditioned
+from calls import call_of_no_expert, call_with_nan, far_apart, full_call, hard_tokens, sparse_down
 from cases import adapter_calls
 from hypothesis import Phase, assume, given, settings
 from poison import poisoned_memory
 from torch import Tensor
 
+from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
 from mosa_kernels.backends.triton import backend
 from mosa_kernels.functional.adapter import mosa_adapter
@@ -88,6 +89,29 @@ def test_any_call(args: AdapterArguments) -> None:
 def test_any_call_with_a_wide_bottleneck(args: AdapterArguments) -> None:
     assume(min(args.width, args.x.numel() // args.width) >= 6)
     check(on(args._replace(activation="silu") if args.activation == "relu" else args, DEVICE))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("where", ["x", "b_down"])
+def test_nan_is_not_hidden(where: str, activation: str) -> None:
+    args = on(call_with_nan(where, activation), DEVICE)
+    out, gradients = run(args, torch.ones_like(args.x))
+    check_nans(args, out, gradients.x)
+
+
+@pytest.mark.parametrize("r", [129, 256])
+def test_float32_with_a_wide_sparse_down_projection(r: int) -> None:
+    check(call(1, 20, 40, r, expert=torch.tensor(2), **sparse_down(40, r)))
+
+
+def test_rows_further_apart_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_WIDEST_ROW", 2**40)  # or the rows would be copied
+    near, far, grad_out = far_apart(full_call(1, 4, 32, 8, torch.float16, expert=torch.tensor(1)), DEVICE)
+    expected = run(near, grad_out.contiguous())
+    found = run(far, grad_out)
+    assert torch.equal(found[0], expected[0])
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
