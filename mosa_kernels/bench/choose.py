@@ -21,7 +21,7 @@ from mosa_kernels.bench.case import Case, first_line
 from mosa_kernels.bench.choose_gate import Cell, gate_apart, is_lost, provider_of, with_cases
 from mosa_kernels.bench.environment import choose_device, describe
 from mosa_kernels.bench.kernels import is_cold
-from mosa_kernels.bench.records import Record
+from mosa_kernels.bench.records import Record, is_disturbed
 from mosa_kernels.bench.run import Request, Say
 from mosa_kernels.bench.shapes import Axes, Point
 from mosa_kernels.bench.timing import Timing, in_turn, warm_up
@@ -34,7 +34,6 @@ _IMAGES, _FEATURES_OF = (64, 8, 1), (16, 1)
 _CLASSES, _BATCHES = (100, 1000), (32, 256)
 _DEPTH = 12
 _ROUNDS, _SECONDS = 11, 1.5  # of a cell
-_DISTURBED = 1.5  # the 80th percentile over the 20th: about 1.1 on a machine that does nothing else
 
 
 class DeviceLostError(RuntimeError):
@@ -191,7 +190,7 @@ def _measure(
         "backend": next(iter(ranked_by_time(times)), REFERENCE),
         "ms": times,
         "left_out": left_out,
-        "disturbed": any(timing.p80 > _DISTURBED * timing.p20 for timing in timings.values()),
+        "disturbed": any(is_disturbed(timing._asdict()) for timing in timings.values()),
     }
 
 

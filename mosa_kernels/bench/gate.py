@@ -3,7 +3,8 @@
 Three errors are compared: the root mean square, the largest of an entry, which a few wrong entries show in, and, for a
 result that carries its input along (`x + residual + adapter(x)`), the part that points along what the call adds. Where
 the result is rounded to 16 bits, a branch of a tenth of its size is lost in the noise of one entry; along a row, or
-over all, the noise cancels and a wrong branch does not. No speed is reported for what does not pass.
+over all, the noise cancels and a wrong branch does not. A few roundings of float32 are allowed in any case, since eager
+PyTorch may happen to be exact. No speed is reported for what does not pass.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ class Expected(NamedTuple):
         eps = torch.finfo(found.dtype).eps
         floor = max(4 * self.floor, eps) if exact.numel() < _FEW else self.floor
         reason = None
-        if not error <= TIMES_EAGER * eager_error + floor:  # NaN fails
-            reason = f"relative error {error:.2g}, eager PyTorch has {eager_error:.2g}"
-        elif not (largest := _largest(wrong)) <= (
-            allowed := _TIMES_LARGEST * _largest(theirs) + floor * _largest(exact)
-        ):
-            reason = f"an entry is off by {largest:.2g}, with eager PyTorch's error {allowed:.2g} would be allowed"
+        allowed = TIMES_EAGER * eager_error + floor
+        allowed_entry = _TIMES_LARGEST * _largest(theirs) + floor * _largest(exact)
+        if not error <= allowed:  # NaN fails
+            reason = f"relative error {error:.2g}, eager PyTorch has {eager_error:.2g}, {allowed:.2g} is allowed"
+        elif not (largest := _largest(wrong)) <= allowed_entry:
+            reason = f"an entry is off by {largest:.2g}, with eager PyTorch's error {allowed_entry:.2g} is allowed"
         elif name in self.added:
             reason = _along(wrong, theirs, self.added[name], max(eps / 2, _LEAST_SHARE))
         if reason is None and name in self.idle and bool(found[self.idle[name]].any()):

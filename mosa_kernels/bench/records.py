@@ -9,6 +9,9 @@ from typing import Any
 FORMAT = 1
 """Of report.json; readers refuse another one."""
 
+DISTURBED = 1.5
+"""The 80th percentile over the 20th, beyond which a time is disturbed: some 1.1 on a machine that does nothing else."""
+
 Record = dict[str, Any]
 
 
@@ -66,6 +69,17 @@ def row_of(record: Record, provider: str) -> Record | None:
 def fastest_of_ours(record: Record) -> Record | None:
     timed = [row for row in record["rows"] if row["ours"] and "ms" in row]
     return min(timed, key=lambda row: row["ms"]["median"], default=None)
+
+
+def is_disturbed(ms: Record) -> bool:
+    """Whether a call took now more, now less time, as where the machine has other work."""
+    return bool(ms["p80"] > DISTURBED * ms["p20"])
+
+
+def disturbed(record: Record) -> list[str]:
+    """The providers or variants of a case whose times were."""
+    rows = [row for part in ("rows", "training", "inference") for row in record.get(part, [])]
+    return [_name(row) for row in rows if "ms" in row and is_disturbed(row["ms"])]
 
 
 def timings(report: Record) -> Iterator[tuple[tuple[str, str, str], Record]]:

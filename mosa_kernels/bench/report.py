@@ -7,7 +7,7 @@ from typing import Any
 
 from mosa_kernels.bench.case import DENSE_COPIES
 from mosa_kernels.bench.goals import answers
-from mosa_kernels.bench.records import Record, comparable, failures, is_slower, losses, name_of
+from mosa_kernels.bench.records import DISTURBED, Record, comparable, disturbed, failures, is_slower, losses, name_of
 
 NOTHING = "-"
 HOW_TO_SEND = (
@@ -28,10 +28,11 @@ the share of what the device was measured to do, counting the least bytes and pr
 *bytes*: what the provider itself moves, counted by formula; *copy*: these over its time and the measured copy
 bandwidth; *products*: its matrix products over its time and what the device was measured to do. *x base*: how many
 times as fast as the row named there. *error*: the output or gradient furthest off, against float64, relative root mean
-square, and eager PyTorch's beside it; a provider further off than twice eager has no time. *saved*: kept for the
-backward pass beyond inputs and weights. A warm cache is one that holds the whole call: memory is no limit
-there."""
+square, and eager PyTorch's beside it; a provider further off than twice eager and 1e-6 (8 roundings of float32) has no
+time. *saved*: kept for the backward pass beyond inputs and weights. A warm cache is one that holds the whole call:
+memory is no limit there. In bold: the fastest that computes the same."""
 
+_GROWING = {"bottleneck r": "r", "experts N": "N", "adapters": "layers"}  # axis: what a case calls it
 _GROWTH = """Median milliseconds, in bold where ours is slower than another. *saved*: kept for the backward pass;
 *trained state*: weights, gradients, moments and owners or masks, the same for all providers but N copies."""
 
@@ -42,17 +43,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
-def milliseconds(row: Record) -> str:
+def milliseconds(row: Record, fastest: bool = False) -> str:
     """Median and spread, or why there is none."""
     if "ms" not in row:
         return str(row["reason"]) if row["status"] == "red" else f"{row['status']}: {row['reason']}"
     ms = row["ms"]
-    return f"{_number(ms['median'])} ({_number(ms['p20'])} to {_number(ms['p80'])})"
+    median = _number(ms["median"])
+    return f"{f'**{median}**' if fastest else median} ({_number(ms['p20'])} to {_number(ms['p80'])})"
 
 
 def markdown(report: Record, pictures: Sequence[str] = ()) -> str:
     """The whole report."""
     parts = [f"# {report['machine']['device']}", machine_lines(report), limits_line(report)]
+    parts += [disturbed_line(report)] if disturbed_line(report) else []
     wrong = failures(report)
     if wrong:
         parts.append("**Wrong or failed:**\n\n" + "\n".join(f"- {line}" for line in wrong))
@@ -109,6 +112,18 @@ def limits_line(report: Record) -> str:
     return text
 
 
+def disturbed_line(report: Record) -> str | None:
+    """How much of a report the machine's other work may have spoiled; None: nothing is seen of such work."""
+    cases = [record for part in ("kernels", "models", "growth") for record in report.get(part, [])]
+    count = sum(bool(disturbed(record)) for record in cases)
+    return (
+        f"{count} of {len(cases)} cases were disturbed: some provider's 80th percentile is more than {DISTURBED} times "
+        "its 20th, since the machine had other work, say. Their figures may be wrong; measure again when it has none."
+        if count
+        else None
+    )
+
+
 def goals_section(report: Record) -> str:
     rows = [
         (
@@ -135,10 +150,12 @@ def kernel_section(record: Record) -> str:
         *("provider", "ms", "x eager", "x base", "limit", "bytes", "copy", "products"),
         *("saved", "peak", "launches", "host us", "error (eager)"),
     ]
+    rivals = [row for row in record["rows"] if "ms" in row and comparable(row)]
+    best = min(rivals, key=lambda row: row["ms"]["median"], default=None)
     rows = [
         (
             row["provider"],
-            milliseconds(row),
+            milliseconds(row, row is best),
             _cell(row, "speed_up", "{:.2f}".format),
             f"{row['gain']:.2f} ({row['base']})" if "gain" in row else NOTHING,
             _cell(row, "share_of_limit", "{:.0%}".format),
@@ -156,6 +173,7 @@ def kernel_section(record: Record) -> str:
     ]
     kept = _kept_columns(rows)
     notes = [f"{row['provider']}: {row['note']}" for row in record["rows"] if "note" in row]
+    notes += [f"Disturbed: {', '.join(disturbed(record))}."] if disturbed(record) else []
     return "\n\n".join([title, table([head[n] for n in kept], [[row[n] for n in kept] for row in rows]), *notes])
 
 
@@ -203,6 +221,7 @@ def model_section(record: Record) -> str:
     inference = table([titles[n] for n in kept], [[line[n] for n in kept] for line in lines])
     missing = not_available([*record["training"], *record["inference"]])
     parts = [f"**{name_of(record['case'])}**", training, *([f"Not available: {missing}"] if missing else []), inference]
+    parts += [f"Disturbed: {', '.join(disturbed(record))}."] if disturbed(record) else []
     return "\n\n".join(parts)
 
 
@@ -229,9 +248,14 @@ def _growth_of(axis: str, records: Sequence[Record]) -> str:
         saved = [_cell(by_name[n], "saved_bytes", _bytes) for n in names]
         rows.append([str(record["value"]), *times, *saved, *(_cell(by_name[n], "state_bytes", _bytes) for n in states)])
     kept = _kept_columns(rows)
-    base = name_of(records[0]["case"])
+    case = dict(records[0]["case"])
+    if axis == "tokens":
+        case["shape"] = str(case["shape"]).partition(",")[0]
+    case.pop(_GROWING.get(axis, ""), None)
     lines = table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
-    return f"Against {axis}, from {base}\n\n{lines}"
+    spoiled = [f"{record['value']} ({', '.join(disturbed(record))})" for record in records if disturbed(record)]
+    parts = [f"Against {axis}: {name_of(case)}", lines, *([f"Disturbed: {', '.join(spoiled)}."] if spoiled else [])]
+    return "\n\n".join(parts)
 
 
 def _growth_time(row: Record, rows: list[Record]) -> str:

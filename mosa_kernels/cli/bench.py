@@ -20,6 +20,7 @@ from mosa_kernels.bench.compare import broken, compare, markdown, regressions, s
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.kernels import PROVIDERS
 from mosa_kernels.bench.records import Record, failures, losses, timings
+from mosa_kernels.bench.report import disturbed_line
 from mosa_kernels.bench.run import JSON, PARTS, Request, Say, measure, read, write
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
@@ -191,6 +192,8 @@ def _conclude(report: Record, console: Console) -> None:
         )
     for line in losses(report):
         console.print(f"[yellow]slower[/yellow] {line}")
+    if (line := disturbed_line(report)) is not None:
+        console.print(f"[yellow]{line}[/yellow]")
     for line in failures(report):
         console.print(f"[red]wrong[/red] {line}")
 

@@ -43,6 +43,16 @@ def test_twice_the_error_is_allowed_and_no_more() -> None:
         assert Expected({"x": exact}, {"x": eager}, {}).check({"x": (exact + error).float()}).green is green
 
 
+def test_the_reason_says_what_was_allowed_and_a_few_roundings_are() -> None:
+    exact = torch.ones(1000, dtype=torch.float64)
+    gate = Expected({"x": exact}, {"x": (exact + 1e-3).float()}, {})
+    words = "x: relative error 0.003, eager PyTorch has 0.001, 0.002 is allowed"
+    assert gate.check({"x": (exact + 3e-3).float()}).reason == words
+    lucky = Expected({"x": exact}, {"x": exact.float()}, {})
+    for error, green in ((5e-7, True), (2e-6, False)):
+        assert lucky.check({"x": (exact + error).float()}).green is green
+
+
 def test_one_wrong_entry_among_many_is_red() -> None:
     exact = torch.ones(100_000, dtype=torch.float64)
     eager = (exact + 1e-3).float()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reports import record, report, row
+from reports import ms, record, report, row
 
 from mosa_kernels.bench.goals import NOT_MEASURED, answers
 from mosa_kernels.bench.limits import known_roofline
@@ -118,6 +118,40 @@ def test_growth_marks_what_is_lost_and_counts_what_training_keeps() -> None:
     assert "| 4 | 1 | 3 | **2** |" in markdown({**report(), "growth": [{**growing, "rows": rows}]})
 
 
+def test_growth_is_headed_by_what_does_not_grow() -> None:
+    rows = [row("eager", 1.0), row("cpu", 2.0, True)]
+    growing = [
+        {**record("adapter", rows, **case), "axis": axis, "value": 1}
+        for axis, case in (
+            ("tokens", {"shape": "vit_s, 1 x 197"}),
+            ("bottleneck r", {"r": 8}),
+            ("adapters", {"layers": 2}),
+        )
+    ]
+    text = markdown({**report(), "growth": growing})
+    assert "Against tokens: vit_s, d 768, r 64, N 4, bf16, expert per call\n" in text
+    assert "Against bottleneck r: vit_b, 128 x 197, d 768, N 4, bf16, expert per call\n" in text
+    assert "Against adapters: vit_b, 128 x 197, d 768, r 64, N 4, bf16, expert per call\n" in text
+
+
+def test_the_fastest_of_a_case_is_bold_and_what_computes_less_is_not() -> None:
+    text = markdown(report(record("adapter", [row("eager", 2.0), row("cpu", 3.0, True), row("merged dense", 1.0)])))
+    assert "| eager | **2** (1.96 to 2.04) |" in text
+    assert "| cpu | 3 (2.94 to 3.06) |" in text
+    assert "| merged dense | 1 (" in text
+
+
+def test_a_disturbed_case_is_said() -> None:
+    calm, busy = [row("eager", 2.0), row("cpu", 1.0, True)], [row("eager", 2.0), row("cpu", 1.0, True)]
+    busy[0]["ms"] = ms(2.0, 0.3)
+    made = report(record("adapter", calm), record("merge", busy))
+    assert "1 of 2 cases were disturbed" in markdown(made)
+    assert markdown(made).count("Disturbed: eager.") == 1
+    made["growth"] = [{**record("adapter", busy), "axis": "tokens", "value": 197}]
+    assert "Disturbed: 197 (eager)." in markdown(made)
+    assert "isturbed" not in markdown(report(record("adapter", calm)))
+
+
 def test_bytes_and_products_have_columns() -> None:
     rows = [row("eager", 1.0, bytes=3 << 20, copy_share=0.5, matrix_share=0.25)]
     assert "| provider | ms | x eager | bytes | copy | products | error (eager) |" in markdown(
@@ -132,7 +166,7 @@ def test_markdown_says_everything_once() -> None:
     text = markdown(made, ["kernels.png"])
     for words in (
         "# NVIDIA H200", "commit abc", "driver 1.2", "copying 4000 GB/s", "![kernels](kernels.png)", "| met |",
-        "| missed |", NOT_MEASURED, "0.1 (0.098 to 0.102)", "eager is 2.00 times as fast as triton",
+        "| missed |", NOT_MEASURED, "**0.1** (0.098 to 0.102)", "eager is 2.00 times as fast as triton",
         "Not available: cuda (not here).", "model: vit_l", HOW_TO_SEND,
     ):  # fmt: skip
         assert words in text, words
