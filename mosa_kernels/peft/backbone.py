@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 
 from mosa_kernels.peft.block import AdapterSlot
-from mosa_kernels.peft.book import BOOK, find_book
+from mosa_kernels.peft.book import BOOK, book_of, find_book
 from mosa_kernels.peft.files import tensors_digest
 from mosa_kernels.peft.head import head_paths
 
@@ -38,8 +39,29 @@ def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def describe_backbone(model: nn.Module) -> dict[str, Any]:
+def backbone_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that stand in the backbone's places just now, by timm's names."""
+    known = backbone_tensors(model)
+    return {path: parameter for path, parameter in model.named_parameters() if path in known}
+
+
+def unfrozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The backbone's own parameters that take gradients, by timm's names: somebody has unfrozen them since."""
+    book = book_of(model)
+    tuned = book.tuned_by(book.active)
+    return {
+        path: parameter
+        for path, parameter in backbone_parameters(model).items()
+        if parameter.requires_grad and (tuned is None or path not in tuned.paths)
+    }
+
+
+def describe_backbone(model: nn.Module, unfrozen: Collection[str] = ()) -> dict[str, Any]:
     """Name, pre-training tag, shapes and SHA-256 of the backbone's weights, as JSON takes them.
+
+    Args:
+        model: with adapters or without.
+        unfrozen: names of parameters that may differ, and are no part of the SHA-256.
 
     Raises:
         ValueError: the weights are on the meta device.
@@ -56,7 +78,8 @@ def describe_backbone(model: nn.Module) -> dict[str, Any]:
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "sha256": tensors_digest(tensors),
+        "unfrozen": sorted(unfrozen),
+        "sha256": tensors_digest({name: tensor for name, tensor in tensors.items() if name not in unfrozen}),
     }
 
 
@@ -65,7 +88,7 @@ def check_backbone(saved: dict[str, Any], model: nn.Module, ignore_hash: bool) -
     Raises:
         BackboneMismatchError: naming everything in which the model differs from the backbone that was saved.
     """
-    here = describe_backbone(model)
+    here = describe_backbone(model, saved.get("unfrozen", ()))
     differences = []
     for key in ("architecture", "class"):
         if saved.get(key) != here[key]:

@@ -33,7 +33,8 @@ class AdapterBook(nn.Module):
         trainable: the parameters that were trainable before the first adapter came.
         backbone_head: the classifier that the backbone came with, frozen; None while it is in use.
         heads: the classifiers of the adapters that are not active.
-        tuned: the parameters of baselines that train the backbone's own, by name; of the active one, the originals.
+        tuned: the backbone's parameters that a baseline trains, or that were saved with an adapter, by the name of
+            either; of the active one, the originals.
         folded: while an adapter is merged into the backbone's weights, these as they were, by name; else None.
         hooks: on the backbone, to be taken out with the last adapter.
     """
@@ -115,7 +116,7 @@ class AdapterBook(nn.Module):
                 yield path, PROMPTS, prompts
 
     def tuned_by(self, name: str | None) -> Tuned | None:
-        """The parameters of the backbone that a baseline trains, or None."""
+        """The parameters of the backbone that a baseline or an adapter has versions of its own of, or None."""
         found = self.tuned[name] if name is not None and name in self.tuned else None
         assert found is None or isinstance(found, Tuned)
         if found is not None:
@@ -125,7 +126,7 @@ class AdapterBook(nn.Module):
     def originals(self) -> dict[str, Tensor]:
         """Those weights of the backbone that something else is in the place of just now, by name."""
         tuned = self.tuned_by(self.active)
-        return {**({} if tuned is None else tuned.tensors()), **(self.folded or {})}
+        return {**(self.folded or {}), **({} if tuned is None else tuned.tensors())}
 
 
 def check_unfolded(book: AdapterBook) -> None:

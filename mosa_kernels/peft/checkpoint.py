@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,19 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mosa_kernels.peft.backbone import check_backbone, describe_backbone
+from mosa_kernels.peft.backbone import (
+    backbone_parameters,
+    check_backbone,
+    describe_backbone,
+    unfrozen_parameters,
+)
 from mosa_kernels.peft.book import book_of, check_known, check_settled, check_unrouted, find_book, unwrap
 from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFileError, read_adapter, write_adapter
 from mosa_kernels.peft.head import current_head, head_paths
 from mosa_kernels.peft.inject import delete_adapter, inject_adapter
 from mosa_kernels.peft.switch import set_adapter
+from mosa_kernels.peft.tuned import Tuned
 from mosa_kernels.version import __version__
 
 FORMAT = 1
@@ -27,6 +34,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """Writes an adapter with its splits and its head: `adapter_config.json` and `adapter_model.safetensors`.
 
     Of a baseline, what it trains: prompts, or its own version of the backbone's parameters.
+
+    What is unfrozen of the backbone (its parameters whose `requires_grad` is True at the time) is saved with it. Its
+    buffers, such as BatchNorm's running statistics, are not: they stand still as long as the model has adapters.
 
     The backbone's name in timm and the SHA-256 of its weights are recorded. A save that is interrupted leaves what was
     there before. Other files in the directory stay.
@@ -47,6 +57,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     if name is None:
         raise ValueError("adapter_name: expected one, for within disable_adapter none is active")
     check_known(book, name)
+    unfrozen = _unfrozen(model, name)
     description = {
         "format": FORMAT,
         "mosa_kernels": __version__,
@@ -55,9 +66,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         "adapter_name": name,
         "config": book.configs[name].to_dict(),
         "num_classes": _classes(model, name),
-        "backbone": describe_backbone(model),
+        "backbone": describe_backbone(model, unfrozen),
     }
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name).items()}
+    tensors = {
+        key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name, unfrozen).items()
+    }
     write_adapter(Path(directory), description, tensors)
 
 
@@ -72,7 +85,9 @@ def load_adapter(
     """Loads what `save_adapter` wrote, in place, and makes it the active adapter. On any error the model is as before.
 
     A model without adapters, or without one of this name, gets them injected; an adapter of this name with the same
-    configuration gets its weights replaced.
+    configuration gets its weights replaced. What was unfrozen of the backbone becomes the adapter's own version of
+    these parameters, which stands in the model while the adapter is active, and trains; the backbone stays as it was.
+    (Of an adapter that is there already, those that are unfrozen in the model take the saved values.)
 
     Args:
         model: the backbone that the adapter was trained on, with as many classes.
@@ -116,7 +131,9 @@ def load_adapter(
     if not known:
         inject_adapter(inner, config, name, num_classes=num_classes if here != num_classes else None)
     try:
-        _load_tensors(inner, name, tensors, Path(directory) / WEIGHTS_FILE)
+        _load_tensors(
+            inner, name, tensors, Path(directory) / WEIGHTS_FILE, description["backbone"].get("unfrozen", []), known
+        )
     except Exception:
         if not known:
             delete_adapter(inner, name)
@@ -127,9 +144,16 @@ def load_adapter(
     return model
 
 
-def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The very tensors: ``adapters.<block>.<site>.<tensor>``, of a baseline ``tuned.<name in the model>``, and, of the
-    adapter's head, ``head.<path>.<tensor>``."""
+def _unfrozen(model: nn.Module, name: str) -> set[str]:
+    """The backbone's parameters that train with an adapter and not by its method."""
+    book = book_of(model)
+    tuned = book.tuned_by(name)
+    return {*unfrozen_parameters(model), *([] if tuned is None else tuned.beyond(book.configs[name].method))}
+
+
+def _tensors(model: nn.Module, name: str, unfrozen: Iterable[str]) -> dict[str, Tensor]:
+    """The very tensors: ``adapters.<block>.<site>.<tensor>``, of a baseline and of what is unfrozen ``tuned.<name in
+    the model>``, and, of the adapter's head, ``head.<path>.<tensor>``."""
     book = book_of(model)
     found = {
         f"{_ADAPTERS}{path}.{site}.{key}": tensor
@@ -137,18 +161,25 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         for key, tensor in module.state_dict(keep_vars=True).items()
     }
     tuned = book.tuned_by(name)
-    if tuned is not None:
-        values = tuned.tensors() if name != book.active else {path: model.get_parameter(path) for path in tuned.paths}
-        found |= {f"{_TUNED}{path}": value for path, value in values.items()}
+    own = {} if tuned is None else tuned.tensors()
+    in_model = [*unfrozen, *(own if name == book.active else ())]
+    values = {path: (book.folded or {}).get(path, model.get_parameter(path)) for path in in_model}
+    if name != book.active:
+        values |= own
+    found |= {f"{_TUNED}{path}": value for path, value in values.items()}
     head = current_head(model) if name == book.active else book.heads[name]
     for path, module in zip(head_paths(model), head.children(), strict=True):
         found |= {f"{_HEAD}{path}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     return found
 
 
-def _load_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+def _load_tensors(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path, unfrozen: list[str], known: bool
+) -> None:
     """Copies everything in after everything was found to fit."""
-    places = _tensors(model, name)
+    parameters = backbone_parameters(model)
+    unfrozen = [each for each in unfrozen if each in parameters]
+    places = _tensors(model, name, unfrozen)
     missing, unexpected = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
     if missing or unexpected:
         raise AdapterFileError(
@@ -159,9 +190,27 @@ def _load_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor], path:
         if place.shape != tensors[key].shape:
             raise AdapterFileError(f"{path}: {key}: expected shape {list(place.shape)}, got {list(tensors[key].shape)}")
     _check_splits(model, name, tensors, path)
+    in_place = unfrozen_parameters(model) if known else {}
+    _give_own(model, name, [each for each in unfrozen if each not in in_place])
     with torch.no_grad():
-        for key, place in places.items():
+        for key, place in _tensors(model, name, unfrozen).items():
             place.copy_(tensors[key])
+
+
+def _give_own(model: nn.Module, name: str, paths: list[str]) -> None:
+    """Gives an adapter versions of its own of these parameters of the backbone."""
+    book = book_of(model)
+    tuned = book.tuned_by(name)
+    paths = [path for path in paths if tuned is None or path not in tuned.paths]
+    if not paths:
+        return
+    if tuned is None:
+        tuned = book.tuned[name] = Tuned({})
+    elif name == book.active:
+        tuned.exchange(model)
+    tuned.add({path: model.get_parameter(path) for path in paths})
+    if name == book.active:
+        tuned.exchange(model)
 
 
 def _check_splits(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
@@ -186,6 +235,9 @@ def _read_description(description: dict[str, Any], path: Path) -> tuple[MoSAConf
     for key, kind in types.items():
         if not isinstance(description.get(key), kind):
             raise AdapterFileError(f"{path}: {key}: expected a {kind.__name__}, got {description.get(key)!r}")
+    unfrozen = description["backbone"].get("unfrozen", [])
+    if not isinstance(unfrozen, list) or not all(isinstance(each, str) for each in unfrozen):
+        raise AdapterFileError(f"{path}: backbone: unfrozen: expected a list of names, got {unfrozen!r}")
     try:
         config = MoSAConfig.from_dict(description["config"])
     except (TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from torch import nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.projection import Projection
+from mosa_kernels.peft.backbone import unfrozen_parameters
 from mosa_kernels.peft.book import book_of, check_unrouted, unwrap
 from mosa_kernels.peft.head import current_head
 
@@ -39,13 +40,16 @@ class TrainableParameters:
             what it trains of the backbone. Of the biases, one per output feature is counted here, as in the paper.
         expert_biases: what one bias per expert adds to that, (N - 1) * d for each adapter.
         head: parameters of the classifier.
-        backbone: parameters of the backbone without a classifier; all frozen but those that a baseline trains.
+        backbone: parameters of the backbone without a classifier; all frozen but those that a baseline trains, and
+            those that somebody has unfrozen.
+        unfrozen: how many these last are.
     """
 
     kinds: dict[str, Count]
     expert_biases: int
     head: int
     backbone: int
+    unfrozen: int = 0
 
     @property
     def adapter(self) -> Count:
@@ -54,8 +58,8 @@ class TrainableParameters:
 
     @property
     def total(self) -> int:
-        """Everything whose gradient is taken: adapter, biases of all experts, head."""
-        return self.adapter.stored + self.expert_biases + self.head
+        """Everything whose gradient is taken: adapter, biases of all experts, head, what is unfrozen."""
+        return self.adapter.stored + self.expert_biases + self.head + self.unfrozen
 
     @property
     def millions(self) -> float:
@@ -68,12 +72,14 @@ class TrainableParameters:
         if self.expert_biases:
             rows.append(("further expert biases", self.expert_biases, self.expert_biases))
         rows.append(("head", self.head, self.head))
+        if self.unfrozen:
+            rows.append(("backbone (unfrozen)", self.unfrozen, self.unfrozen))
         active = self.total - self.adapter.stored + self.adapter.active
         rows.append(("total", self.total, active))
         lines = [f"{'trainable parameters':<28}{'stored':>14}{'active':>14}"]
         lines += [f"{name:<28}{stored:>14,}{active:>14,}" for name, stored, active in rows]
         share = 100 * self.adapter.active / max(self.backbone, 1)
-        backbone = "backbone" if self.kinds["backbone"].stored else "backbone (frozen)"
+        backbone = "backbone" if self.kinds["backbone"].stored or self.unfrozen else "backbone (frozen)"
         lines.append(f"{backbone:<28}{self.backbone:>14,}    the adapter is {share:.2f} % of it")
         return "\n".join(lines)
 
@@ -99,16 +105,21 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
         size = sum(parameter.numel() for parameter in prompts.parameters())
         counts["prompts"] += Count(size, size)
     tuned = book.tuned_by(book.active)
-    if tuned is not None:
-        size = sum(value.numel() for value in tuned.values)
-        counts["backbone"] += Count(size, size)
     model = unwrap(model)
+    unfrozen = sum(parameter.numel() for parameter in unfrozen_parameters(model).values())
+    if tuned is not None:
+        beyond = tuned.beyond(book.configs[book.active].method)
+        sizes = {path: value.numel() for path, value in tuned.tensors().items()}
+        extra = sum(sizes[path] for path in beyond)
+        unfrozen += extra
+        size = sum(sizes.values()) - extra
+        counts["backbone"] += Count(size, size)
     head = current_head(model)
     others = sum(parameter.numel() for slot in book.slots() for parameter in slot.parameters())
     others += sum(parameter.numel() for parameter in book.parameters())
     head_size = sum(parameter.numel() for parameter in head.parameters())
     everything = sum(parameter.numel() for parameter in model.parameters())
-    return TrainableParameters(counts, expert_biases, head_size, everything - others - head_size)
+    return TrainableParameters(counts, expert_biases, head_size, everything - others - head_size, unfrozen)
 
 
 def _count(adapter: FusedMoSAAdapter) -> dict[str, Count]:

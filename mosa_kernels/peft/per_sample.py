@@ -78,3 +78,5 @@ def _check_names(book: AdapterBook, names: Sequence[str]) -> None:
         method = book.configs[name].method
         if method not in ("adapter", "linear"):
             raise ValueError(f"names: {name!r} is of method {method!r}, which changes the backbone for every image")
+        if book.tuned_by(name) is not None:
+            raise ValueError(f"names: {name!r} has parameters of the backbone of its own, which every image meets")

@@ -1,7 +1,8 @@
 """Baselines that train the backbone's own parameters: all of them, or its biases (BitFit, arXiv 2106.10199).
 
 The backbone stays as it was: what trains are copies, which take the place of the originals while they are active, as
-the heads of several adapters do. So a baseline is one more adapter to switch, save and compare with.
+the heads of several adapters do. So a baseline is one more adapter to switch, save and compare with. An adapter that
+was trained with a part of the backbone unfrozen, and loaded from its file, has that part in the same way.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ class Tuned(nn.Module):
             mine = self.values[number]
             self.values[number] = owner.get_parameter(name)
             owner.register_parameter(name, mine)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Copies of more parameters, while the originals are all in the model."""
+        self.paths += values.keys()
+        self.values.extend(nn.Parameter(value.detach().clone()) for value in values.values())
+
+    def beyond(self, method: str) -> list[str]:
+        """Those paths that the method does not train by itself."""
+        return [] if method == "full" else [path for path in self.paths if method != "bitfit" or not is_bias(path)]
 
     def tensors(self) -> dict[str, Tensor]:
         """What is kept here, by name in the model."""
