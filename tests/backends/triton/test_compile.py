@@ -125,8 +125,9 @@ def test_the_table(kernel: str, r: int, arch: int, dtype: torch.dtype, tmp_path:
         {"dtype": torch.float32},
         {"dtype": torch.float32, "sparse_down": True, "arch": 80},
         {"dtype": torch.float32, "sparse_down": True, "arch": 80, "d": 1000, "r": 48},
+        {"dtype": torch.float32, "sparse_down": True, "arch": 80, "r": 256},
     ],
-    ids=["autocast", "float32 weights, sparse down", "float32", "float32, sparse down", "the same, odd"],
+    ids=["autocast", "float32 weights, sparse down", "float32", "float32, sparse down", "the same, odd", "wide"],
 )
 def test_options_that_need_the_most_memory(kernel: str, options: dict[str, Any], tmp_path: Path) -> None:
     options = dict(options)
@@ -139,7 +140,7 @@ def test_options_that_need_the_most_memory(kernel: str, options: dict[str, Any],
     )
     _, spilled = registers_and_spills(machine_code, arch, tmp_path)
     assert machine_code.metadata.shared <= SMALL_SHARED
-    assert spilled == 0
+    assert spilled == 0 or r > 64  # wider, fp32 weights of two kinds do not fit into 255 registers
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:3])
