@@ -180,11 +180,32 @@ def book_of(model: nn.Module) -> AdapterBook:
         ValueError: the model has no adapters.
     """
     book = find_book(model)
-    if book is None:
-        raise ValueError(
-            f"model: expected one with adapters (see inject_adapter), got a plain {type(unwrap(model)).__name__}"
-        )
-    return book
+    if book is not None:
+        return book
+    kind, within = type(unwrap(model)).__name__, _within(model)
+    if within:
+        places = " or ".join(f"model.{path.removesuffix('._orig_mod')}" for path in within)
+        raise ValueError(f"model: expected the one with adapters, got a {kind} around it; pass {places}")
+    raise ValueError(f"model: expected one with adapters (see inject_adapter), got a plain {kind}")
+
+
+def holder_of(model: nn.Module) -> nn.Module:
+    """The timm model that has adapters: the model itself, or the only one within it that has some.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    inner = unwrap(model)
+    if find_book(inner) is None:
+        within = _within(inner)
+        if len(within) == 1:
+            return inner.get_submodule(within[0])
+    return book_of(inner).model
+
+
+def _within(model: nn.Module) -> list[str]:
+    books = (path for path, module in unwrap(model).named_modules() if isinstance(module, AdapterBook))
+    return [path.removesuffix(f".{BOOK}") for path in books]
 
 
 def check_known(book: AdapterBook, name: str) -> None:

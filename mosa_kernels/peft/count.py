@@ -9,7 +9,7 @@ from torch import nn
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.projection import Projection
 from mosa_kernels.peft.backbone import unfrozen_parameters
-from mosa_kernels.peft.book import book_of, check_unrouted, unwrap
+from mosa_kernels.peft.book import book_of, check_unrouted, holder_of, unwrap
 from mosa_kernels.peft.head import current_head
 
 KINDS = ("down weights", "up weights", "biases", "norms", "scales", "prompts", "backbone")
@@ -39,7 +39,7 @@ class TrainableParameters:
         kinds: down weights, up weights, biases, norms and scales of the active adapter; of a baseline, prompts, or
             what it trains of the backbone. Of the biases, one per output feature is counted here, as in the paper.
         expert_biases: what one bias per expert adds to that, (N - 1) * d for each adapter.
-        head: parameters of the classifier.
+        head: parameters of the classifier, and what trains in a model around the timm model.
         backbone: parameters of the backbone without a classifier; all frozen but those that a baseline trains, and
             those that somebody has unfrozen.
         unfrozen: how many these last are.
@@ -85,11 +85,12 @@ class TrainableParameters:
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """Counts what trains in a model with adapters; printing the result gives a table.
+    """Counts what trains in a model with adapters, or around one; printing the result gives a table.
 
     Raises:
         ValueError: the model has no adapters, or all are disabled.
     """
+    whole, model = unwrap(model), holder_of(model)
     book = book_of(model)
     check_unrouted(book)
     if book.active is None:
@@ -105,7 +106,6 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
         size = sum(parameter.numel() for parameter in prompts.parameters())
         counts["prompts"] += Count(size, size)
     tuned = book.tuned_by(book.active)
-    model = unwrap(model)
     unfrozen = sum(parameter.numel() for parameter in unfrozen_parameters(model).values())
     if tuned is not None:
         beyond = tuned.beyond(book.configs[book.active].method)
@@ -117,9 +117,11 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     head = current_head(model)
     others = sum(parameter.numel() for slot in book.slots() for parameter in slot.parameters())
     others += sum(parameter.numel() for parameter in book.parameters())
-    head_size = sum(parameter.numel() for parameter in head.parameters())
+    classifier = sum(parameter.numel() for parameter in head.parameters())
+    own = set(model.parameters())
+    head_size = classifier + sum(each.numel() for each in whole.parameters() if each.requires_grad and each not in own)
     everything = sum(parameter.numel() for parameter in model.parameters())
-    return TrainableParameters(counts, expert_biases, head_size, everything - others - head_size, unfrozen)
+    return TrainableParameters(counts, expert_biases, head_size, everything - others - classifier, unfrozen)
 
 
 def _count(adapter: FusedMoSAAdapter) -> dict[str, Count]:

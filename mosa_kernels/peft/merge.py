@@ -12,7 +12,7 @@ from torch import nn
 from mosa_kernels.backends.merge import MergedWeights
 from mosa_kernels.functional.merge import merge_adapters
 from mosa_kernels.nn.lora import FusedMoSALoRA
-from mosa_kernels.peft.book import book_of, check_known, check_settled, unwrap
+from mosa_kernels.peft.book import book_of, check_known, check_settled, holder_of, unwrap
 from mosa_kernels.peft.fold import check_rule, fold, low_rank_updates
 from mosa_kernels.peft.inject import remove_all
 from mosa_kernels.peft.placement import BlockKind, find_blocks
@@ -35,7 +35,7 @@ def merge_and_unload(
     the trained ones stay in the model.
 
     Args:
-        model: with adapters.
+        model: with adapters, or around one that has some.
         rule: "mean" or "jigsaw"; None: the `merge_rule` of the adapter's configuration.
         adapter_name: which adapter; None: the active one.
         expert: only this one, as it runs by itself, in place of all by a rule (see `experts_per_sample`).
@@ -50,6 +50,7 @@ def merge_and_unload(
             weight can take in.
     """
     check_rule(rule, expert)
+    whole, model = unwrap(model), holder_of(model)
     book = book_of(model)
     check_settled(book)
     name = book.active if adapter_name is None else adapter_name
@@ -61,7 +62,6 @@ def merge_and_unload(
         raise ValueError(f"method: {method!r} adds tokens, which do not merge into weights; keep the model as it is")
     if method != "adapter" and expert is not None:
         raise ValueError(f"expert: expected None for {method!r}, which has no experts, got {expert!r}")
-    model = unwrap(model)
     updates = low_rank_updates(book, name, rule, expert)
     placed = [each for each in book.adapters(name) if not isinstance(each[2], FusedMoSALoRA)]
     inputs = [adapter.merge_input(rule, expert) for _, _, adapter in placed]
@@ -70,7 +70,8 @@ def merge_and_unload(
     if updates:
         fold(model, updates)
     if not placed:
-        return remove_all(model, keep_head=True)
+        remove_all(model, keep_head=True)
+        return whole
     exact = merge_adapters(inputs, dtype=_working_dtype(inputs[0].w_down.dtype))
     merged = [
         _rounded(weights, adapter.down.weight.dtype) for weights, (_, _, adapter) in zip(exact, placed, strict=True)
@@ -82,7 +83,8 @@ def merge_and_unload(
     kinds = {path: kind for path, _, kind in find_blocks(model)}
     for (path, site), adapter in zip(paths, dense, strict=True):
         _place(model, path, kinds[path], site, adapter)
-    return model.train(model.training)
+    model.train(model.training)
+    return whole
 
 
 def _place(model: nn.Module, path: str, kind: BlockKind, site: str, adapter: nn.Module) -> None:

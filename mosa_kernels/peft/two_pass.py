@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mosa_kernels.nn.sampler import Draw, ExpertSampler
 from mosa_kernels.nn.streams import STREAM_BITS, marked_generator
 from mosa_kernels.peft.block import AdapterSlot
-from mosa_kernels.peft.book import AdapterBook, book_of, check_settled
+from mosa_kernels.peft.book import AdapterBook, book_of, check_settled, holder_of
 from mosa_kernels.peft.checkpointing import refuse_reentrant
 from mosa_kernels.peft.images import Images, doubled, patches_of
 from mosa_kernels.peft.placement import select_layers
@@ -54,7 +54,8 @@ def two_pass(
     or wrapped for data-parallel training.
 
     Args:
-        model: with adapters, in training mode: in evaluation mode both passes would be the same.
+        model: with adapters, in training mode: in evaluation mode both passes would be the same. Or a model around it,
+            such as a backbone with a head of your own.
         images: [B, channels, height, width]; or, of timm's NaFlex models, a mapping with "patches" [B, N, ...], whose
             other tensors have B rows too.
         mode: "batched", one pass over the doubled batch, or "sequential".
@@ -70,11 +71,11 @@ def two_pass(
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     patches_of(images)
-    book = book_of(model)
+    book = book_of(holder_of(model))
     check_settled(book)
     if book.active is None:
         raise ValueError("model: expected an active adapter, got one within disable_adapter")
-    if not model.training:
+    if not (model.training and book.model.training):
         raise RuntimeError(
             "two_pass: expected the model in training mode, got evaluation mode, in which both passes agree"
         )
