@@ -16,7 +16,7 @@ def check_adapter(args: AdapterArguments) -> None:
         TypeError: a tensor has a dtype that the operator does not take.
         ValueError: a shape, device or option is wrong.
     """
-    x, w_down, w_up = args.x, args.w_down, args.w_up
+    x, w_down = args.x, args.w_down
     if not x.dtype.is_floating_point:
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if x.dim() < 1:
@@ -25,60 +25,28 @@ def check_adapter(args: AdapterArguments) -> None:
     if w_down.dim() != 2 or w_down.shape[1] != d or w_down.shape[0] < 1:
         raise ValueError(f"w_down: expected shape [r, {d}] with r >= 1 for x of width {d}, got {list(w_down.shape)}")
     r = w_down.shape[0]
-    _check_shape("w_up", w_up, (d, r))
-    _check_shape("b_down", args.b_down, (r,))
-    _check_shape("norm_weight", args.norm_weight, (d,))
-    _check_shape("norm_bias", args.norm_bias, (d,))
-    if args.norm_bias is not None and args.norm_weight is None:
-        raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
     b_up = args.b_up
     if b_up is not None and (b_up.dim() not in (1, 2) or b_up.shape[-1] != d or b_up.shape[0] < 1):
         raise ValueError(f"b_up: expected shape [{d}] or [N, {d}], got {list(b_up.shape)}")
-    _check_owner("assignment", args.assignment, (d, r))
-    _check_owner("assignment_down", args.assignment_down, (r, d))
-    _check_device("assignment", args.assignment, x)
-    _check_device("assignment_down", args.assignment_down, x)
-    _check_shape("w_down_init", args.w_down_init, (r, d))
+    _check_parameters(args, d, r)
+    if args.norm_bias is not None and args.norm_weight is None:
+        raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
+    _check_owner("assignment", args.assignment, (d, r), x)
+    _check_owner("assignment_down", args.assignment_down, (r, d), x)
     if (args.w_down_init is None) != (args.assignment_down is None):
         raise ValueError("w_down_init: expected together with assignment_down, got one without the other")
-    if args.residual is not None and args.residual.shape != x.shape:
-        raise ValueError(f"residual: expected the shape of x, {list(x.shape)}, got {list(args.residual.shape)}")
-    if args.residual is not None and args.residual.dtype != x.dtype:
-        mixed = args.compute_dtype is not None and torch.promote_types(x.dtype, args.residual.dtype) == x.dtype
-        if not mixed:
-            raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {args.residual.dtype}")
-    _check_device("residual", args.residual, x)
-    _check_device("activity", args.activity, x)
-    if args.scale_tensor is not None and args.scale_tensor.dim() != 0:
-        raise ValueError(f"scale: expected a number or a tensor of shape [], got {list(args.scale_tensor.shape)}")
-    if args.activity is not None and args.activity.dim() != 1:
-        raise ValueError(f"activity: expected shape [N], got {list(args.activity.shape)}")
-    if args.activity is not None and args.activity.dtype != torch.float32:
-        raise TypeError(f"activity: expected torch.float32, got {args.activity.dtype}")
+    if args.residual is not None:
+        _check_residual(args.residual, args)
+    if args.activity is not None:
+        if args.activity.dtype != torch.float32:
+            raise TypeError(f"activity: expected torch.float32, got {args.activity.dtype}")
+        if args.activity.dim() != 1:
+            raise ValueError(f"activity: expected shape [N], got {list(args.activity.shape)}")
+        _check_device("activity", args.activity, x)
     _check_numbers(args)
     _check_groups("expert", args.expert, x)
     _check_groups("seed", args.seed, x)
     _check_experts(args)
-
-    parameters = (
-        ("w_down", w_down),
-        ("b_down", args.b_down),
-        ("w_up", w_up),
-        ("b_up", b_up),
-        ("w_down_init", args.w_down_init),
-        ("norm_weight", args.norm_weight),
-        ("norm_bias", args.norm_bias),
-        ("scale", args.scale_tensor),
-    )
-    for name, tensor in parameters:
-        if (
-            tensor is not None
-            and tensor.dtype != x.dtype
-            and tensor.dtype != torch.float32
-            and args.compute_dtype is None
-        ):
-            raise TypeError(f"{name}: expected {x.dtype} (as x) or torch.float32, got {tensor.dtype}")
-        _check_device(name, tensor, x)
 
     if args.activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {args.activation!r}")
@@ -86,6 +54,43 @@ def check_adapter(args: AdapterArguments) -> None:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {args.dropout_p}")
     if args.norm_eps < 0:
         raise ValueError(f"norm_eps: expected at least 0, got {args.norm_eps}")
+
+
+def _check_parameters(args: AdapterArguments, d: int, r: int) -> None:
+    """In one pass: this takes most of the host's time in a check, and there is one for each call."""
+    x, mixed = args.x, args.compute_dtype is not None
+    dtype, device = x.dtype, x.device
+    for name, tensor, shape in (
+        ("w_down", args.w_down, None),
+        ("b_down", args.b_down, (r,)),
+        ("w_up", args.w_up, (d, r)),
+        ("b_up", args.b_up, None),
+        ("w_down_init", args.w_down_init, (r, d)),
+        ("norm_weight", args.norm_weight, (d,)),
+        ("norm_bias", args.norm_bias, (d,)),
+        ("scale", args.scale_tensor, None),
+    ):
+        if tensor is None:
+            continue
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != dtype and tensor.dtype != torch.float32 and not mixed:
+            raise TypeError(f"{name}: expected {dtype} (as x) or torch.float32, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected on {device} (as x), got {tensor.device}")
+    if args.scale_tensor is not None and args.scale_tensor.dim() != 0:
+        raise ValueError(f"scale: expected a number or a tensor of shape [], got {list(args.scale_tensor.shape)}")
+
+
+def _check_residual(residual: Tensor, args: AdapterArguments) -> None:
+    x = args.x
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {list(x.shape)}, got {list(residual.shape)}")
+    if residual.dtype != x.dtype:
+        mixed = args.compute_dtype is not None and torch.promote_types(x.dtype, residual.dtype) == x.dtype
+        if not mixed:
+            raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {residual.dtype}")
+    _check_device("residual", residual, x)
 
 
 def _check_numbers(args: AdapterArguments) -> None:
@@ -107,17 +112,14 @@ def _check_numbers(args: AdapterArguments) -> None:
             raise TypeError(f"{name}: expected a number, got {type(factor).__name__}")
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-
-
-def _check_owner(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_owner(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     if tensor is None:
         return
-    _check_shape(name, tensor, shape)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != torch.uint8:
         raise TypeError(f"{name}: expected torch.uint8, got {tensor.dtype}")
+    _check_device(name, tensor, x)
 
 
 def _check_groups(name: str, tensor: Tensor | None, x: Tensor) -> None:
