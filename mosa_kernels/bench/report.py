@@ -55,7 +55,7 @@ def milliseconds(row: Record, fastest: bool = False) -> str:
 def markdown(report: Record, pictures: Sequence[str] = ()) -> str:
     """The whole report."""
     parts = [f"# {report['machine']['device']}", machine_lines(report), limits_line(report)]
-    parts += [disturbed_line(report)] if disturbed_line(report) else []
+    parts += disturbed_lines(report)
     wrong = failures(report)
     if wrong:
         parts.append("**Wrong or failed:**\n\n" + "\n".join(f"- {line}" for line in wrong))
@@ -112,16 +112,15 @@ def limits_line(report: Record) -> str:
     return text
 
 
-def disturbed_line(report: Record) -> str | None:
-    """How much of a report the machine's other work may have spoiled; None: nothing is seen of such work."""
+def disturbed_lines(report: Record) -> list[str]:
+    """How much of a report the machine's other work may have spoiled, in one line, or none."""
     cases = [record for part in ("kernels", "models", "growth") for record in report.get(part, [])]
     count = sum(bool(disturbed(record)) for record in cases)
-    return (
+    line = (
         f"{count} of {len(cases)} cases were disturbed: some provider's 80th percentile is more than {DISTURBED} times "
         "its 20th, since the machine had other work, say. Their figures may be wrong; measure again when it has none."
-        if count
-        else None
     )
+    return [line] if count else []
 
 
 def goals_section(report: Record) -> str:

@@ -22,12 +22,21 @@ from mosa_kernels.bench.model_variants import Setting
 from mosa_kernels.bench.plots import draw
 from mosa_kernels.bench.records import FORMAT, Record, missing_in, name_of
 from mosa_kernels.bench.report import markdown
-from mosa_kernels.bench.shapes import PRESETS, Axes, points
+from mosa_kernels.bench.shapes import OPTIONS, PRESETS, Axes, points
 from mosa_kernels.bench.timing import warm_up
 from mosa_kernels.train.folder import read_json, write_json, write_text
 
 PARTS = (*OPERATOR_NAMES, "model", "growth")
 JSON, MARKDOWN = "report.json", "report.md"
+_BY_ADAPTERS = frozenset(OPTIONS.values())
+_TAKEN: dict[str, frozenset[str]] = {
+    "merge": _BY_ADAPTERS - {"images", "expert-per"},
+    "masked_adamw": frozenset({"shapes", "bottlenecks", "experts"}),
+    "alignment": frozenset({"shapes", "images", "dtypes"}),
+    "model": frozenset({"bottlenecks", "experts", "dtypes", "models", "batch"}),
+}
+"""The options of shapes that a part heeds; the others heed those of an adapter call."""
+
 _ROUNDS = {"smoke": 3, "quick": 11, "full": 21}
 _SECONDS = {"smoke": 0.5, "quick": 15.0, "full": 30.0}
 
@@ -77,22 +86,22 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.processor_time and (self.threads or 1) > 1:
+            raise ValueError(f"threads: expected without --processor-time, which is of one thread, got {self.threads}")
         self._refuse_what_a_part_does_not_take()
 
     def _refuse_what_a_part_does_not_take(self) -> None:
         """What would go without any effect."""
-        parts, options = set(self.only or ()), {"model": "shapes", "expert_per": "expert-per", "dtype": "dtypes"}
-        if parts == {"model"}:
-            for name in ("model", "images", "expert_per"):
-                if getattr(self.axes, name) is not None:
-                    option = options.get(name, name)
-                    raise ValueError(f"{option}: expected with kernels; the part model takes --models and --batch")
-        if "growth" in parts:
-            for name, option in options.items():
-                if len(getattr(self.axes, name) or ()) > 1:
-                    raise ValueError(
-                        f"{option}: expected one value for the part growth, got {getattr(self.axes, name)}"
-                    )
+        parts = self.only or PARTS
+        asked = {option: getattr(self.axes, name) for name, option in OPTIONS.items()}
+        for option, value in {**asked, "models": self.models, "batch": self.batch}.items():
+            takers = [part for part in PARTS if option in _TAKEN.get(part, _BY_ADAPTERS)]
+            if value is not None and not set(parts) & set(takers):
+                raise ValueError(f"{option}: expected with {', '.join(takers)}, not with {', '.join(parts)} alone")
+        if "growth" in (self.only or ()):
+            for option in ("shapes", "expert-per", "dtypes"):
+                if len(asked[option] or ()) > 1:
+                    raise ValueError(f"{option}: expected one value for the part growth, got {asked[option]}")
 
     def arguments(self) -> list[str]:
         """The words that ask `mosa-kernels bench` for this."""
@@ -104,12 +113,7 @@ class Request:
             "device": self.device,
             "threads": self.threads,
             "rounds": self.rounds,
-            "shapes": axes.model,
-            "images": axes.images,
-            "bottlenecks": axes.bottleneck,
-            "experts": axes.experts,
-            "dtypes": axes.dtype,
-            "expert-per": axes.expert_per,
+            **{option: getattr(axes, name) for name, option in OPTIONS.items()},
             "models": self.models,
             "batch": self.batch,
             "deadline": self.deadline,
@@ -142,6 +146,8 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
     """
     began = time.perf_counter()
     device = choose_device(request.device)
+    if request.processor_time and device.type != "cpu":
+        raise ValueError(f"processor-time: expected with --device cpu, the device is {device.type}")
     if request.processor_time or request.threads is not None:
         torch.set_num_threads(1 if request.processor_time else request.threads or 1)
     torch.manual_seed(0)

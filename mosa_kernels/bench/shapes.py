@@ -27,6 +27,16 @@ EXPERTS = (1, 2, 4, 8)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXPERT_PER = ("call", "sample")
 PRESETS = ("smoke", "quick", "full")
+OPTIONS = {
+    "model": "shapes",
+    "images": "images",
+    "bottleneck": "bottlenecks",
+    "experts": "experts",
+    "dtype": "dtypes",
+    "expert_per": "expert-per",
+}
+"""Axes of a point, and the options of `mosa-kernels bench` that set them."""
+
 _IMAGES = (1, 8, 64, 256)
 
 
@@ -68,7 +78,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Axes:
-    """Values asked for by hand; the points are all their combinations. None takes the base's value."""
+    """Values asked for by hand; the points are all their combinations. None takes the base's value: the preset's."""
 
     model: tuple[str, ...] | None = None
     images: tuple[int, ...] | None = None
@@ -81,11 +91,12 @@ class Axes:
         for name, known in (("model", tuple(MODELS)), ("dtype", tuple(DTYPES)), ("expert_per", EXPERT_PER)):
             for value in getattr(self, name) or ():
                 if value not in known:
-                    raise ValueError(f"{name}: expected some of {', '.join(known)}, got {value!r}")
+                    raise ValueError(f"{OPTIONS[name]}: expected some of {', '.join(known)}, got {value!r}")
         for name, most in (("images", None), ("bottleneck", None), ("experts", 255)):
             for value in getattr(self, name) or ():
                 if value < 1 or (most is not None and value > most):
-                    raise ValueError(f"{name}: expected at least 1{f', at most {most}' if most else ''}, got {value}")
+                    bounds = f"at least 1{f', at most {most}' if most else ''}"
+                    raise ValueError(f"{OPTIONS[name]}: expected {bounds}, got {value}")
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -112,14 +123,17 @@ def points(preset: str, device_type: str, axes: Axes | None = None) -> list[Poin
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     base = base_point(device_type)
     if axes is not None and axes.any:
+        base = _SMALL if preset == "smoke" else base
         values = [getattr(axes, name) or (getattr(base, name),) for name in Point._fields[:-1]]
         return [Point(*chosen) for chosen in product(*values)]
     return {"smoke": _smoke, "quick": _quick, "full": _full}[preset](base, device_type)
 
 
+_SMALL = Point("vit_ti", images=2, bottleneck=8, experts=2)
+
+
 def _smoke(base: Point, device_type: str) -> list[Point]:
-    small = Point("vit_ti", images=2, bottleneck=8, experts=2)
-    return [small, small._replace(dtype="bf16", expert_per="call")]
+    return [_SMALL, _SMALL._replace(dtype="bf16", expert_per="call")]
 
 
 def _quick(base: Point, device_type: str) -> list[Point]:

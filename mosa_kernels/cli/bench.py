@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from math import nan
 from pathlib import Path
@@ -20,7 +21,7 @@ from mosa_kernels.bench.compare import broken, compare, markdown, regressions, s
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.kernels import PROVIDERS
 from mosa_kernels.bench.records import Record, failures, losses, timings
-from mosa_kernels.bench.report import disturbed_line
+from mosa_kernels.bench.report import disturbed_lines
 from mosa_kernels.bench.run import JSON, PARTS, Request, Say, measure, read, write
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
@@ -96,21 +97,21 @@ def bench(
     with plain_errors():
         request = Request(
             preset,
-            _words(only),
+            _words("only", only),
             device,
             Axes(
-                _words(shapes),
+                _words("shapes", shapes),
                 _numbers("images", images),
                 _numbers("bottlenecks", bottlenecks),
                 _numbers("experts", experts),
-                _words(dtypes),
-                _words(expert_per),
+                _words("dtypes", dtypes),
+                _words("expert-per", expert_per),
             ),
-            _words(models),
+            _words("models", models),
             batch,
             threads,
             rounds,
-            _words(providers),
+            _words("providers", providers),
             processor_time,
             deadline,
         )
@@ -119,6 +120,9 @@ def bench(
             return
         if dry_run:
             raise ValueError("dry-run: expected together with --tune")
+        if output is not None or not (choosing or against):
+            folder = output or _OUTPUT
+            _refuse_output(folder.parent if choosing and folder.suffix == ".json" else folder)
         if choosing:
             _choose(request, output, console, say)
             return
@@ -137,15 +141,28 @@ def bench(
             raise MendableError("nothing was measured; " + ("; ".join(reasons) or "no case was left to run"))
 
 
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+def _words(name: str, text: str | None) -> tuple[str, ...] | None:
+    words = None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+    if words == ():
+        raise ValueError(f"{name}: expected at least one value, got {text!r}")
+    return words
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    words = _words(name, text)
     try:
-        return None if text is None else tuple(int(word) for word in _words(text) or ())
+        return None if words is None else tuple(map(int, words))
     except ValueError as error:
         raise ValueError(f"{name}: expected whole numbers with commas, got {text!r}") from error
+
+
+def _refuse_output(path: Path) -> None:
+    """Where nothing could be written in the end, nothing is measured."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output: expected a folder that can be written to, got {path} ({folder} is none)")
 
 
 def _choose(request: Request, output: Path | None, console: Console, say: Say) -> None:
@@ -192,7 +209,7 @@ def _conclude(report: Record, console: Console) -> None:
         )
     for line in losses(report):
         console.print(f"[yellow]slower[/yellow] {line}")
-    if (line := disturbed_line(report)) is not None:
+    for line in disturbed_lines(report):
         console.print(f"[yellow]{line}[/yellow]")
     for line in failures(report):
         console.print(f"[red]wrong[/red] {line}")
@@ -202,6 +219,8 @@ def _compare(names: tuple[str, str], request: Request, console: Console, output:
     """Whether something is worse, or nothing can be said. Both names are reports, or both are commits."""
     paths = [Path(name) for name in names]
     there = [path.is_file() or (path / JSON).is_file() for path in paths]
+    if any(there) and request != Request():
+        raise ValueError(f"compare: expected with --output alone where {names[0]} and {names[1]} are reports")
     if any(there):
         reports = [read(path) for path in paths]
     else:

@@ -10,7 +10,7 @@ from mosa_kernels.bench.environment import choose_device, describe
 from mosa_kernels.bench.growth import growth_points
 from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
 from mosa_kernels.bench.model import settings
-from mosa_kernels.bench.run import Request
+from mosa_kernels.bench.run import Request, measure
 from mosa_kernels.bench.shapes import BOTTLENECKS, EXPERTS, MODELS, PRESETS, Axes, Point, points
 
 
@@ -52,16 +52,24 @@ def test_values_asked_for_are_combined() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Axes(model=("vit_x",)), "model: expected some of vit_ti, .* got 'vit_x'"),
-        (lambda: Axes(dtype=("fp8",)), "dtype: expected some of fp32, fp16, bf16, got 'fp8'"),
+        (lambda: Axes(model=("vit_x",)), "shapes: expected some of vit_ti, .* got 'vit_x'"),
+        (lambda: Axes(dtype=("fp8",)), "dtypes: expected some of fp32, fp16, bf16, got 'fp8'"),
         (lambda: Axes(experts=(0,)), "experts: expected at least 1, at most 255, got 0"),
         (lambda: Axes(experts=(256,)), "got 256"),
         (lambda: Request(preset="fast"), "preset: expected one of smoke, quick, full, got 'fast'"),
         (lambda: Request(only=("adaptor",)), "only: expected some of adapter_forward, .* got 'adaptor'"),
         (lambda: Request(providers=("nobody",)), "providers: expected some of eager, .* got 'nobody'"),
         (lambda: Request(rounds=0), "rounds: expected at least 1, got 0"),
-        (lambda: Request(only=("model",), axes=Axes(model=("vit_s",))), "shapes: expected with kernels; .* --models"),
-        (lambda: Request(only=("model",), axes=Axes(images=(1,))), "images: expected with kernels"),
+        (
+            lambda: Request(only=("model",), axes=Axes(model=("vit_s",))),
+            "shapes: expected with adapter_forward, .*, not with model",
+        ),
+        (lambda: Request(only=("model",), axes=Axes(images=(1,))), "images: expected with adapter_forward"),
+        (lambda: Request(only=("adapter",), models=("vit",)), "models: expected with model, not with adapter alone"),
+        (lambda: Request(only=("merge", "masked_adamw"), axes=Axes(expert_per=("call",))), "expert-per: expected with"),
+        (lambda: Request(only=("alignment",), axes=Axes(bottleneck=(8,))), "bottlenecks: expected with .*, merge"),
+        (lambda: Request(only=("masked_adamw",), axes=Axes(dtype=("bf16",))), "dtypes: expected with"),
+        (lambda: Request(processor_time=True, threads=2), "threads: expected without --processor-time"),
         (lambda: Request(only=("growth",), axes=Axes(dtype=("fp32", "bf16"))), "dtypes: expected one value"),
         (lambda: settings("smoke", "cpu", axes=Axes(dtype=("fp16",))), "dtypes: expected fp32 or bf16"),
         (lambda: points("fast", "cpu"), "preset: expected one of"),
@@ -71,6 +79,22 @@ def test_values_asked_for_are_combined() -> None:
 def test_wrong_wishes_name_what_was_expected(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_what_one_of_the_parts_takes_is_no_error() -> None:
+    Request(only=("merge", "adapter"), axes=Axes(images=(1,), expert_per=("call",)), processor_time=True, threads=1)
+    Request(models=("vit",), batch=3, axes=Axes(model=("vit_s",)))
+
+
+def test_processor_time_is_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mosa_kernels.bench.run.choose_device", lambda name: torch.device("cuda"))
+    with pytest.raises(ValueError, match="processor-time: expected with --device cpu, the device is cuda"):
+        measure(Request(processor_time=True))
+
+
+def test_one_value_of_the_smoke_preset_leaves_its_others() -> None:
+    (point,) = points("smoke", "cpu", Axes(dtype=("bf16",)))
+    assert point == Point("vit_ti", 2, 8, 2, "bf16", "sample")
 
 
 def test_a_request_can_be_handed_on_as_words() -> None:

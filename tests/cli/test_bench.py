@@ -167,7 +167,14 @@ def test_choose_measures_a_table_that_is_used_and_shown(
         (("--preset", "fast"), "preset: expected one of smoke, quick, full"),
         (("--only", "adapters"), f"only: expected some of {', '.join(PARTS)}"),
         (("--device", "tpu"), "device: expected cpu or cuda, got 'tpu'"),
-        (("--shapes", "vit_h"), "model: expected some of vit_ti"),
+        (("--shapes", "vit_h"), "shapes: expected some of vit_ti"),
+        (("--dtypes", "fp64"), "dtypes: expected some of fp32"),
+        (("--bottlenecks", "0"), "bottlenecks: expected at least 1, got 0"),
+        (("--expert-per", "token"), "expert-per: expected some of call, sample"),
+        (("--only", ""), "only: expected at least one value, got ''"),
+        (("--images", ","), "images: expected at least one value, got ','"),
+        (("--only", "adapter", "--batch", "7"), "batch: expected with model, not with adapter alone"),
+        (("--processor-time", "--threads", "2"), "threads: expected without --processor-time"),
         (("--bottlenecks", "8,x"), "bottlenecks: expected whole numbers with commas, got '8,x'"),
         (("--threads", "0"), "threads: expected at least 1, got 0"),
         (("--models", "vit_b"), "models: expected names of timm models, got 'vit_b'"),
@@ -182,6 +189,25 @@ def test_wrong_input_is_named(command, words: tuple[str, ...], expected: str) ->
     assert result.exit_code == 1
     assert "error: " in result.stderr
     assert expected in result.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--choose",), ("--compare", "HEAD", "HEAD")])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    command, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "file/within"):
+        result = command("bench", "--preset", "smoke", *words, "--output", tmp_path / name)
+        assert result.exit_code == 1
+        assert "output: expected a folder that can be written to" in result.stderr
+        assert result.stdout == ""
+
+
+def test_reports_take_no_options_of_a_measurement(command, tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", report())
+    result = command("bench", "--compare", tmp_path, tmp_path, "--only", "adapter")
+    assert result.exit_code == 1
+    assert "compare: expected with --output alone" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
