@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from mosa_kernels.bench.records import Record, timings
+from mosa_kernels.bench.records import Record, is_disturbed, timings
 from mosa_kernels.bench.report import table
 
 LEAST_CHANGE = 0.05
 """A change counts where it is more than this, each median lies outside the other's 20th to 80th percentile, no run of
 one side lies among those of the other, and what is not ours, measured beside it, did not move as much."""
+
+
+BUSY = 0.2
+"""Of the times that are not ours: where more are disturbed, the machine had other work, and no time says anything."""
 
 
 class Difference(NamedTuple):
@@ -37,12 +41,15 @@ def compare(before: Record, after: Record) -> list[Difference]:
         a, b = old[name], new[name]
         if "ms" in a and "ms" in b and not a["ours"]:
             machine.setdefault(name[:2], []).append(b["ms"]["median"] / a["ms"]["median"])
+    noisy = busy(before) or busy(after)
     found = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name, {}), new.get(name, {})
         ours = bool((a or b)["ours"])
         if "ms" in a and "ms" in b:
             verdict = _verdict(a, b, machine.get(name[:2], ()) if ours else ())
+            if ours and verdict != "same" and (noisy or is_disturbed(a["ms"]) or is_disturbed(b["ms"])):
+                verdict = "undecided"
             found.append(Difference(name, a["ms"]["median"], b["ms"]["median"], verdict, ours))
         elif "ms" in a:
             reason = b.get("reason") or "it was not measured"
@@ -62,6 +69,12 @@ def broken(before: Record, after: Record) -> list[str]:
     return [line for line in after.get("broken", []) if line not in before.get("broken", [])]
 
 
+def busy(report: Record) -> bool:
+    """Whether the machine had other work while it was measured."""
+    others = [is_disturbed(row["ms"]) for _, row in timings(report) if "ms" in row and not row["ours"]]
+    return sum(others) > BUSY * len(others)
+
+
 def same_device(before: Record, after: Record) -> bool:
     """Whether times of the two say something about the code."""
     return before["machine"]["device"] == after["machine"]["device"]
@@ -76,7 +89,10 @@ def markdown(before: Record, after: Record, names: tuple[str, str], differences:
         parts.append(f"{len(bad)} regression(s) beyond the noise." if bad else "No regression beyond the noise.")
         undecided = sum(d.verdict == "undecided" for d in differences)
         if undecided:
-            parts.append(f"{undecided} undecided: what is not ours moved too, so the machine may have. Measure again.")
+            parts.append(
+                f"{undecided} undecided: what is not ours moved too, so the machine may have, or times were disturbed. "
+                "Measure again when it has no other work."
+            )
         others = [d for d in differences if not d.ours and d.verdict == "slower"]
         if others:
             parts.append(f"{len(others)} of what is not ours became slower too: the machine may have.")
@@ -112,6 +128,8 @@ def caveats(before: Record, after: Record) -> list[str]:
     for which, report in (("first", before), ("second", after)):
         if not report.get("complete", True):
             found.append(f"the {which} report was ended before it was done")
+        if busy(report):
+            found.append(f"the machine had other work during the {which} report")
     for what, name in (("preset", "preset"), ("--processor-time", "processor_time")):
         a, b = (report.get(name, report.get("request", {}).get(name)) for report in (before, after))
         if a != b:

@@ -81,6 +81,20 @@ def test_what_is_not_ours_says_what_the_machine_did(
     assert ("1 undecided" in markdown(*reports, ("a", "b"), differences)) is (verdict == "undecided")
 
 
+def test_on_a_busy_machine_nothing_is_decided() -> None:
+    before, after = runs((10.0, 1.0), (10.0, 2.0))
+    assert [d.name[2] for d in regressions(compare(before, after))] == ["cpu"]
+    for spoiled in (0, 1):  # eager, which says what the machine does, or ours alone
+        after = runs((10.0, 2.0))[0]
+        times = after["kernels"][0]["rows"][spoiled]
+        times["ms"] = ms(times["ms"]["median"], 0.25)
+        differences = compare(before, after)
+        assert {d.name[2]: d.verdict for d in differences}["cpu"] == "undecided"
+        assert regressions(differences) == []
+        text = markdown(before, after, ("a", "b"), differences)
+        assert ("the machine had other work during the second report" in text) is (spoiled == 0)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
     [
