@@ -22,6 +22,7 @@ from mosa_kernels.train.folder import read_json, require_writable, versions, wri
 from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.settings import Settings
 
+SUFFIXES = (".safetensors", ".pt2")
 KIND = "a merged model"
 STATE_DICT = f"{KIND} as a state dict; mosa_kernels.train.merging.load_merged rebuilds it"
 PROGRAM = f"{KIND} as a program that needs PyTorch alone: torch.export.load(path).module()(images)"
@@ -126,13 +127,14 @@ def merged_card(
     }
 
 
-def load_merged(path: Path) -> nn.Module:
+def load_merged(path: str | os.PathLike[str]) -> nn.Module:
     """Rebuilds the model of a .safetensors file of `mosa-kernels merge`: timm's architecture and dense adapters.
 
     Raises:
         FileNotFoundError: the file, or the JSON beside it, is missing.
         ValueError: they are not what `mosa-kernels merge` writes.
     """
+    path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected a .safetensors file, got {path.name}; torch.export.load opens a .pt2")
     card = read_json(path.with_suffix(".json"))
@@ -160,12 +162,25 @@ def require_merged_or_new(path: Path) -> None:
     for file in (path, card):
         require_writable(file)
     found = [file for file in (path, card) if file.exists()]
+    _require_own_card(path)
     if found and not (card.is_file() and str(read_json(card).get("kind", "")).startswith(KIND)):
         raise ValueError(f"output: {found[0]} is there and is not a merged model; choose another name")
 
 
+def _require_own_card(path: Path) -> None:
+    others = [path.with_suffix(suffix) for suffix in SUFFIXES if suffix != path.suffix]
+    card = path.with_suffix(".json")
+    if card.exists() and others[0].exists():
+        raise ValueError(f"output: {card} is the card of {others[0].name} and would be lost; choose another name")
+
+
 def write_merged(model: nn.Module, path: Path, card: dict[str, Any]) -> None:
-    """Writes a plain state dict as safetensors, and beside it a JSON file that says what it is."""
+    """Writes a plain state dict as safetensors, and beside it a JSON file that says what it is.
+
+    Raises:
+        ValueError: that JSON file belongs to a program of the same name.
+    """
+    _require_own_card(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
