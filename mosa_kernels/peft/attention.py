@@ -72,7 +72,8 @@ def projected(attention: nn.Module, target: str) -> Projected:
     name = "qkv" if fused else target if target == "proj" else f"{target}_proj"
     layer = getattr(attention, name, None)
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"expected a linear layer {name}, got {type(layer).__name__}")
+        cls = type(layer)
+        raise ValueError(f"expected a torch.nn.Linear as {name}, got {cls.__module__}.{cls.__qualname__}")
     if not fused:
         return Projected(name, 0, layer.out_features, layer.in_features)
     rows = layer.out_features // 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
 from mosa_kernels.peft.placement import FoundBlock, block_width, find_blocks, forward_class, select_layers
 from mosa_kernels.peft.prompts import check_prompts, make_prompts
-from mosa_kernels.peft.styles import LORA_TARGETS
+from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site
 from mosa_kernels.peft.switch import set_adapter
 from mosa_kernels.peft.tuned import Tuned, is_bias
 
@@ -161,22 +162,33 @@ def _check_blocks(book: AdapterBook, blocks: list[FoundBlock]) -> None:
 
 
 def _check_style(config: MoSAConfig, blocks: list[FoundBlock]) -> None:
-    for path, block, kind in blocks:
+    for found in blocks:
         for site in config.sites:
-            name = forward_class(block).__name__
-            if site in LORA_TARGETS:
-                try:
-                    projected(find_attention(block), site)
-                except ValueError as error:
-                    raise ValueError(
-                        f"style: {config.style!r} does not reach {site!r} of {name} at {path}: {error}; "
-                        "expected 'adaptformer'"
-                    ) from error
-            elif (site == "after_ffn" and kind.ffn is None) or (site == "after_attention" and kind.attention is None):
+            reason = _unreachable(found, site)
+            if reason is not None:
+                fit = [name for name, style in STYLES.items() if name != config.style and _fits(style.sites, blocks)]
                 raise ValueError(
-                    f"style: {config.style!r} needs attention and FFN as modules of their own, which "
-                    f"{name} at {path} does not have; expected 'adaptformer'"
+                    f"style: {config.style!r} does not reach {site!r} of {forward_class(found.block).__name__} at "
+                    f"{found.path}: {reason}; expected {' or '.join(map(repr, fit))}"
                 )
+
+
+def _fits(sites: Iterable[Site], blocks: list[FoundBlock]) -> bool:
+    return all(_unreachable(found, site) is None for found in blocks for site in sites)
+
+
+def _unreachable(found: FoundBlock, site: Site) -> str | None:
+    """Why no adapter can sit at a site of a block; None: it can."""
+    if site in LORA_TARGETS:
+        try:
+            projected(find_attention(found.block), site)
+        except ValueError as error:
+            return str(error)
+    if site == "after_ffn" and found.kind.ffn is None:
+        return "its FFN is no module of its own"
+    if site == "after_attention" and found.kind.attention is None:
+        return "its attention is no module of its own with one output a token"
+    return None
 
 
 def _make(

@@ -109,6 +109,8 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
         if _PATHS.fullmatch(path):
             if kind is None:
                 cls = forward_class(module)
+                if cls is nn.Module:  # it has no forward, as a list of blocks
+                    cls = type(module)
                 raise UnknownModelError(
                     f"model: {type(model).__name__} has blocks of a class that is not known, {cls.__module__}."
                     f"{cls.__qualname__} at {path}; expected {_EXPECTED}"

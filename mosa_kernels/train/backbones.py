@@ -135,7 +135,9 @@ def require_known(name: str) -> None:
         return
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
-        near = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
+        models = timm.list_models()
+        longer = [model for model in models if model.startswith(f"{bare}_")]
+        near = list(dict.fromkeys(longer + difflib.get_close_matches(bare, models, n=3, cutoff=0.5)))[:3]
         hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names them all"
         raise ValueError(f"model: timm has no {bare!r}{hint}")
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")]

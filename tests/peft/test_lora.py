@@ -316,6 +316,18 @@ def test_autocast(family: Family) -> None:
     assert (found.float() - merged.float()).norm() / expected.norm() < 0.1
 
 
+def test_a_projection_of_another_class_is_named_in_full() -> None:
+    class Linear(nn.Module):
+        pass
+
+    model = make()
+    model.blocks[0].attn.qkv = Linear()
+    with pytest.raises(
+        ValueError, match=r"expected a torch\.nn\.Linear as qkv, got tests\.peft\.test_lora\..*Linear; expected"
+    ):
+        inject_adapter(model, MoSAConfig(style="lora"))
+
+
 def test_attention_of_an_unknown_class_is_refused_by_name() -> None:
     class Focused(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
