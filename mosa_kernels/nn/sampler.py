@@ -160,6 +160,9 @@ def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator
     random one at each pass, a number for that expert in every adapter that runs. An adapter of a single expert runs
     that, whatever the number, where others have several.
 
+    The choice is the model's, not the thread's: whoever runs the same model in another thread at that time gets these
+    experts too. Threads that choose for themselves need a copy of the model each.
+
     Raises:
         TypeError: neither None, nor a string, nor a whole number.
         ValueError: another string, an adapter that runs has no such expert, or none runs.

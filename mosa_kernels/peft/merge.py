@@ -28,8 +28,9 @@ def merge_and_unload(
     What evaluation mode computed is what the merged model computes, where the rule is the configuration's. Sums are in
     float32. In a half-precision model the merged weights are rounded to its dtype, and a warning says by how much. No
     kernel is left: the adapters are modules of `mosa_kernels.nn.dense` in modules of `mosa_kernels.peft.plain`, both in
-    plain PyTorch without hooks, so the model exports, traces and compiles as before. Unpickling it imports these two;
-    an exported program (`torch.export`) needs nothing of this package. The FFN's norm and scale move into the branch
+    plain PyTorch without hooks, so the model exports (`torch.export`), traces (`torch.fx`, `torch.jit.trace`) and
+    compiles as before. `torch.jit.script` does not take these modules; it takes what style "lora" leaves. Unpickling it
+    imports these two; an exported program needs nothing of this package. The FFN's norm and scale move into the branch
     beside the adapter (``mlp.branch.norm2``). Low-rank updates (style "lora") go into the frozen weights, the model is
     as large and as fast as it was, and nothing of this package is left in it. Of the baselines that train parameters,
     the trained ones stay in the model.
