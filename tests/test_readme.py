@@ -135,3 +135,17 @@ def test_the_cpu_table_comes_from_its_report(tmp_path: Path) -> None:
     lines = [line for line in section.splitlines() if line.startswith("| ")]
     expected = "| 64 x 197, d 768, r 64 | fp32 | call | forward | 4.00 (3.60) | 10.00 (9.00) | 2.50 (2.50) |"
     assert lines[2:] == [expected]  # what is red has no line
+
+
+def test_the_range_of_ratios_takes_every_row_of_the_same_call(tmp_path: Path) -> None:
+    case = {"shape": "vit_b, 64 x 197"}
+    again = [row("eager", 6.0), row("cpu, element", 4.0, True), row("cpu, column", 1.0, True)]
+    kept = report(
+        record("adapter_forward", [row("eager", 10.0), row("cpu", 4.0, True)], **case),
+        record("granularity", again, **case, **{"pass": "forward"}),
+        record("adapter_forward", [row("eager", 30.0), row("cpu", 4.0, True)], shape="vit_b, 1 x 197"),
+        device="a CPU", allocator="one that keeps memory",
+    )  # fmt: skip
+    write_json(tmp_path / "cpu" / "report.json", kept)
+    section = load_updater().cpu_section(tmp_path)
+    assert "in fp32, not measured, in bf16, forward 1.5 to 2.5; the allocator is one that keeps memory" in section

@@ -112,6 +112,7 @@ def markdown(before: Record, after: Record, names: tuple[str, str], differences:
 _ALIKE = {
     "device": "device",
     "threads": "number of threads",
+    "allocator": "allocator",
     "compiled_cpu_kernels": "kernels compiled for the CPU",
     "compiled_cuda_kernels": "kernels compiled for CUDA",
     "driver": "driver",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
+import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +18,7 @@ from mosa_kernels._machine import available_cores, machine
 from mosa_kernels.train.folder import versions
 
 COMMIT_VARIABLE = "MOSA_COMMIT"
+KEEPS_MEMORY = "glibc's, told to keep freed memory (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_)"
 _GPU_FIELDS = {
     "driver": "driver_version",
     "sm_clock": "clocks.sm",
@@ -39,6 +42,18 @@ def choose_device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected one that is there, got cuda, and PyTorch sees no CUDA device")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def keep_memory() -> bool:
+    """Has the C library keep the memory that PyTorch frees on a CPU; False: it is not glibc.
+
+    By default large blocks go back to the system, and every call that takes new ones pays for their pages again, or
+    does not, as the calls before it had it: eager PyTorch's time in one process then differs by two.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # <malloc.h>
+    return bool(library.mallopt(trim_threshold, 2**31 - 1) and library.mallopt(mmap_threshold, 2**30))
 
 
 def describe(device: torch.device) -> dict[str, Any]:

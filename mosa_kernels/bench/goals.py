@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mosa_kernels.bench.records import Record, name_of, row_of
+from mosa_kernels.bench.records import Record, name_of, row_of, same_calls
 
 NOT_MEASURED = "not measured"
 
@@ -105,7 +105,10 @@ GOAL_MODELS = ("vit_b", "vit_l")
 
 
 def answers(report: Record) -> list[Answer]:
-    """Every goal that holds for the report's kind of device, for each fused backend of that kind."""
+    """Every goal that holds for the report's kind of device, for each fused backend of that kind.
+
+    Where a CPU's report times a call several times, the lowest ratio counts.
+    """
     on_gpu = report["machine"]["device_type"] == "cuda"
     backends = ("triton", "cuda") if on_gpu else ("cpu",)
     return [answer for backend in backends for answer in _answers(report, backend, on_gpu)]
@@ -127,7 +130,10 @@ def _answers(report: Record, backend: str, on_gpu: bool) -> Iterator[Answer]:
                 yield _answer(record, backend, goal, figure)
         elif not on_gpu and not one_image and model == "vit_b" and (operator, case["dtype"]) in _CPU:
             must = _CPU[operator, case["dtype"]]
-            yield _answer(record, backend, Goal("times as fast as eager", must, "x"), _against(EAGER))
+            goal, figure = Goal("times as fast as eager", must, "x"), _against(EAGER)
+            ratios = [figure(*call) for call in same_calls(report, record, backend)]
+            found = _answer(record, backend, goal, figure)
+            yield found._replace(value=min((ratio for ratio in ratios if ratio is not None), default=None))
 
 
 def _answer(record: Record, backend: str, goal: Goal, figure: _Figure) -> Answer:

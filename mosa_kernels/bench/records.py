@@ -66,6 +66,16 @@ def row_of(record: Record, provider: str) -> Record | None:
     return next((row for row in record["rows"] if row["provider"] == provider and "ms" in row), None)
 
 
+def same_calls(report: Record, record: Record, provider: str) -> list[tuple[Record, Record]]:
+    """(record, the provider's row) of a case's own record and of those that time the same call again, for splits."""
+    found = [(record, row_of(record, provider))]
+    title = {"adapter_forward": "forward", "adapter": "forward + backward"}.get(record["operator"])
+    for other in report.get("kernels", []):
+        if other["operator"] == "granularity" and other["case"] == {**record["case"], "pass": title}:
+            found.append((other, row_of(other, f"{provider}, element")))
+    return [(each, row) for each, row in found if row is not None]
+
+
 def fastest_of_ours(record: Record) -> Record | None:
     timed = [row for row in record["rows"] if row["ours"] and "ms" in row]
     return min(timed, key=lambda row: row["ms"]["median"], default=None)

@@ -92,6 +92,8 @@ def machine_lines(report: Record) -> str:
         f"CPU: {machine['compiled_cpu_kernels']}; for CUDA: {machine['compiled_cuda_kernels']}",
         f"- {versions}",
     ]
+    if machine.get("allocator"):
+        lines.append(f"- allocator, for all providers alike: {machine['allocator']}")
     if machine["gpu"]:
         lines.append("- " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine["gpu"].items()))
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, first_line
-from mosa_kernels.bench.environment import choose_device, describe
+from mosa_kernels.bench.environment import KEEPS_MEMORY, choose_device, describe, keep_memory
 from mosa_kernels.bench.growth import AXES, growth_points, measure_growth
 from mosa_kernels.bench.kernels import OPERATOR_NAMES, PROVIDERS, Effort, cases, fresh_compiler, measure_case
 from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
@@ -150,6 +150,7 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
         raise ValueError(f"processor-time: expected with --device cpu, the device is {device.type}")
     if request.processor_time or request.threads is not None:
         torch.set_num_threads(1 if request.processor_time else request.threads or 1)
+    allocator = KEEPS_MEMORY if device.type == "cpu" and keep_memory() else None
     torch.manual_seed(0)
     effort = request.effort(device.type)
     models: list[Setting] = []
@@ -167,7 +168,7 @@ def measure(request: Request, say: Say = lambda line: None, keep: Callable[[Reco
         "preset": request.preset,
         "complete": False,
         "request": asdict(request),
-        "machine": describe(device),
+        "machine": describe(device) | {"allocator": allocator},
         "limits": {**limits._asdict(), "known": None if known is None else known._asdict()},
         **{part: [] for part in ("kernels", "models", "growth", "left_out", "broken")},
     }

@@ -64,6 +64,20 @@ def test_goals_of_a_cpu_are_others() -> None:
     assert (answer.backend, answer.value, answer.verdict) == ("cpu", 2.5, "met")
 
 
+def test_of_rows_of_the_same_call_the_lowest_ratio_counts() -> None:
+    case = {"shape": "vit_b, 64 x 197", "dtype": "fp32"}
+    again = [row("eager", 10.0), row("cpu, element", 5.5, True), row("cpu, column", 1.0, True)]
+    both = [row("eager", 1.0), row("cpu, element", 5.0, True)]
+    made = report(
+        record("adapter_forward", [row("eager", 10.0), row("cpu", 4.0, True)], **case),
+        record("granularity", again, **case, **{"pass": "forward"}),
+        record("granularity", both, **case, **{"pass": "forward + backward"}),
+        device="a CPU",
+    )  # fmt: skip
+    (answer,) = answers(made)
+    assert (answer.shown, answer.verdict) == ("1.82x", "missed")
+
+
 def test_losses_are_named_and_other_functions_do_not_count() -> None:
     lost = record("adapter", [row("eager", 1.0), row("cpu", 2.0, True), row("triton", 1.5, True)])
     close = record("adapter", [row("eager", 1.0), row("cpu", 1.01, True)])
@@ -157,6 +171,11 @@ def test_bytes_and_products_have_columns() -> None:
     assert "| provider | ms | x eager | bytes | copy | products | error (eager) |" in markdown(
         report(record("adapter", rows))
     )
+
+
+def test_an_allocator_other_than_usual_is_said() -> None:
+    assert "allocator, for all providers alike: kept" in markdown(report(allocator="kept"))
+    assert "allocator" not in markdown(report())
 
 
 def test_markdown_says_everything_once() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -143,6 +147,22 @@ def test_limits_of_this_machine_and_its_description() -> None:
     assert described["device_type"] == "cpu"
     assert described["gpu"] is None
     assert described["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_was_freed_is_kept() -> None:
+    program = (
+        "import resource, torch\n"
+        "from mosa_kernels.bench.environment import keep_memory\n"
+        "assert keep_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for number in range(9):\n"
+        "    before = faults()\n"
+        "    torch.ones(1 << 24)\n"
+        "print(faults() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # of the 16384 pages that a new block has
 
 
 def test_growth_and_models_take_the_values_asked_for() -> None:
