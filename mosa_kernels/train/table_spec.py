@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +162,8 @@ def read_table(number: str, root: str | None = None) -> Table:
     A data set's folder below `root` may have any of the names in use.
 
     Raises:
-        ValueError: no such table, one that needs a backbone that does not exist offline, or several folders of a data
-            set.
+        ValueError: no such table, one that needs a backbone that does not exist offline, several folders of a data
+            set, or rows that cannot be told apart.
     """
     suite = suite_of(number)
     spec = read_spec()
@@ -187,6 +188,9 @@ def read_table(number: str, root: str | None = None) -> Table:
                 rows.append(row)
             else:
                 unavailable[row.title] = reason
+    twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
+    if twice:
+        raise ValueError(f"table {number}: results are kept by variant, and more than one row is {', '.join(twice)}")
     suffixes = [""] if option is None else [f"/{value}" for value in values]
     pairs = [(better, worse) for better, worse in raw["claims"]]
     others = dict.fromkeys(row.variant for row in rows if row.origin != "paper")

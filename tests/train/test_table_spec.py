@@ -30,6 +30,7 @@ OFFLINE = [number for number in table_numbers() if number not in ("4", "13")]
 # Rows whose printed mean is not the mean of the printed columns, and what that mean is.
 # Tables of ours that give the controls more to choose from.
 OWN_CONTROLS = {
+    "14": ("dropout", "dropout-two-pass", "dropout-houlsby", "dropout-two-pass-houlsby"),
     "ours-2": ("adaptformer-scaled", "dropout-wide", "dropout-two-pass-wide"),
     "ours-3": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
     "ours-4": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
@@ -281,3 +282,11 @@ def test_bad_numbers_are_refused_by_name():
     with pytest.raises(ValueError, match="table 4: it is about vit-l, and the offline tasks have no such backbone"):
         read_table("4")
     assert read_spec() is read_spec()
+
+
+def test_rows_that_cannot_be_told_apart_are_refused(monkeypatch: pytest.MonkeyPatch):
+    raw = read_spec()["tables"]["1"]
+    again = {"variant": "adaptformer", "origin": "control", "adapter": {"style": "houlsby"}}
+    monkeypatch.setitem(raw, "controls", [*raw.get("controls", []), again])
+    with pytest.raises(ValueError, match=r"table 1: results are kept by variant, .* more than one row is adaptformer"):
+        read_table("1")
