@@ -41,7 +41,7 @@ __device__ inline float activation_slope(float z, uint8_t activation) {
       return gate + z * gate * (1.0f - gate) * (1.5957691216f + 0.2140644385f * z * z);
     }
     case kAdapterRelu:
-      return z <= 0.0f ? 0.0f : 1.0f;
+      return z > 0.0f ? 1.0f : 0.0f;
     case kAdapterSilu: {
       const float gate = sigmoid(z);
       return gate * (1.0f + z * (1.0f - gate));

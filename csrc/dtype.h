@@ -22,10 +22,14 @@ MOSA_HOST_DEVICE inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// yes or no. By its bits, since compilers make branches of choices, and no vector code of loops with branches.
+// yes or no. On a CPU by its bits, since compilers make branches of choices, and no vector code of loops with branches.
 MOSA_HOST_DEVICE inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+#if defined(__CUDA_ARCH__)
+  return condition ? yes : no;
+#else
   const uint32_t mask = 0u - static_cast<uint32_t>(condition);
   return (yes & mask) | (no & ~mask);
+#endif
 }
 
 MOSA_HOST_DEVICE inline float choose(bool condition, float yes, float no) {
@@ -47,6 +51,9 @@ MOSA_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {
 MOSA_HOST_DEVICE inline float float16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
+#if defined(__CUDA_ARCH__)  // the merge takes 46 registers with this branch on sm_75, and 49 without
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+#endif
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t subnormal = float_to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t infinite_or_nan = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
