@@ -10,6 +10,7 @@
 #include "adapter_cpu_tile.h"
 #include "parallel.h"
 #include "status.h"
+#include "vector_code.h"
 
 namespace mosa {
 namespace {
@@ -33,10 +34,8 @@ const CpuKernels* kernels_of(InstructionSet set) {
   if (set == kAvx2) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? cpu_kernels_avx2() : nullptr;
   }
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (set == kAvx512) return avx512 ? cpu_kernels_avx512() : nullptr;
-  return avx512 && __builtin_cpu_supports("avx512bf16") ? cpu_kernels_avx512_bf16() : nullptr;
+  if (set == kAvx512) return has_avx512() ? cpu_kernels_avx512() : nullptr;
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") ? cpu_kernels_avx512_bf16() : nullptr;
 #else
   return nullptr;
 #endif

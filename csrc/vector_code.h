@@ -3,6 +3,14 @@
 
 namespace mosa {
 
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+// What of AVX-512 is made use of.
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 #if defined(__GNUC__) && defined(__x86_64__)
 #if defined(__clang__)  // ignores a list with a name that it does not know
 #define MOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq"
@@ -29,11 +37,9 @@ template <auto Function, typename... Arguments>
 template <auto Function, typename... Arguments>
 void run_in_vector_code(const Arguments&... arguments) {
 #if defined(__GNUC__) && defined(__x86_64__)
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  static const bool has_avx2 = __builtin_cpu_supports("avx2");
-  if (has_avx512) return run_with_avx512<Function>(arguments...);
-  if (has_avx2) return run_with_avx2<Function>(arguments...);
+  static const bool avx512 = has_avx512(), avx2 = __builtin_cpu_supports("avx2");
+  if (avx512) return run_with_avx512<Function>(arguments...);
+  if (avx2) return run_with_avx2<Function>(arguments...);
 #endif
   Function(arguments...);
 }
