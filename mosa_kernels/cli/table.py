@@ -77,7 +77,8 @@ def table(
                 workers=loaders,
             )
             try:
-                found = restrict(read_table(wanted, None if root is None else str(root)), tasks, rows)
+                place = None if root is None else str(root)
+                found = restrict(read_table(wanted, place, every_task=tasks is not None), tasks, rows)
             except ValueError as error:
                 if number != "all":
                     raise

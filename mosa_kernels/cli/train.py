@@ -44,7 +44,9 @@ def train(
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
     download: Annotated[bool | None, typer.Option(help="Fetch missing files of a named data set.")] = None,
     data_seed: Annotated[int | None, typer.Option(help="Seed of drawn images and of held-out parts.")] = None,
-    labels_per_class: Annotated[int | None, typer.Option(help="Training images a class of offline:digits.")] = None,
+    labels_per_class: Annotated[
+        int | None, typer.Option(help="Training images a class of offline:digits, outlines, weaves.")
+    ] = None,
     label_noise: Annotated[float | None, typer.Option(help="Share of training labels to make wrong.")] = None,
     style: Annotated[str | None, typer.Option(help="Where adapters sit: adaptformer, pfeiffer, houlsby, lora.")] = None,
     bottleneck: Annotated[int | None, typer.Option(help="Width r of the bottleneck.")] = None,

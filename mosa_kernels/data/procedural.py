@@ -1,9 +1,11 @@
-"""The drawn tasks: a source task to pre-train on, and three structured targets in the manner of VTAB.
+"""The drawn tasks: a source task to pre-train on, structured targets in the manner of VTAB, and fine-grained ones.
 
     source        32 classes: 8 shapes x 4 textures, in random colour, pose and clutter
     location      the horizontal position of one object, in 16 bins
     orientation   the direction in which an arrowhead points, in 16 bins of 22.5 degrees
     count         how many objects there are, 1 to 8
+    outlines      how many sides or petals an object has; see `fine_grained.py`
+    weaves        which pattern an object has; likewise
 
 Every task is a function of (seed, stream name, image index): see `draws.py`.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mosa_kernels.data import canvas, shapes
+from mosa_kernels.data import canvas, fine_grained, shapes
 from mosa_kernels.data.canvas import Scenery, blend, column, coverage, place
 from mosa_kernels.data.draws import Draws
 
@@ -134,6 +136,7 @@ class DrawnTask:
     paint: Painter
     label_preserving: frozenset[str]
     scenery: Scenery = field(default_factory=Scenery)
+    few_labels: bool = False
 
     def draw(
         self, seed: int, stream: str, indices: NDArray[np.integer], size: int = 32, scenery: Scenery | None = None
@@ -178,6 +181,15 @@ DRAWN_TASKS: dict[str, DrawnTask] = {
             paint_count,
             frozenset({"flip", "colour"}),
             TARGET_SCENERY,
+        ),
+        *(
+            DrawnTask(
+                name, classes, paint, frozenset({"flip", "shift", "colour"}), fine_grained.SCENERY, few_labels=True
+            )
+            for name, classes, paint in (
+                ("outlines", fine_grained.OUTLINES, fine_grained.paint_outlines),
+                ("weaves", fine_grained.WEAVES, fine_grained.paint_weaves),
+            )
         ),
     )
 }

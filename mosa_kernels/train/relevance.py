@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.train.methods import AdapterOptions, find_method
 from mosa_kernels.train.settings import Settings
 
+FEW_LABELS = tuple(f"offline:{task}" for task in FEW_LABEL_TASKS)
 _ADAPTER = frozenset(field.name for field in dataclasses.fields(AdapterOptions))
 _PROMPTS = frozenset({"layers", "prompt_length"})
 _OF_EXPERTS = frozenset({"sparse", "expert_bias", "expert_scale", "anchored"})
@@ -26,8 +28,8 @@ def meaningless(settings: Settings) -> dict[str, str]:
 
     if settings.data.startswith("offline:"):
         leave({"data_root", "download"}, "the images are drawn in memory")
-    if settings.data != "offline:digits":
-        leave({"labels_per_class"}, "it chooses among the images of offline:digits")
+    if settings.data not in FEW_LABELS:
+        leave({"labels_per_class"}, f"it is for {', '.join(FEW_LABELS)}")
     if settings.passes == 1:
         leave(_TWO_PASSES, "a run of one pass a batch has cross-entropy alone")
     if method.has_adapters:

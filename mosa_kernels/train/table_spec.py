@@ -34,7 +34,7 @@ class Task:
         data: as `open_data` takes it, of the final runs.
         tuning_data: the same for the runs that choose a learning rate.
         tuned_on: the task whose choice this one takes over.
-        labels_per_class: of offline:digits.
+        labels_per_class: of the offline tasks that take it.
         label_noise: share of the training labels that are wrong.
         recipe: overrides that the task needs.
         group: of VTAB-1k, or "".
@@ -95,6 +95,7 @@ class Table:
         columns: the paper's columns.
         claims: pairs of row keys of which the paper says that the first is better.
         added: pairs of row keys of which the paper says nothing, such as its method and what is added to its rows.
+        rates: learning rates to choose from by kind, in place of those of all tables.
         tune: fewer values for numbers that a row chooses, where another table has shown which.
         tune_more: values of further numbers of the recipe, from which every row chooses.
         by_task: differences are told task by task rather than of the mean over tasks.
@@ -114,6 +115,7 @@ class Table:
     claims: tuple[tuple[str, str], ...]
     added: tuple[tuple[str, str], ...]
     unavailable: Mapping[str, str]
+    rates: Mapping[str, list[float]] = field(default_factory=dict)
     tune: Mapping[str, list[float]] = field(default_factory=dict)
     tune_more: Mapping[str, list[float]] = field(default_factory=dict)
     by_task: bool = False
@@ -156,10 +158,15 @@ def whole_path(path: str | Path) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def read_table(number: str, root: str | None = None) -> Table:
+def read_table(number: str, root: str | None = None, *, every_task: bool = False) -> Table:
     """A table over the paper's data sets below `root`, or over offline tasks.
 
     A data set's folder below `root` may have any of the names in use.
+
+    Args:
+        number: one of `table_numbers`.
+        root: folder of the data sets; None for offline tasks.
+        every_task: with the offline tasks that a large table leaves out unless they are asked for.
 
     Raises:
         ValueError: no such table, one that needs a backbone that does not exist offline, several folders of a data
@@ -195,7 +202,7 @@ def read_table(number: str, root: str | None = None) -> Table:
     pairs = [(better, worse) for better, worse in raw["claims"]]
     others = dict.fromkeys(row.variant for row in rows if row.origin != "paper")
     added = raw["added"] if "added" in raw else [(pairs[0][0], other) for other in others]
-    wanted = raw.get("offline_tasks") if root is None else None
+    wanted = raw.get("offline_tasks") if root is None and not every_task else None
     return Table(
         number=number,
         title=raw["title"],
@@ -211,6 +218,7 @@ def read_table(number: str, root: str | None = None) -> Table:
         claims=tuple((better + end, worse + end) for better, worse in pairs for end in suffixes),
         added=tuple((one + end, other + end) for one, other in added for end in suffixes),
         unavailable=unavailable,
+        rates=raw.get("rates", {}),
         tune=raw.get("tune", {}),
         by_task=raw.get("by_task", False),
         sweep=option,
@@ -269,7 +277,7 @@ def candidates(table: Table, row: Row) -> list[dict[str, float]]:
     """The numbers that validation chooses from: learning rates, and where the variant says so dropout or scale."""
     variant = read_spec()["variants"][row.variant]
     scale = read_spec()["scales"][table.scale]
-    rates, style = scale["rates"], _style(variant, row)
+    rates, style = {**scale["rates"], **table.rates}, _style(variant, row)
     kind = variant.get("rates", style if style in rates else "adapter")
     grid = {scale["rate"]: rates[kind], **variant.get("tune", {})}
     grid |= {name: values for name, values in table.tune.items() if name in grid} | dict(table.tune_more)

@@ -169,7 +169,7 @@ def test_plan_runs_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "left out: table 4" in result.output
     assert "12 table(s)" in result.output
-    assert "0 of the 888 are done" in result.output
+    assert "0 of the 696 are done" in result.output
     assert not (tmp_path / "none").exists()
 
 
@@ -182,6 +182,15 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     result = run("2", "--output", str(tmp_path), "--vtab", str(tmp_path))
     assert result.exit_code == 1
     assert result.output.count("which does not exist") == 19
+
+
+def test_a_large_table_leaves_out_tasks_that_can_be_asked_for() -> None:
+    assert [task.name for task in read_table("14").tasks] == ["digits, 10 labels a class", "digits, 20 labels a class"]
+    assert {task.name for task in read_table("14", every_task=True).tasks} > {"count"}
+    usual = plan("14", "--rows", "pfeiffer")
+    assert "0 of the 12 are done" in usual.output, usual.output
+    asked = plan("14", "--rows", "pfeiffer", "--tasks", "digits, 20 labels a class; count")
+    assert "0 of the 24 are done" in asked.output, asked.output
 
 
 def plan(*arguments: str) -> Any:

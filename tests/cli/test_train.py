@@ -129,6 +129,7 @@ def test_an_option_without_effect_is_refused(words: dict[str, Any], named: str) 
         {"method": "sparseadapter", "num_experts": "8", "granularity": "row"},
         {"method": "mosl", "lora_targets": "q,k", "num_experts": "2", "merge_rule": "jigsaw"},
         {"method": "mosa", "anchored": True, "expert_scale": "N", "sparse": "both", "labels_per_class": 5},
+        {"method": "linear", "data": "offline:weaves", "labels_per_class": 5},
         {"method": "full", "eps": 1e-6, "lr_per_epoch": True, "lr_scaled": False, "base_lr": 0.1},
     ],
 )
