@@ -3,8 +3,8 @@
 //   u = LayerNorm(x)    z = u @ w_down_e.T + b_down    h = dropout(act(z))
 //   out = [x] + [residual] + scale * (h @ w_up_e.T + b_up_e)
 //
-// Where a call may have tokens of experts with lists and merged ones, either kind has a forward launch of its own
-// (adapter_served.h).
+// Where a call may have tokens of experts with lists and merged ones, either kind has a launch of its own, forward and
+// backward (adapter_served.h).
 //
 // Forward. A block owns a tile of tokens and passes twice over its columns. The first pass multiplies the raw x with
 // Wg = gamma o w_down on the matrix units while it gathers LayerNorm's statistics as shifted sums, since

@@ -204,7 +204,8 @@ int adapter_backward(const AdapterParams& params, const AdapterBackward& backwar
   AdapterBackward b = backward;
   const int status = prepare_adapter(&p);
   if (status != kOk) return status;
-  if (b.grad_out.data == nullptr || b.grad_out.dtype != p.x.dtype) return kMissingPointer;
+  if (b.grad_out.data == nullptr) return kMissingPointer;
+  if (b.grad_out.dtype != p.x.dtype) return kOtherDType;
   if (p.gamma.data != nullptr && (b.mean == nullptr || b.rstd == nullptr)) return kMissingPointer;
   b.grad_out.wide = is_wide(b.grad_out.data, b.grad_out.stride, b.grad_out.dtype);
   b.wide_dx = is_wide(b.x.data, p.width, p.x.dtype);
@@ -213,7 +214,7 @@ int adapter_backward(const AdapterParams& params, const AdapterBackward& backwar
   TokenBuffers buffers = {};
   float* all_parts = nullptr;
   if (parts.down || parts.up) {
-    if (b.workspace == nullptr || b.workspace_bytes < adapter_backward_workspace(p, b)) return kMissingPointer;
+    if (b.workspace == nullptr || b.workspace_bytes < adapter_backward_workspace(p, b)) return kSmallWorkspace;
     buffers.h = b.workspace;
     buffers.da = static_cast<char*>(b.workspace) + token_buffer_bytes(p);
     all_parts = reinterpret_cast<float*>(static_cast<char*>(b.workspace) + 2 * token_buffer_bytes(p));

@@ -39,7 +39,7 @@ int prepare_adapter(AdapterParams* params) {
     tensor->wide = is_wide(tensor->data, tensor->stride, tensor->dtype);
   }
   for (AdapterGroups* groups : {&p.expert, &p.seed}) {
-    if (groups->groups <= 0 || p.tokens % groups->groups != 0) return kNegativeSize;
+    if (groups->groups <= 0 || p.tokens % groups->groups != 0) return kUnequalGroups;
     groups->tokens = p.tokens / groups->groups;
   }
   const auto wide_owners = [](const uint8_t* data, int row) {

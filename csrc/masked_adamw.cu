@@ -206,7 +206,7 @@ int launch(const AdamWParams& params, int32_t first, int32_t* taken, void* strea
     t.first_block = table.blocks;
     t.vectors = takes_vectors(t);
     table.blocks += t.size / kBlockEntries + (t.size % kBlockEntries != 0 ? 1 : 0);
-    if (table.blocks > 0x7fffffffu) return kNegativeSize;
+    if (table.blocks > 0x7fffffffu) return kTooLarge;
   }
   *taken = table.count;
   cudaLaunchConfig_t config = {};

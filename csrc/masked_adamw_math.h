@@ -45,7 +45,7 @@ inline int check_adamw_tensor(const AdamWTensor& t) {
   if (t.experts > kMaxAdamWExperts) return kUnknownExpert;
   if (t.dtype >= kDTypeCount) return kUnknownDType;
   if (t.experts > 0 && t.steps == nullptr) return kMissingPointer;
-  if (t.size > kMaxAdamWEntries) return kNegativeSize;
+  if (t.size > kMaxAdamWEntries) return kTooLarge;
   if (t.size == 0) return kOk;
   if (t.experts == 0 || (t.owner == nullptr && t.size % t.experts != 0)) return kUnknownExpert;
   const bool pointers = t.param != nullptr && t.grad != nullptr && t.exp_avg != nullptr && t.exp_avg_sq != nullptr;

@@ -28,7 +28,7 @@ int split_cuda(const SplitParams& params, void* stream) {
   if (status != kOk) return status;
   const int64_t entries = static_cast<int64_t>(params.rows) * params.columns;
   const int64_t blocks = (entries + kThreads - 1) / kThreads;
-  if (blocks > 0x7fffffff) return kNegativeSize;
+  if (blocks > 0x7fffffff) return kTooLarge;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);

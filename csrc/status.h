@@ -16,6 +16,9 @@ enum Status : int {
   kUnknownLine = -9,
   kTooLarge = -10,
   kUnknownActivation = -11,
+  kUnequalGroups = -12,
+  kOtherDType = -13,
+  kSmallWorkspace = -14,
 };
 
 inline const char* status_message(int code) {
@@ -44,6 +47,12 @@ inline const char* status_message(int code) {
       return "a size beyond what the kernels take";
     case kUnknownActivation:
       return "an unknown activation";
+    case kUnequalGroups:
+      return "groups that do not divide the tokens";
+    case kOtherDType:
+      return "a gradient of another dtype than x";
+    case kSmallWorkspace:
+      return "a workspace that is missing or too small";
     default:
       return "an unknown error code";
   }

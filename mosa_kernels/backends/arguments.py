@@ -69,12 +69,12 @@ class AdapterArguments(NamedTuple):
         return self.compute_dtype or self.x.dtype
 
 
-_TENSORS = AdapterArguments._fields.index("expert_id")  # the tensors come first, then the options
+TENSORS = AdapterArguments._fields.index("expert_id")  # the tensors come first, then the options
 
 
 def has_gradients(args: AdapterArguments) -> bool:
     """Whether any tensor of a call requires a gradient."""
-    tensors: Any = args[:_TENSORS]
+    tensors: Any = args[:TENSORS]
     return args.w_down.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

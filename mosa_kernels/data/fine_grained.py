@@ -26,12 +26,13 @@ _TURN = np.float32(2 * np.pi)
 
 def outline(label: NDArray[np.int64], u: Field, v: Field) -> Field:
     """Signed distance, exact for the sides and approximate for the petals, in the unit disc, float32 [B, H, W]."""
-    count = column(np.array(SIDES)[label % len(SIDES)])
+    count = column(np.array(SIDES, dtype=np.float32)[label % len(SIDES)])
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
     part = _TURN / count
     sides = radius * np.cos(np.mod(angle, part) - part / 2) - np.float32(0.92) * np.cos(part / 2)
     petals = (radius - (np.float32(0.68) + np.float32(0.24) * np.cos(count * angle))) * np.float32(0.75)
-    return np.where(column(label // len(SIDES)) == 0, sides, petals)
+    straight = (label < len(SIDES))[:, None, None]
+    return np.where(straight, sides, petals).astype(np.float32, copy=False)
 
 
 def _triangle_wave(phase: Field) -> Field:

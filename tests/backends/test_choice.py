@@ -126,6 +126,7 @@ def test_triton_asks_each_gpu_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> N
     capabilities = [(8, 0), (7, 5)]
     monkeypatch.setattr(triton, "_INTERPRETING", False)
     monkeypatch.setattr(triton, "_too_old", ())
+    monkeypatch.setattr(triton, "takes", lambda args: (True, ""))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))

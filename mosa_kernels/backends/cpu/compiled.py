@@ -10,14 +10,13 @@ from torch import Tensor
 from mosa_kernels._extension import extension
 from mosa_kernels.backends.arguments import MERGED, AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
 from mosa_kernels.backends.cpu.memory import empty_contiguous
+from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""The element types of csrc/dtype.h."""
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "identity": 4}
 _DESCRIBED = ("x", "residual", "w_down", "w_down_init", "b_down", "w_up", "b_up", "norm_weight", "norm_bias")
+_WHOLE_NUMBERS = ("assignment", "assignment_down", "expert", "seed")
 _HIGHEST_INSTRUCTION_SET = 255
 """The kernels use the highest that the CPU has, up to this one."""
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
@@ -26,8 +25,12 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
         return False, reason
     for name in _DESCRIBED:
         tensor = getattr(args, name)
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.dtype not in _DTYPES):
-            return False, f"{name}: expected a plain float32 or bfloat16 tensor, got {type(tensor).__name__}"
+        if tensor is not None and tensor.dtype not in DTYPE_CODES:
+            return False, f"{name}: expected {dtype_names()}, got {tensor.dtype}"
+    for name in (*_DESCRIBED, *_WHOLE_NUMBERS):
+        tensor = getattr(args, name)
+        if tensor is not None and type(tensor) not in PLAIN:
+            return False, f"{name}: expected a plain tensor, got {type(tensor).__name__}"
     return True, ""
 
 
@@ -87,7 +90,7 @@ class _Call:
         self._alive = (described, others)
         addresses: list[int] = []
         for tensor in described:
-            addresses += (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
+            addresses += (0, 0) if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype])
         addresses += [_address(tensor) for tensor in others]
         sizes = (
             self.tokens,

@@ -112,7 +112,10 @@ class _Call:
 
 
 def adapter_forward(args: AdapterArguments, launch: Launch) -> tuple[Tensor, Tensor, Tensor]:
-    """Output like x, contiguous; LayerNorm's mean and rstd, float32 [T], or [0] without a norm. One launch."""
+    """Output like x, contiguous; LayerNorm's mean and rstd, float32 [T], or [0] without a norm.
+
+    One launch; with lists of units and ids on the device two, of which the second is for merged tokens.
+    """
     call = _Call(args)
     device = args.x.device
     out = torch.empty(args.x.shape, dtype=args.x.dtype, device=device)
@@ -127,9 +130,10 @@ def adapter_forward(args: AdapterArguments, launch: Launch) -> tuple[Tensor, Ten
 def adapter_backward(
     args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds, launch: Launch
 ) -> AdapterGradients:
-    """The gradients asked for. One launch where only x's is, else three, or two with `ONE_LAUNCH`.
+    """The gradients asked for.
 
-    The bits are the same on every run.
+    One launch where only x's is, else three, or two with `ONE_LAUNCH`; with lists of units and ids on the device one
+    more, for merged tokens. The bits are the same on every run.
     """
     call = _Call(args)
     device = args.x.device

@@ -9,21 +9,15 @@ import torch
 from torch import Tensor
 
 from mosa_kernels._extension import extension
+from mosa_kernels.backends.cuda.backend import available
 from mosa_kernels.backends.cuda.code import why_no_code
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 from mosa_kernels.backends.masked_adamw_kernels import numbers_of, takes
+from mosa_kernels.backends.tickets import ticket
+
+__all__ = ["available", "masked_adamw", "supports_masked_adamw"]
 
 _LARGE_PARAMETERS = 12010  # the first driver that takes 32 KiB of kernel parameters in place of 4
-
-
-def available() -> tuple[bool, str]:
-    """Whether the kernel was built and there is a GPU, and if not, why."""
-    reason = extension().cuda_reason
-    if reason is not None:
-        return False, reason
-    if not torch.cuda.is_available():
-        return False, "no CUDA device"
-    return True, ""
 
 
 def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
@@ -48,9 +42,7 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
     assert module is not None
     device = tensors.params[0].device
     stream = torch.cuda.current_stream(device)
-    launch(
-        module, tensors, options, _ticket(device), _takes_large_parameters(), stream.device_index, stream.cuda_stream
-    )
+    launch(module, tensors, options, ticket(device), _takes_large_parameters(), stream.device_index, stream.cuda_stream)
 
 
 def launch(
@@ -85,22 +77,6 @@ def launch(
         device=device,
         stream=stream,
     )
-
-
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _ticket(device: torch.device) -> Tensor:
-    """A zero for the blocks of a launch to count themselves; the last one leaves a zero.
-
-    One stream's launches do not overlap. A graph may be replayed on any stream, so what it captures gets its own.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
 
 
 @cache

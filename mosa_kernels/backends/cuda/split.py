@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from mosa_kernels._extension import extension
+from mosa_kernels.backends.cuda.backend import available
 from mosa_kernels.backends.cuda.code import why_no_code
 from mosa_kernels.backends.split import SplitLayout
 
-
-def available() -> tuple[bool, str]:
-    """Whether the kernel was built; whether there is a GPU is another question."""
-    reason = extension().cuda_reason
-    return reason is None, reason or ""
+__all__ = ["available", "split", "supports_split"]
 
 
 def supports_split(layout: SplitLayout, seed: Tensor, device: torch.device) -> tuple[bool, str]:

@@ -24,7 +24,11 @@ from mosa_kernels.backends.triton.reduce import reduce_launch
 def adapter_backward(
     args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
 ) -> AdapterGradients:
-    """The gradients asked for. One launch where only x's is, else two; the bits are the same on every run."""
+    """The gradients asked for.
+
+    One launch where only x's is, else two; with lists of units and ids on the device one more, for merged tokens. The
+    bits are the same on every run.
+    """
     x, x_stride = rows_of(args.x)
     grad, grad_stride = rows_of(grad_out)
     lists = lists_for(args)

@@ -87,7 +87,20 @@ def adapter_backward_together_kernel(
                 D, R, DTYPE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
             )  # fmt: skip
             h, da = activation_gradient(
-                z, bias, dh, tokens, units, seed, seed_id, seed_group, threshold, keep_scale, R, ACTIVATION, DROPOUT
+                z,
+                bias,
+                dh,
+                tokens,
+                rows,
+                units,
+                seed,
+                seed_id,
+                seed_group,
+                threshold,
+                keep_scale,
+                R,
+                ACTIVATION,
+                DROPOUT,
             )
             h = tl.where(rows[:, None], h, 0.0).to(DTYPE)
             da = tl.where(rows[:, None], da, 0.0)
@@ -103,7 +116,7 @@ def adapter_backward_together_kernel(
                 mask = rows[:, None] & real[None, :]
                 tile = tl.load(x + (row_at[:, None] + cols[None, :]), mask=mask, other=0)
                 dout = tl.load(grad + (grad_at[:, None] + cols[None, :]), mask=mask, other=0)
-                w = down_tile(w_down, owner_down, w_down_init, gamma, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
+                w = down_tile(w_down, owner_down, w_down_init, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
                 g = tl.dot(da, folded_tile(w, gamma, cols, D, BLOCK_D, DTYPE), input_precision=PRECISION)
                 if gamma is not None:
                     xhat = (tile.to(tl.float32) - token_mean[:, None]) * token_rstd[:, None]

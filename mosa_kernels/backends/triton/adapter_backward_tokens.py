@@ -83,14 +83,14 @@ def recompute(
 
 @triton.jit
 def activation_gradient(
-    z, bias, dh, tokens, units, seed, seed_id, seed_group, threshold, keep_scale,
+    z, bias, dh, tokens, rows, units, seed, seed_id, seed_group, threshold, keep_scale,
     R: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """The bottleneck's output h, and da from the gradient of h: float32 [BLOCK_T, BLOCK_R]."""
     h = activate(z + bias[None, :], ACTIVATION)
     da = dh * activation_slope(z + bias[None, :], ACTIVATION)
     if DROPOUT:
-        kept = kept_units(tokens, units, seed, seed_id, seed_group, threshold, R)
+        kept = kept_units(tokens, rows, units, seed, seed_id, seed_group, threshold, R)
         h = tl.where(kept, h * keep_scale, 0.0)
         da = tl.where(kept, da * keep_scale, 0.0)
     return h, da
@@ -114,7 +114,7 @@ def finish(
 ):  # fmt: skip
     """Stores h, da and the gradient of x for the given rows."""
     h, da = activation_gradient(
-        z, bias, dh, tokens, units, seed, seed_id, seed_group, threshold, keep_scale, R, ACTIVATION, DROPOUT
+        z, bias, dh, tokens, rows, units, seed, seed_id, seed_group, threshold, keep_scale, R, ACTIVATION, DROPOUT
     )
     if h_out is not None:
         at = tokens.to(tl.int64)[:, None] * H_STRIDE + tl.arange(0, BLOCK_R)[None, :]
@@ -132,7 +132,7 @@ def finish(
         for start in range(0, D, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
             mask = rows[:, None] & inside(cols, D, BLOCK_D)[None, :]
-            w = down_tile(w_down, owner_down, w_down_init, gamma, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
+            w = down_tile(w_down, owner_down, w_down_init, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
             wg = folded_tile(w, gamma, cols, D, BLOCK_D, DTYPE)
             g = tl.dot(operand, wg, input_precision=PRECISION)
             if gamma is not None:

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosa_kernels.backends.arguments import AdapterArguments
+from mosa_kernels.backends.arguments import TENSORS, AdapterArguments
 from mosa_kernels.backends.triton import configs as table
 from mosa_kernels.backends.triton import launch as launching
 from mosa_kernels.backends.triton.launch import Launch
 from mosa_kernels.backends.triton.plan import Parts, Plan, float32_precision
 
-TENSORS = AdapterArguments._fields.index("expert_id")  # the tensors come first, then the options
 _CONSTANT = AdapterArguments._fields.index("norm_eps")  # options from here on are part of the key, ids and seeds not
 _MOST = 4096  # calls and kernels kept
 _DYNAMIC = ("expert_id", "seed_id")  # the numbers that differ between calls that are alike

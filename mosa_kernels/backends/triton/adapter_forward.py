@@ -73,7 +73,7 @@ def bottleneck(
         z = token_rstd[:, None] * (z - seen[:, None] * s[None, :])
     h = activate(z + bias[None, :], ACTIVATION)
     if DROPOUT:
-        kept = kept_units(tokens, units, seed, seed_id, seed_group, threshold, R)
+        kept = kept_units(tokens, rows, units, seed, seed_id, seed_group, threshold, R)
         h = tl.where(kept, h * keep_scale, 0.0)
     return h.to(DTYPE)
 

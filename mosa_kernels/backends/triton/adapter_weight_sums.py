@@ -66,7 +66,7 @@ def down_gradients(
     factor = factor_of(e, expert_scale, merged_scale)
     mask = inside(cols, D, BLOCK_D)
     if gamma is not None:
-        w = down_tile(w_down, owner_down, w_down_init, gamma, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
+        w = down_tile(w_down, owner_down, w_down_init, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
         dgamma += tl.sum(w * product, 0)
         dbeta += tl.sum(w * bias[:, None], 0)
         dw = product * tl.load(gamma + cols, mask=mask, other=0).to(tl.float32)[None, :]

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
+from mosa_kernels.backends.tickets import ticket
 from mosa_kernels.backends.triton.backend import available
-from mosa_kernels.backends.triton.launch import Launch, interpreted
+from mosa_kernels.backends.triton.launch import ALIGNMENT, Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
-    ALIGNMENT,
     arrives_last,
     bits_of,
     entry,
@@ -29,7 +29,6 @@ from mosa_kernels.backends.triton.pointers import (
     on_device,
     padded_items,
     pointer,
-    tickets,
     upload,
 )
 
@@ -182,7 +181,7 @@ def feature_alignment(features1: Sequence[Tensor], features2: Sequence[Tensor]) 
         fields, constants = _described(pairs, first, ())
         loss = torch.empty((), dtype=torch.float32, device=device)
         parts = torch.empty(programs, dtype=torch.float32, device=device)
-        tensors = (upload(fields, device), parts, tickets(device), loss)
+        tensors = (upload(fields, device), parts, ticket(device), loss)
         constants = (*constants, FORWARD_BLOCKS, BLOCK)
         scalars = (len(pairs), programs)
         Launch(

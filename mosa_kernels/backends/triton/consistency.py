@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mosa_kernels.backends.consistency import ConsistencyArguments
 from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
+from mosa_kernels.backends.tickets import ticket
 from mosa_kernels.backends.triton.backend import available
 from mosa_kernels.backends.triton.launch import Launch, interpreted
-from mosa_kernels.backends.triton.pointers import arrives_last, on_device, tickets
+from mosa_kernels.backends.triton.pointers import arrives_last, on_device
 
 __all__ = ["available", "consistency_backward", "consistency_forward", "supports_consistency"]
 
@@ -207,7 +208,7 @@ def consistency_forward(args: ConsistencyArguments) -> tuple[Tensor, Tensor, Ten
     losses = [torch.empty((), dtype=torch.float32, device=logits1.device) for _ in range(2)]
     saved = torch.empty(SAVED * batch + 1, dtype=torch.float32, device=logits1.device)
     with on_device(logits1.device):
-        tensors = (logits1, logits2, target, saved, tickets(logits1.device), *losses)
+        tensors = (logits1, logits2, target, saved, ticket(logits1.device), *losses)
         scalars = (batch, classes, logits1.stride(0), logits2.stride(0), target.stride(0), args.label_smoothing)
         constants = (target.dtype.is_floating_point, _block(classes), _BATCH_BLOCK)
         Launch(forward_kernel, (batch, 1, 1), tensors, scalars, _SCALAR_TYPES, constants, _NUM_WARPS, 1).run()

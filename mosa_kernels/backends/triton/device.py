@@ -114,14 +114,14 @@ def hash32(h):
 
 
 @triton.jit
-def kept_units(tokens, units, seed, seed_id, seed_group, threshold, R: tl.constexpr):
-    """`backends.dropout.keep_mask` for a tile: int1 [tokens, units]."""
+def kept_units(tokens, rows, units, seed, seed_id, seed_group, threshold, R: tl.constexpr):
+    """`backends.dropout.keep_mask` for a tile: int1 [tokens, units], of no meaning for tokens outside `rows`."""
     if seed is None:
         seeds = tl.zeros_like(tokens).to(tl.int64) + seed_id
         local = tokens
     else:
         group = tokens // seed_group
-        seeds = tl.load(seed + group).to(tl.int64)
+        seeds = tl.load(seed + group, mask=rows, other=0).to(tl.int64)
         local = tokens - group * seed_group
     low = seeds.to(tl.uint32)[:, None]
     high = (seeds >> 32).to(tl.uint32)[:, None]
@@ -137,7 +137,7 @@ def factor_of(e, expert_scale, merged_scale):
 
 @triton.jit
 def down_tile(
-    w_down, owner_down, w_down_init, gamma, units, cols, e, factor,
+    w_down, owner_down, w_down_init, units, cols, e, factor,
     D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The down-projection that expert e sees, without LayerNorm's weight: float32 [BLOCK_R, BLOCK_D]."""
@@ -222,7 +222,7 @@ def project(
         cols = start + tl.arange(0, BLOCK_D)
         mask = rows[:, None] & inside(cols, D, BLOCK_D)[None, :]
         tile = tl.load(x + (row_at[:, None] + cols[None, :]), mask=mask, other=0)
-        w = down_tile(w_down, owner_down, w_down_init, gamma, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
+        w = down_tile(w_down, owner_down, w_down_init, units, cols, e, factor, D, R, BLOCK_R, BLOCK_D)
         wg = folded_tile(w, gamma, cols, D, BLOCK_D, DTYPE)
         if CENTRE or STATISTICS:
             centred = tl.where(mask, tile.to(tl.float32) - shift[:, None], 0.0)

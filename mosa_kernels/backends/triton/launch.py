@@ -68,7 +68,8 @@ class Launch(NamedTuple):
     def compiled(self) -> CompiledKernel:
         """The kernel for the current device, compiled at most once."""
         kinds = [None if tensor is None else tensor.dtype for tensor in self.tensors]
-        key = (id(self.function), *kinds, self._aligned(), self.constants, self.num_warps, torch.cuda.current_device())
+        key = (id(self.function), *kinds, self._aligned(), self.constants, self.num_warps, self.num_stages)
+        key = (*key, torch.cuda.current_device())
         kernel = _compiled.get(key)
         if kernel is None:
             driver = triton.runtime.driver.active

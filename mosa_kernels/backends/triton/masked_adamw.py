@@ -20,12 +20,11 @@ from torch import Tensor
 from mosa_kernels.backends.element_types import DTYPE_CODES
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, log_of
 from mosa_kernels.backends.masked_adamw_kernels import takes
+from mosa_kernels.backends.tickets import capturing
 from mosa_kernels.backends.triton.backend import available
-from mosa_kernels.backends.triton.launch import Launch, interpreted
+from mosa_kernels.backends.triton.launch import ALIGNMENT, Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
-    ALIGNMENT,
     arrives_last,
-    capturing,
     entry,
     find_item,
     first_programs,

@@ -15,18 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes of the widest load
+from mosa_kernels.backends.tickets import capturing
+
 _RESERVE = 1 << 16  # numbers in pinned memory, for some hundred captures of a few hundred tensors each
 
 _reserve: Tensor | None = None
 _reserve_used = 0
 _kept: list[Tensor] = []
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether the current stream records a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -65,16 +60,6 @@ def _pinned(numbers: int) -> Tensor:
 def keep(tensor: Tensor) -> None:
     """Keeps memory that a captured graph reads."""
     _kept.append(tensor)
-
-
-def tickets(device: torch.device) -> Tensor:
-    """An int32 zero for `arrives_last`, which leaves a zero; launches that may overlap get different ones."""
-    if device.type != "cuda" or capturing(device):
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
 
 
 def first_programs(programs: Sequence[int]) -> tuple[list[int], int]:

@@ -5,8 +5,11 @@ The interpreter multiplies the raw bits of bf16 operands, so that bf16 is checke
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import random
+import sys
 from itertools import product
 from typing import Any
 
@@ -143,6 +146,26 @@ def test_experts_mixed_with_the_merged_adapter(ids: tuple[int, ...], length: int
 def test_ids_of_any_integer_type(dtype: torch.dtype) -> None:
     check(call(3, 7, 24, 6, expert=torch.tensor([2, 0, 3], dtype=dtype)))
     check(call(1, 7, 24, 6, expert=torch.tensor(2, dtype=dtype)))
+
+
+def before_an_unmapped_page(values: list[int]) -> Tensor:
+    """int64 numbers behind which no memory is: whoever reads on is ended."""
+    page = mmap.PAGESIZE
+    pages = mmap.mmap(-1, 2 * page)
+    address = ctypes.addressof((ctypes.c_char * (2 * page)).from_buffer(pages))
+    numbers = torch.frombuffer(pages, dtype=torch.int64, count=len(values), offset=page - 8 * len(values))
+    numbers.copy_(torch.tensor(values))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
+    return numbers
+
+
+@pytest.mark.skipif(not INTERPRETED or sys.platform != "linux", reason="the seeds lie in the host's memory")
+@pytest.mark.parametrize("seeds", [[5, 2**40 + 1, 7], [11]])
+def test_no_seed_is_read_beyond_the_last(seeds: list[int]) -> None:
+    args = call(
+        3, 19, 32, 12, dropout_p=0.4, seed=before_an_unmapped_page(seeds)
+    )  # 57 tokens: the last tile is partial
+    check(args)
 
 
 def test_dropout_with_a_seed_for_each_sample() -> None:
