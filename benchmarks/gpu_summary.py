@@ -28,8 +28,10 @@ _MAY_FAIL = ("dram_bytes",)  # a profiler that is not there, or not allowed to r
 _FURTHER = {
     "granularity": "What experts own: random entries, blocks, rows or whole units (columns)",
     "one_launch": "The CUDA backward pass in one launch, by thread-block clusters",
+    "triton_three_launches": "Triton's backward pass at r = 16 in three launches",
+    "triton_one_launch": "Triton's backward pass at r = 16 in one launch and a sum",
 }
-_LAST = 15  # lines of a log that are shown
+_LAST = 30  # lines of a log that are shown
 
 
 def phases(logs: Path) -> list[dict[str, Any]]:

@@ -38,13 +38,14 @@ from mosa_kernels.train.evaluate import predict
 from mosa_kernels.train.folder import read_json, versions, write_json, write_text
 from mosa_kernels.train.loop import training_mode
 from mosa_kernels.train.methods import make_optimizer
+from mosa_kernels.train.paired_tests import paired_t, signed_rank
 from mosa_kernels.train.plots import save_figure
 from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.schedule import Schedule
 from mosa_kernels.train.setup import seed_everything
 from mosa_kernels.train.table_figure import COLOURS
 from mosa_kernels.train.table_runs import run_side_by_side
-from mosa_kernels.train.table_summary import Difference, paired_t, signed_rank
+from mosa_kernels.train.table_summary import Difference
 
 TASKS = ("offline:digits", "offline:count", "offline:location", "offline:orientation")
 TUNING_SEEDS = (100, 101, 102, 103)

@@ -40,6 +40,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "in columns": ("bf16", {"granularity": "column"}),
     "in columns, wide": ("fp32", {"granularity": "column", "bottleneck": 96}),
     "sparse down": ("fp16", {"down": True}),
+    "dropout, a seed a sample": ("bf16", {"dropout_p": 0.3}),
 }
 """Adapters that no point has: dtype, and how they are split."""
 
@@ -73,6 +74,7 @@ def layer(
     granularity: str = "element",
     bottleneck: int = BOTTLENECK,
     down: bool = False,
+    dropout_p: float = 0.0,
 ) -> None:
     """One adapter, forward and backward."""
     draws = generator()
@@ -88,7 +90,9 @@ def layer(
         sparse["assignment_down"] = split((bottleneck, WIDTH), EXPERTS, granularity, draws).to(device)
         sparse["w_down_init"] = leaf(bottleneck, WIDTH).detach()
     expert = torch.tensor(1, device=device)
-    out = mosa_adapter(x, *weights, owners, expert, scale=0.1, residual=residual, backend=backend, **sparse)
+    dropout = {"dropout_p": dropout_p, "seed": torch.tensor([3, 2**40], device=device) if dropout_p else None}
+    options = {"scale": 0.1, "residual": residual, "backend": backend, **sparse, **dropout}
+    out = mosa_adapter(x, *weights, owners, expert, **options)
     torch.autograd.grad(out, [x, residual, *weights], torch.ones_like(out))
 
 

@@ -61,6 +61,15 @@ class Layer(NamedTuple):
         return self._replace(**moved)
 
 
+class Drawn(NamedTuple):
+    """The tensors of one point."""
+
+    x: Tensor  # [images, tokens, d]
+    residual: Tensor
+    grad_out: Tensor
+    layers: list[Layer]
+
+
 class Run(NamedTuple):
     """One provider's forward pass and the leaves of its graph."""
 
@@ -71,23 +80,30 @@ class Run(NamedTuple):
 
 
 class Adapter:
-    """One point: its tensors, drawn once, and its providers."""
+    """One point: its tensors, drawn once and on first use, and its providers."""
 
     def __init__(
         self, point: Point, device: torch.device, compiled: Sequence[str] = (), granularity: str = "element"
     ) -> None:
         self.point, self.device, self.compiled = point, device, tuple(compiled)
-        draws = generator()
+        self._granularity = granularity
+        self._compiled_objects: dict[str, Callable[..., Tensor]] = {}
+        self._expected: dict[tuple[str, str], Expected] = {}
+
+    @cached_property
+    def drawn(self) -> Drawn:
+        """What a deadline leaves out is named, and never drawn."""
+        point, device, draws = self.point, self.device, generator()
         d, r, dtype = point.width, point.bottleneck, point.torch_dtype
 
         def normal(*size: int, gain: float = 1.0, shift: float = 0.0) -> Tensor:
             return (shift + gain * torch.randn(size, generator=draws)).to(device, dtype)
 
         shape = (point.images, point.tokens // point.images, d)
-        self.x, self.residual = (normal(*shape).requires_grad_() for _ in range(2))
-        self.grad_out = normal(*shape)
+        x, residual = (normal(*shape).requires_grad_() for _ in range(2))
+        grad_out = normal(*shape)
         ids = (point.images,) if point.expert_per == "sample" else ()
-        self.layers = [
+        layers = [
             Layer(
                 normal(r, d, gain=d**-0.5).requires_grad_(),
                 normal(r, gain=0.1).requires_grad_(),
@@ -95,30 +111,33 @@ class Adapter:
                 normal(point.experts, d, gain=0.1).requires_grad_(),
                 normal(d, gain=0.1, shift=1.0).requires_grad_(),
                 normal(d, gain=0.1).requires_grad_(),
-                split((d, r), num_experts=point.experts, granularity=granularity, generator=draws).to(device),
+                split((d, r), num_experts=point.experts, granularity=self._granularity, generator=draws).to(device),
                 torch.randint(point.experts, ids, generator=draws).to(device),
             )
             for _ in range(point.layers)
         ]
-        self._compiled_objects: dict[str, Callable[..., Tensor]] = {}
-        self._expected: dict[tuple[str, str], Expected] = {}
+        return Drawn(x, residual, grad_out, layers)
 
     def case(self, direction: str) -> AdapterCase:
         return AdapterCase(self, direction)
 
     def function_run(self, function: Callable[..., Tensor]) -> Run:
         """A provider that takes the dense tensors as they are: function(x, layer, residual)."""
-        x, residual, layers = self.x, self.residual, self.layers
+        x, residual, grad_out, layers = self.drawn
         leaves = [x, residual, *(getattr(layer, name) for layer in layers for name in _LEAVES)]
-        own = [*leaves, self.grad_out, *(t for layer in layers for t in (layer.assignment, layer.expert))]
+        own = [*leaves, grad_out, *(t for layer in layers for t in (layer.assignment, layer.expert))]
         return Run(lambda: chain(function, x, residual, layers), leaves, self._named, own)
 
     def _named(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        names = ["x", "residual", *(self.layer_name(n, name) for n in range(len(self.layers)) for name in _LEAVES)]
+        names = [
+            "x",
+            "residual",
+            *(self.layer_name(n, name) for n in range(self.point.layers) for name in _LEAVES),
+        ]
         return {name: grad for name, grad in zip(names, gradients, strict=True) if grad is not None}
 
     def layer_name(self, number: int, name: str) -> str:
-        return name if len(self.layers) == 1 else f"{name}[{number}]"
+        return name if self.point.layers == 1 else f"{name}[{number}]"
 
     def compiled_run(self, name: str) -> Run:
         """The definition under torch.compile, one compiled object for all directions."""
@@ -129,7 +148,7 @@ class Adapter:
 
     @cached_property
     def copies(self) -> list[DenseCopiesAdapter]:
-        return [DenseCopiesAdapter(self.module(layer)) for layer in self.layers]
+        return [DenseCopiesAdapter(self.module(layer)) for layer in self.drawn.layers]
 
     def module(self, layer: Layer) -> FusedMoSAAdapter:
         """The layer as a module with these values."""
@@ -149,7 +168,7 @@ class Adapter:
 
     def copies_run(self) -> Run:
         """N weights and N masks. Gradients of experts that did not run are None; together they are the dense one."""
-        x, residual, copies, layers = self.x, self.residual, self.copies, self.layers
+        (x, residual, grad_out, layers), copies = self.drawn, self.copies
         experts = [int(layer.expert) for layer in layers]
         leaves: list[Tensor] = [x, residual]
         for module in copies:
@@ -182,13 +201,13 @@ class Adapter:
             return {name: grad for name, grad in found.items() if grad is not None}
 
         masks = [tensor for module in copies for tensor in module.buffers()]
-        return Run(call, leaves, named, [*leaves, *masks, self.grad_out])
+        return Run(call, leaves, named, [*leaves, *masks, grad_out])
 
     def merged_call(self) -> Callable[[], Tensor]:
         """Plain dense adapters, as merging leaves them for inference."""
         count = self.point.experts
         dense = []
-        for layer in self.layers:
+        for layer in self.drawn.layers:
             merged = merge_adapters([MergeInput(*layer[:6], scale=SCALE, up_factor=1 / count)])[0]
             module = DenseAdapter(self.point.width, self.point.bottleneck, norm_eps=EPS, device="meta")
             for linear, weight, bias in (
@@ -198,7 +217,7 @@ class Adapter:
                 assert bias is not None
                 linear.weight, linear.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
             dense.append(module)
-        x, residual = self.x, self.residual
+        x, residual = self.drawn[:2]
 
         def call() -> Tensor:
             out = x
@@ -213,11 +232,13 @@ class Adapter:
         key = (function, "forward" if direction == "forward" else "both")
         if key not in self._expected:
             merged = function == "merged"
-            eager = _definition(self.x, self.residual, self.layers, self.grad_out, merged, key[1], self._named)
-            x, residual = (t.detach().double().requires_grad_() for t in (self.x, self.residual))
-            layers = [layer.with_dtype(torch.float64) for layer in self.layers]
-            exact = _definition(x, residual, layers, self.grad_out.double(), merged, key[1], self._named)
-            carried = {"out": x.detach() + residual.detach(), "x": self.grad_out.double()}
+            own = self.drawn
+            eager = _definition(*own, merged, key[1], self._named)
+            x, residual, grad_out = (t.detach().double() for t in own[:3])
+            layers = [layer.with_dtype(torch.float64) for layer in own.layers]
+            leaves = x.requires_grad_(), residual.requires_grad_()
+            exact = _definition(*leaves, grad_out, layers, merged, key[1], self._named)
+            carried = {"out": x.detach() + residual.detach(), "x": grad_out}
             added = {name: exact[name] - carried[name] for name in carried if name in exact}
             self._expected[key] = Expected(exact, eager, self._idle(), added)
         return self._expected[key]
@@ -225,7 +246,7 @@ class Adapter:
     def _idle(self) -> dict[str, Tensor]:
         """The entries that no running expert owns."""
         found = {}
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.drawn.layers):
             ran = layer.expert.reshape(-1)
             rows = torch.arange(self.point.experts, device=self.device)
             idle_rows = ~torch.isin(rows, ran)  # [N]
@@ -267,8 +288,8 @@ def by_backend(name: str | None) -> Callable[..., Tensor]:
 def _definition(
     x: Tensor,
     residual: Tensor,
-    layers: Sequence[Layer],
     grad_out: Tensor,
+    layers: Sequence[Layer],
     merged: bool,
     direction: str,
     named: Callable[[Sequence[Tensor | None]], dict[str, Tensor]],
@@ -334,7 +355,7 @@ class AdapterCase:
 
     def _prepared(self, name: str, run: Run) -> Prepared:
         work = adapter_work(name, self.direction, self._adapter.point)
-        grad_out = self._adapter.grad_out
+        grad_out = self._adapter.drawn.grad_out
 
         def forward() -> Tensor:
             with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +30,27 @@ class AlignmentCase:
     operator = "alignment"
 
     def __init__(self, point: Point, device: torch.device, asked: tuple[str, ...] = ()) -> None:
-        draws = generator()
         self.dtype, self._asked = point.torch_dtype, asked
+        self._point, self._device = point, device
         left_out = ("r", "N", "expert per")
         self.key = {name: value for name, value in point.key().items() if name not in left_out}
-        shape = (point.images, point.tokens // point.images, point.width)
-        self.features = [
-            [torch.randn(shape, generator=draws).to(device, self.dtype).requires_grad_() for _ in range(point.layers)]
-            for _ in range(2)
-        ]
         size = point.tokens * point.width * self.dtype.itemsize
         # Both features are read forward, and again backward, which writes two gradients.
         self.floor = Work(6 * point.layers * size)
         self.working_set = 4 * point.layers * size
+
+    @cached_property
+    def features(self) -> list[list[Tensor]]:
+        """Drawn on first use: what a deadline leaves out is named, and never drawn."""
+        point, draws = self._point, generator()
+        shape = (point.images, point.tokens // point.images, point.width)
+        return [
+            [
+                torch.randn(shape, generator=draws).to(self._device, self.dtype).requires_grad_()
+                for _ in range(point.layers)
+            ]
+            for _ in range(2)
+        ]
 
     def providers(self) -> list[Provider]:
         found = [Provider(EAGER, partial(self._prepare, by_definition))]

@@ -5,6 +5,7 @@ A backend that does not take a call, raises, crashes or fails the error gate has
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from mosa_kernels._machine import available_cores
 from mosa_kernels.backends.choice import available_backends
 from mosa_kernels.backends.measured import FORMAT, REFERENCE, device_name, file_name, ranked_by_time, user_folder
 from mosa_kernels.bench.case import Case, first_line
-from mosa_kernels.bench.choose_gate import Cell, gate_apart, is_lost, provider_of, with_cases
+from mosa_kernels.bench.choose_gate import SECONDS, Cell, gate_apart, is_lost, provider_of, with_cases
 from mosa_kernels.bench.environment import choose_device, describe
 from mosa_kernels.bench.kernels import is_cold
 from mosa_kernels.bench.records import Record, is_disturbed
@@ -107,7 +108,7 @@ def choose(request: Request, output: Path | None, say: Say) -> tuple[Record, Pat
     names = [name for name in BACKENDS[device.type] if answers[name] is True]
     wanted = cells(device.type, request.axes)
     say(f"{device_name(device)}: {len(wanted)} calls; {', '.join(names) or 'no backend'} beside the definition")
-    reasons = _gate(names, wanted, device, say)
+    reasons = _gate(names, wanted, device, request.deadline, say)
     warm_up(device)
     record = _described(device, {name: answers[name] for name in BACKENDS[device.type] if answers[name] is not True})
     try:
@@ -147,9 +148,12 @@ def _described(device: torch.device, unavailable: dict[str, Any]) -> Record:
 
 
 def _gate(
-    names: Sequence[str], wanted: Sequence[Cell], device: torch.device, say: Say
+    names: Sequence[str], wanted: Sequence[Cell], device: torch.device, deadline: int | None, say: Say
 ) -> dict[tuple[str, Cell], str | None]:
-    """Per backend and cell None, or why it may not run. On a GPU several processes at once: they compile for long."""
+    """Per backend and cell None, or why it may not run. On a GPU several processes at once: they compile for long.
+
+    Half of a deadline is left for the times, whichever process hangs.
+    """
     groups: dict[tuple[str, str], list[Cell]] = {}
     for name in names:
         for cell in wanted:
@@ -157,8 +161,11 @@ def _gate(
                 groups.setdefault((name, cell.point.dtype if device.type == "cuda" else ""), []).append(cell)
     say(f"error gate, in {len(groups)} process(es) of their own")
     workers = max(1, min(len(groups), available_cores() // 2)) if device.type == "cuda" else 1
+    seconds = SECONDS
+    if deadline is not None and groups:
+        seconds = min(seconds, deadline / 2 / math.ceil(len(groups) / workers))
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda group: gate_apart(group[0][0], group[1], device), groups.items())
+        found = pool.map(lambda group: gate_apart(group[0][0], group[1], device, seconds), groups.items())
         return {
             (name, cell): reason
             for ((name, _), group), answers in zip(groups.items(), found, strict=True)

@@ -30,10 +30,13 @@ from mosa_kernels.bench.shapes import Point
 from mosa_kernels.bench.split import SplitCase
 
 _DIRECTIONS = {"adapter_forward": "forward", "adapter": "both"}
-_SECONDS = 300  # for all cells of a process
+SECONDS = 300.0
+"""For all cells of a process, where no deadline leaves less."""
+
 _MOST_DEATHS = 3
 _LOST = 9  # exit status of a process whose device takes no calls any more
 _LOST_DEVICE = "it left the device unusable"
+_OUT_OF_TIME = "it was not done"
 
 
 class Cell(NamedTuple):
@@ -111,16 +114,18 @@ def is_lost(device: torch.device) -> bool:
     return False
 
 
-def gate_apart(backend: str, cells: Sequence[Cell], device: torch.device) -> list[str | None]:
+def gate_apart(backend: str, cells: Sequence[Cell], device: torch.device, seconds: float = SECONDS) -> list[str | None]:
     """For each cell None, if the backend is right there, or the reason why it may not run.
 
-    After a cell that ends the process, another one goes on with the next, a few times.
+    After a cell that ends the process, another one goes on with the next, a few times, all within `seconds`.
     """
     reasons: list[str | None] = []
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + seconds
     for _ in range(_MOST_DEATHS):
         answers, ended = _ask(backend, cells[len(reasons) :], device, max(1.0, until - time.monotonic()))
         reasons += answers
+        if ended == _OUT_OF_TIME:
+            ended += f" when the {seconds:g} s for all calls were over"
         if len(reasons) < len(cells) and ended != _LOST_DEVICE:
             reasons.append(ended or "its process gave no answer")
         if len(reasons) == len(cells):
@@ -164,7 +169,7 @@ def _ask(
             known = {0: None, _LOST: _LOST_DEVICE}
             ended = known.get(done.returncode, f"its process ended with {done.returncode}: {last}")
         except subprocess.TimeoutExpired:
-            ended = f"it was not done when the {_SECONDS} s for all calls were over"
+            ended = _OUT_OF_TIME
         return [json.loads(line) for line in answers.read_text().splitlines()], ended
 
 

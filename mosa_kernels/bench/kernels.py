@@ -68,16 +68,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def cases(operators: Sequence[str], points: Sequence[Point], device: torch.device, effort: Effort) -> Iterator[Case]:
-    """The cases of some operators, the short ones first; one point's tensors live at a time."""
-    for name, make in _ALL_ADAPTERS.items():
-        if name in operators:
-            for point in of_a_model(points, name):
-                forget_compiled(effort)
-                yield make(point, device, effort.compiled)
-    if "alignment" in operators:
-        for point in of_a_model(points, "alignment"):
-            forget_compiled(effort)
-            yield AlignmentCase(point, device, effort.compiled)
+    """The cases of some operators, the adapter first, should time run out; one point's tensors live at a time."""
     wanted = [direction for direction in DIRECTIONS if OPERATORS[direction] in operators]
     if wanted:
         for point in points:
@@ -85,6 +76,11 @@ def cases(operators: Sequence[str], points: Sequence[Point], device: torch.devic
             adapter = Adapter(point, device, effort.compiled)
             yield from (adapter.case(direction) for direction in wanted)
             del adapter
+    for name, make in _OF_A_MODEL.items():
+        if name in operators:
+            for point in of_a_model(points, name):
+                forget_compiled(effort)
+                yield make(point, device, effort.compiled)
     if GranularityCase.operator in operators:
         for point in of_one_shape(points):
             yield from granularity_cases(point, device)
@@ -98,9 +94,10 @@ def forget_compiled(effort: Effort) -> None:
         torch._dynamo.reset()
 
 
-_ALL_ADAPTERS: dict[str, Callable[[Point, torch.device, tuple[str, ...]], Case]] = {
+_OF_A_MODEL: dict[str, Callable[[Point, torch.device, tuple[str, ...]], Case]] = {
     "merge": MergeCase,
     "masked_adamw": MaskedAdamWCase,
+    "alignment": AlignmentCase,
 }
 _DEPTH, _DEEP = 12, {"vit_l": 24, "vit_g": 40, "swin_b_1": 2, "swin_b_2": 2, "swin_b_3": 18, "swin_b_4": 2}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -66,20 +66,30 @@ class MaskedAdamWCase:
     operator = "masked_adamw"
 
     def __init__(self, point: Point, device: torch.device, asked: tuple[str, ...] = ()) -> None:
-        draws = generator()
-        self._asked = asked
-        d, r, count = point.width, point.bottleneck, point.experts
+        self._asked, self._point, self._device = asked, point, device
+        d, r = point.width, point.bottleneck
         self.dtype = point.torch_dtype
         self.key = {name: value for name, value in point.key().items() if name not in ("shape", "expert per")}
         self.key["active"] = "one expert" if point.expert_per == "call" else "all experts"
+        self._shapes = [shape for _ in range(point.layers) for shape in ((d, r), (r, d))]
+        # Parameter, gradient and two moments are read, all but the gradient written, and one owner's byte is read.
+        sizes = [math.prod(shape) for shape in self._shapes]
+        moved = sum(sizes) if point.expert_per == "sample" else sum(sizes[1::2]) + sum(sizes[::2]) // point.experts
+        self.floor = Work(7 * point.torch_dtype.itemsize * moved + sum(sizes[::2]))
+        self.working_set = 4 * point.torch_dtype.itemsize * sum(sizes)
+
+    @cached_property
+    def state(self) -> State:
+        """Drawn on first use: what a deadline leaves out is named, and never drawn."""
+        point, device, shapes, draws = self._point, self._device, self._shapes, generator()
+        count = point.experts
 
         def normal(*size: int) -> Tensor:
             return torch.randn(size, generator=draws).to(device, point.torch_dtype)
 
-        shapes = [shape for _ in range(point.layers) for shape in ((d, r), (r, d))]
         flags = torch.ones(count) if point.expert_per == "sample" else torch.arange(count) == 0
         params, grads, first, second = ([normal(*shape) for shape in shapes] for _ in range(4))
-        self.state = State(
+        return State(
             params,
             grads,
             first,
@@ -91,11 +101,6 @@ class MaskedAdamWCase:
             ],
             [flags.float().to(device) if n % 2 == 0 else None for n in range(len(shapes))],
         )
-        # Parameter, gradient and two moments are read, all but the gradient written, and one owner's byte is read.
-        sizes = [math.prod(shape) for shape in shapes]
-        moved = sum(sizes) if point.expert_per == "sample" else sum(sizes[1::2]) + sum(sizes[::2]) // count
-        self.floor = Work(7 * point.torch_dtype.itemsize * moved + sum(sizes[::2]))
-        self.working_set = 4 * point.torch_dtype.itemsize * sum(sizes)
 
     def providers(self) -> list[Provider]:
         names = {EAGER: "reference", **{name: name for name in BACKENDS}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -36,16 +36,26 @@ class MergeCase:
     operator = "merge"
 
     def __init__(self, point: Point, device: torch.device, asked: tuple[str, ...] = ()) -> None:
-        draws = generator()
         self._asked, self._experts = asked, point.experts
-        d, r, dtype = point.width, point.bottleneck, point.torch_dtype
+        self._point, self._device = point, device
+        self.dtype = point.torch_dtype
+        self.key = {name: value for name, value in point.key().items() if name not in ("shape", "expert per")}
+        d, r = point.width, point.bottleneck
+        read = 2 * d * r + r + (point.experts + 2) * d
+        written = 2 * d * r + r + d
+        self.floor = Work(point.layers * (read + written) * self.dtype.itemsize, point.layers * 2 * d * r)
+        self.working_set = self.floor.bytes
+
+    @cached_property
+    def adapters(self) -> list[MergeInput]:
+        """Drawn on first use: what a deadline leaves out is named, and never drawn."""
+        point, draws = self._point, generator()
+        d, r = point.width, point.bottleneck
 
         def normal(*size: int, shift: float = 0.0) -> Tensor:
-            return (shift + 0.1 * torch.randn(size, generator=draws)).to(device, dtype)
+            return (shift + 0.1 * torch.randn(size, generator=draws)).to(self._device, self.dtype)
 
-        self.dtype = dtype
-        self.key = {name: value for name, value in point.key().items() if name not in ("shape", "expert per")}
-        self.adapters = [
+        return [
             MergeInput(
                 normal(r, d),
                 normal(r),
@@ -58,10 +68,6 @@ class MergeCase:
             )
             for _ in range(point.layers)
         ]
-        read = sum(t.numel() * t.itemsize for a in self.adapters for t in a if isinstance(t, Tensor))
-        written = point.layers * (2 * d * r + r + d) * dtype.itemsize
-        self.floor = Work(read + written, point.layers * 2 * d * r)
-        self.working_set = self.floor.bytes
 
     def providers(self) -> list[Provider]:
         names = {EAGER: "reference", **{name: name for name in BACKENDS}}

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader
+from mosa_kernels.data.transforms import evaluation_config
 from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.peft.book import find_book
 from mosa_kernels.train.backbones import data_config
@@ -28,7 +29,6 @@ from mosa_kernels.train.merging import (
     write_merged,
 )
 from mosa_kernels.train.saved import Saved, open_saved
-from mosa_kernels.train.setup import NORMALISATION
 
 SUFFIXES = (".safetensors", SUFFIX)
 
@@ -87,7 +87,8 @@ def merge(
         if not check.unchanged:
             raise MendableError("the merged model does not compute what the adapters do; nothing was written")
         card = merged_card(saved.model, saved.settings, saved.num_classes, chosen, check, saved.class_names)
-        card |= {"from": str(path), "normalisation": {name: config[name] for name in NORMALISATION if name in config}}
+        shown = saved.normalisation or evaluation_config(config, saved.settings.recipe.augment, in_memory=False)
+        card |= {"from": str(path), "normalisation": shown}
         if output.suffix == SUFFIX:
             program = export_program(merged, config["input_size"])
             write_program(program, output, {**card, "kind": PROGRAM})

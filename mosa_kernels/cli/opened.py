@@ -70,6 +70,7 @@ def open_loader(
         batch_size,
         workers=workers,
         augment=settings.recipe.augment,  # type: ignore[arg-type]  # checked by the recipe
+        evaluation=saved.normalisation,
         evaluation_batch_size=batch_size,
     )
     return splits, loaders.test if split == "test" else loaders.validation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mosa_kernels._machine import machine
 from mosa_kernels.cli.errors import MendableError, plain_errors
-from mosa_kernels.data.open import open_data
 from mosa_kernels.train.folder import require_writable, versions, write_json, write_text
+from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell
 from mosa_kernels.train.table_figure import draw_by_task, draw_sweep, draw_table
 from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, seconds_of
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_runs import missing_cells, run_cells, usual_workers
+from mosa_kernels.train.table_sources import Sources, require_same_sources
 from mosa_kernels.train.table_spec import Changes, Table, read_table, suite_of, table_numbers
 from mosa_kernels.train.table_summary import differences_of, summarise_table
 
@@ -104,7 +106,10 @@ def table(
             left = len(missing_cells(chosen, output / "cells"))
             console.print(f"{choosing - left} of the {choosing} are done", highlight=False)
             return
-        check_data_of(grids)
+        sources = Sources()
+        check_data_of(grids, sources)
+        possible = itertools.chain.from_iterable(grid.possible_cells() for grid in grids)
+        require_same_sources(possible, output / "cells", sources, lambda text: console.print(text, highlight=False))
         watch(grids, output / "cells", processes, console)
         facts = {
             "command": shlex.join(["mosa-kernels", *sys.argv[1:]]) if sys.argv[0].endswith("mosa-kernels") else "",
@@ -200,7 +205,7 @@ def where_from(grids: Sequence[Grid]) -> str:
     return "\n".join(f"table {', '.join(numbers)}: {place}" for place, numbers in places.items())
 
 
-def check_data_of(grids: list[Grid]) -> None:
+def check_data_of(grids: list[Grid], sources: Sources) -> None:
     """Opens the paper's data sets before hours are spent on the first of them.
 
     Raises:
@@ -212,7 +217,7 @@ def check_data_of(grids: list[Grid]) -> None:
             for task in grid.table.tasks:
                 for data in dict.fromkeys((task.tuning_data, task.data)):
                     try:
-                        open_data(data, root=grid.changes.data_root)
+                        sources.fingerprint(Settings(grid.table.model, data, data_root=grid.changes.data_root))
                     except (ValueError, FileNotFoundError, RuntimeError) as error:
                         wrong[f"{task.name}: {error}"] = None
     if wrong:

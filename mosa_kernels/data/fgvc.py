@@ -13,10 +13,11 @@ Stanford-cars   .           cars_train/00001.jpg
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
-from mosa_kernels.data.folders import some
-from mosa_kernels.data.lists import Listed, assemble, dataset_of, locate
+from mosa_kernels.data.files import some
+from mosa_kernels.data.lists import Listed, assemble, check_trained, dataset_of, locate, read_text
 from mosa_kernels.data.published import FGVC
 from mosa_kernels.data.splits import DataSplits
 
@@ -60,9 +61,7 @@ def open_fgvc(address: str, *, root: str | Path | None = None, verify: bool = Fa
         split: Listed(folder / SPLITS[split], tuple(labels), tuple(number[label] for label in labels.values()))
         for split, labels in raw.items()
     }
-    untrained = [names[label] for label in sorted(set(range(len(names))) - set(lists["train"].labels))]
-    if untrained:
-        raise ValueError(f"{lists['train'].source}: no training image of the classes {some(untrained)}")
+    check_trained(lists["train"], names)
     images = _image_folder(folder, IMAGE_FOLDERS[row.name], lists["train"].paths[0])
     files = {split: dataset_of(listed, images, OBTAINED) for split, listed in lists.items()}
     shown = "its folder" if images == folder else f"{images.name}/"
@@ -75,22 +74,31 @@ def _order(label: str) -> tuple[int, int, str]:
     return (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)
 
 
+class _Pairs(list[tuple[str, object]]):
+    """A JSON object's pairs, unlike a JSON array; a dict would keep the last label of an image named twice."""
+
+
 def read_labels(path: Path) -> dict[str, str]:
     """Reads a split: labels by image path.
 
     Raises:
-        ValueError: it is not a JSON object of numbers or strings, or an empty one.
+        ValueError: it is not a JSON object of numbers or strings in UTF-8, is empty, or names an image twice.
     """
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(read_text(path), object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got something else at line {error.lineno}") from error
-    if not isinstance(record, dict) or not record:
+    if not isinstance(record, _Pairs):
         raise ValueError(f"{path}: expected a JSON object of labels by image path, got {type(record).__name__}")
-    for name, label in record.items():
+    if not record:
+        raise ValueError(f"{path}: expected labels by image path, got an empty JSON object")
+    twice = [name for name, count in Counter(name for name, _ in record).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: names images twice: {some(twice)}")
+    for name, label in record:
         if isinstance(label, bool) or not isinstance(label, (int, str)):
             raise ValueError(f"{path}: expected a number or a name as the label of {name!r}, got {label!r}")
-    return {name: str(label) for name, label in record.items()}
+    return {name: str(label) for name, label in record}
 
 
 def _image_folder(root: Path, usual: str, first: str) -> Path:

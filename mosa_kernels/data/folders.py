@@ -2,58 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from mosa_kernels.data.files import (
+    SUFFIXES,
+    FileDataset,
+    check_disjoint,
+    check_readable,
+    file_sizes,
+    files_fingerprint,
+    images_below,
+    kinds_of,
+    some,
+)
 from mosa_kernels.data.splits import AUGMENTATIONS, DataSplits, ImageDataset, SubsetDataset, stratified_parts
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-_NAMED = 10  # how many offenders an error names
-
-
-class FileDataset:
-    """Image files, read on demand.
-
-    Args:
-        paths: the files.
-        labels: integers, one a file.
-    """
-
-    def __init__(self, paths: list[Path], labels: NDArray[np.integer]) -> None:
-        self.paths = paths
-        self.labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The image as RGB and its label.
-
-        Raises:
-            ValueError: the file cannot be read as an image; its path is named.
-        """
-        return read_image(self.paths[index]), int(self.labels[index])
-
-
-def read_image(path: Path) -> Image.Image:
-    """Reads a file as an RGB image; a file that cannot be read is named."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+# Folders of which none but these are found hold sets, not classes.
+SPLIT_WORDS = {"trainval", "dev", "eval", "evaluation", "holdout"}.union(*SPLIT_FOLDERS.values())
 
 
 def open_folder(
@@ -66,9 +41,10 @@ def open_folder(
 ) -> DataSplits:
     """Opens an image folder.
 
-    With `train/` there has to be a `test/` (or a `val/`, which then serves as the test set); a missing validation set
-    is held out of `train/`, class by class, from the seed. Without `train/` the folder's own subfolders are the
-    classes, and all three sets are drawn from it. The note of the result says which of these happened.
+    With `train/` there has to be a `test/` (or a `val/`, which then serves as the test set), in whatever case they are
+    written; a missing validation set is held out of `train/`, class by class, from the seed. Without `train/` the
+    folder's own subfolders are the classes, and all three sets are drawn from it. The note of the result says which of
+    these happened.
 
     Args:
         path: the folder.
@@ -78,7 +54,8 @@ def open_folder(
 
     Raises:
         FileNotFoundError: the folder is missing.
-        ValueError: no classes, empty classes, classes that differ between the sets, no test set, unreadable images.
+        ValueError: no classes, empty classes, classes that differ between the sets, no test set, images in two of the
+            sets, unreadable images.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -88,20 +65,35 @@ def open_folder(
         return _from_split_folders(root, folders, seed, validation_share, verify)
     if folders:
         raise ValueError(
-            f"{root}: found {', '.join(sorted(f.name + '/' for f in folders.values()))} but no train/ folder"
+            f"{root}: found {', '.join(sorted(f.name + '/' for f in folders.values()))} but no train/ folder; a class "
+            "cannot have such a name"
         )
     return _from_flat_folder(root, seed, validation_share, test_share, verify)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    found = {}
-    for split, names in SPLIT_FOLDERS.items():
-        present = [root / name for name in names if (root / name).is_dir()]
-        if len(present) > 1:
-            raise ValueError(f"{root}: {present[0].name}/ and {present[1].name}/ both look like the {split} set")
-        if present:
-            found[split] = present[0]
-    return found
+    """The folders of the sets, whatever the case of their names."""
+    found: dict[str, Path] = {}
+    split_of = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
+    for folder in sorted(entry for entry in root.iterdir() if entry.name.lower() in split_of and entry.is_dir()):
+        split = split_of[folder.name.lower()]
+        if split in found:
+            raise ValueError(f"{root}: {found[split].name}/ and {folder.name}/ both look like the {split} set")
+        found[split] = folder
+    return {split: found[split] for split in SPLIT_FOLDERS if split in found}
+
+
+def refuse_sets_as_classes(source: object, classes: Sequence[str]) -> None:
+    """Refuses classes that are all called as sets are: what was read is a folder of sets, not of classes.
+
+    Raises:
+        ValueError: they are.
+    """
+    if all(name.lower() in SPLIT_WORDS for name in classes):
+        raise ValueError(
+            f"{source}: expected classes, got folders that look like sets: {some(classes)}; give a folder with "
+            "train/ and test/, each with one subfolder a class"
+        )
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -111,46 +103,19 @@ def _class_folders(folder: Path) -> list[str]:
     return classes
 
 
-def _files_of(folder: Path, classes: list[str], verify: bool) -> FileDataset:
-    """The images of each class, in sorted order; empty classes and unreadable files are refused."""
+def _files_of(folder: Path, classes: list[str]) -> FileDataset:
+    """The images of each class, in sorted order; empty classes and files are refused."""
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        files = [p for p in files if not p.name.startswith(".")]
+        files = images_below(folder / name)
         paths += files
         labels += [label] * len(files)
     held = Counter(labels)
     empty = [name for label, name in enumerate(classes) if not held[label]]
     if empty:
         raise ValueError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in the class folders {some(empty)}")
-    blank = [str(p) for p in paths if p.stat().st_size == 0]
-    if blank:
-        raise ValueError(f"{folder}: empty image files: {some(blank)}")
-    if verify:
-        check_readable(folder, paths)
-    return FileDataset(paths, np.array(labels))
-
-
-def check_readable(folder: Path, paths: list[Path]) -> None:
-    """Decodes every image.
-
-    Raises:
-        ValueError: some cannot be read; they are named.
-    """
-    broken = []
-    for path in paths:
-        try:
-            read_image(path)
-        except ValueError as error:
-            broken.append(str(error))
-    if broken:
-        raise ValueError(f"{folder}: {len(broken)} unreadable images: {some(broken)}")
-
-
-def some(names: Sequence[object]) -> str:
-    """The first few of many names, and how many more there are."""
-    return ", ".join(map(str, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return FileDataset(paths, np.array(labels), file_sizes(folder, paths))
 
 
 def _check_same_classes(root: Path, split: str, found: list[str], expected: list[str]) -> None:
@@ -166,13 +131,18 @@ def _from_split_folders(
 ) -> DataSplits:
     if "test" not in folders and "validation" not in folders:
         raise ValueError(
-            f"{root}: found train/ but neither test/ nor val/; a result needs images that were not trained on "
-            "(give a test/ folder, or the folder of classes itself, which is then split)"
+            f"{root}: found {folders['train'].name}/ but neither test/ nor val/; a result needs images that were not "
+            "trained on (give a test/ folder, or the folder of classes itself, which is then split; a class cannot be "
+            "called so)"
         )
     classes = _class_folders(folders["train"])
     for split, folder in folders.items():
         _check_same_classes(root, split, _class_folders(folder), classes)
-    files = {split: _files_of(folder, classes, verify) for split, folder in folders.items()}
+    files = {split: _files_of(folder, classes) for split, folder in folders.items()}
+    pairs = [("train", "test"), ("validation", "test"), ("train", "validation")]
+    check_disjoint({split: dataset.paths for split, dataset in files.items()}, pairs)
+    if verify:
+        check_readable(root, files.values())
     train: ImageDataset = files["train"]
     if "test" in files and "validation" in files:
         validation: ImageDataset = files["validation"]
@@ -189,7 +159,10 @@ def _from_split_folders(
 
 def _from_flat_folder(root: Path, seed: int, validation_share: float, test_share: float, verify: bool) -> DataSplits:
     classes = _class_folders(root)
-    files = _files_of(root, classes, verify)
+    refuse_sets_as_classes(root, classes)
+    files = _files_of(root, classes)
+    if verify:
+        check_readable(root, [files])
     parts = stratified_parts(files.labels, [validation_share, test_share], classes, seed)
     train, validation, test = (_subset(files, part) for part in parts)
     note = (
@@ -222,19 +195,3 @@ def _splits(
         note=f"image files ({kinds_of(files)}); {note}",
         label_preserving=AUGMENTATIONS,
     )
-
-
-def kinds_of(files: Iterable[FileDataset]) -> str:
-    """How many files there are of each format."""
-    suffixes = Counter(p.suffix.lower() for dataset in files for p in dataset.paths)
-    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
-
-
-def files_fingerprint(root: Path, files: list[FileDataset], note: str) -> str:
-    """SHA-256 over relative paths, sizes and labels, and over how the sets were made."""
-    digest = hashlib.sha256(note.encode())
-    for dataset in files:
-        for path, label in zip(dataset.paths, dataset.labels.tolist(), strict=True):
-            relative = Path(os.path.relpath(path, root)).as_posix()
-            digest.update(f"{relative}\t{path.stat().st_size}\t{label}\n".encode())
-    return digest.hexdigest()

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mosa_kernels.data.folders import FileDataset, check_readable, files_fingerprint, kinds_of, some
+from mosa_kernels.data.files import (
+    FileDataset,
+    check_disjoint,
+    check_readable,
+    file_sizes,
+    files_fingerprint,
+    kinds_of,
+    placed,
+    some,
+)
 from mosa_kernels.data.published import GROUPS, Published, differences, find_published, names_of
 from mosa_kernels.data.splits import DataSplits
 
@@ -76,6 +85,19 @@ def find_folder(parent: str | Path, benchmark: str, name: str) -> Path:
     return found[0] if found else usual
 
 
+def read_text(path: Path) -> str:
+    """The text of a list, without the mark that some editors put before it.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        got = error.object[error.start]
+        raise ValueError(f"{path}: expected UTF-8, got the byte {got:#x} at position {error.start}") from error
+
+
 def dataset_of(listed: Listed, images: Path, obtained: str) -> FileDataset:
     """The files of a list.
 
@@ -89,17 +111,7 @@ def dataset_of(listed: Listed, images: Path, obtained: str) -> FileDataset:
         ValueError: some are empty files.
     """
     paths = [images / path for path in listed.paths]
-    sizes = {path: path.stat().st_size if path.is_file() else None for path in paths}
-    missing = [str(path) for path, size in sizes.items() if size is None]
-    if missing:
-        raise FileNotFoundError(
-            f"{listed.source}: {len(missing)} of {len(paths)} images that it lists are missing: {some(missing)}. "
-            f"{obtained}"
-        )
-    empty = [str(path) for path, size in sizes.items() if size == 0]
-    if empty:
-        raise ValueError(f"{listed.source}: empty image files: {some(empty)}")
-    return FileDataset(paths, np.array(listed.labels))
+    return FileDataset(paths, np.array(listed.labels), file_sizes(listed.source, paths, obtained))
 
 
 def count_classes(lists: Iterable[Listed]) -> int:
@@ -116,6 +128,17 @@ def count_classes(lists: Iterable[Listed]) -> int:
         sources = ", ".join(str(listed.source) for listed in lists)
         raise ValueError(f"{sources}: expected labels from 0 to {classes - 1} without gaps, got {wrong}")
     return classes
+
+
+def check_trained(train: Listed, names: Sequence[str]) -> None:
+    """Refuses classes, named in the order of the labels, of which there is no training image.
+
+    Raises:
+        ValueError: there are such classes; they are named.
+    """
+    untrained = [names[label] for label in sorted(set(range(len(names))) - set(train.labels))]
+    if untrained:
+        raise ValueError(f"{train.source}: no training image of the classes {some(untrained)}")
 
 
 def assemble(
@@ -142,9 +165,9 @@ def assemble(
     Raises:
         ValueError: images that are in two of the sets, or that cannot be read.
     """
-    _check_disjoint(files, validation_in_train)
+    _check_each_once(files, validation_in_train)
     if verify:
-        check_readable(root, [path for dataset in files.values() for path in dataset.paths])
+        check_readable(root, files.values())
     datasets = list(files.values())
     held = 0 if validation_in_train else len(files["validation"])
     differs = differences(row, len(classes), len(files["train"]), held, len(files["test"]))
@@ -164,16 +187,13 @@ def assemble(
     )
 
 
-def _check_disjoint(files: Mapping[str, FileDataset], validation_in_train: bool) -> None:
+def _check_each_once(files: Mapping[str, FileDataset], validation_in_train: bool) -> None:
     pairs = [("train", "test"), ("validation", "test")]
     if not validation_in_train:
         pairs.append(("train", "validation"))
-    for first, second in pairs:
-        both = sorted(str(path) for path in set(files[first].paths) & set(files[second].paths))
-        if both:
-            raise ValueError(f"{len(both)} images are in both the {first} and the {second} list: {some(both)}")
+    check_disjoint({split: dataset.paths for split, dataset in files.items()}, pairs)
     for split, dataset in files.items():
-        twice = [str(path) for path, count in Counter(dataset.paths).items() if count > 1]
+        twice = [place for place, count in Counter(placed(dataset.paths)).items() if count > 1]
         if twice:
             raise ValueError(f"the {split} list names images twice: {some(twice)}")
 

@@ -21,7 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mosa_kernels.data.draws import Draws
 from mosa_kernels.data.published import VTAB
 from mosa_kernels.data.splits import ArrayDataset, DataSplits, ImageDataset
-from mosa_kernels.data.transforms import Augment, BatchTransform, pil_transform
+from mosa_kernels.data.transforms import (
+    Augment,
+    BatchTransform,
+    evaluation_config,
+    evaluation_transform,
+    training_transform,
+)
 
 Key = tuple[int, int]  # (epoch, image number)
 Batch = tuple[Tensor, Tensor]  # normalised images float32 [B, 3, H, W], labels int64 [B]
@@ -136,6 +142,7 @@ def make_loaders(
     seed: int = 0,
     augment: Augment = "none",
     *,
+    evaluation: Mapping[str, Any] | None = None,
     evaluation_batch_size: int | None = None,
     drop_last: bool = False,
 ) -> Loaders:
@@ -148,6 +155,8 @@ def make_loaders(
         workers: processes that read and transform images; not used for images in memory, where one is faster.
         seed: of order and augmentation.
         augment: "none", "light", "paper" or "official", see `transforms.py`; "official" is "none" for VTAB-1k.
+        evaluation: what validation and test images go through, where that is decided: `evaluation_config` of other
+            data. Images in memory are resized and never cropped.
         evaluation_batch_size: for validation and test; by default 256, or `batch_size` where that is larger.
         drop_last: leave an incomplete last training batch away.
 
@@ -162,19 +171,21 @@ def make_loaders(
     if evaluation_size < 1:
         raise ValueError(f"evaluation_batch_size: expected at least 1, got {evaluation_size}")
 
-    augment = recipe_for(augment, splits)
+    recipe = recipe_for(augment, splits)
 
     def loader(name: str, dataset: ImageDataset, training: bool) -> DataLoader[Any]:
         if len(dataset) == 0:
             raise ValueError(f"{splits.name}: the {name} set is empty")
         if isinstance(dataset, ArrayDataset):
-            batch_transform = BatchTransform(
-                model_data_config, augment, splits.label_preserving, training=training, seed=seed
-            )
+            config = model_data_config if training else evaluation or model_data_config
+            batch_transform = BatchTransform(config, recipe, splits.label_preserving, training=training, seed=seed)
             ready: Dataset[Any] = InMemoryBatches(dataset, batch_transform)
-        else:
-            transform = pil_transform(model_data_config, augment, splits.label_preserving, training=training)
+        elif training:
+            transform = training_transform(model_data_config, recipe, splits.label_preserving)
             ready = TransformedImages(dataset, transform, seed)
+        else:
+            shown = evaluation or evaluation_config(model_data_config, recipe, in_memory=False)
+            ready = TransformedImages(dataset, evaluation_transform(shown), seed)
         processes = 0 if isinstance(dataset, ArrayDataset) else workers
         return DataLoader(
             ready,
@@ -198,6 +209,12 @@ def make_loaders(
 def recipe_for(augment: Augment, splits: DataSplits) -> Augment:
     """The released code resizes VTAB's images and leaves them whole."""
     return "none" if augment == "official" and splits.benchmark == VTAB else augment
+
+
+def evaluation_of(splits: DataSplits, model_data_config: Mapping[str, Any], augment: Augment) -> dict[str, Any]:
+    """What the test images go through in `make_loaders`, see `evaluation_config`."""
+    in_memory = isinstance(splits.test, ArrayDataset)
+    return evaluation_config(model_data_config, recipe_for(augment, splits), in_memory=in_memory)
 
 
 def set_epoch(loader: DataLoader[Any], epoch: int) -> None:

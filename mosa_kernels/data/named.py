@@ -11,64 +11,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import ConcatDataset
 
+from mosa_kernels.data.files import FileDataset, check_disjoint, check_readable, file_sizes, files_fingerprint
+from mosa_kernels.data.folders import refuse_sets_as_classes
+from mosa_kernels.data.images import read_image
 from mosa_kernels.data.splits import DataSplits, ImageDataset, SubsetDataset, stratified_parts
+from mosa_kernels.data.wrapped import RGBDataset, labels_of
 
 # What torchvision and timm call the three sets; the first name that a data set knows is taken.
 SPLIT_NAMES = {"train": ("train", "trainval"), "validation": ("val", "valid", "validation"), "test": ("test",)}
 
 
-class RGBDataset:
-    """Another library's data set, its images as RGB and its labels as integers."""
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset = dataset
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.dataset[index][:2]
-        if not isinstance(image, Image.Image):
-            raise ValueError(f"{self.name}: expected a PIL image for item {index}, got {type(image).__name__}")
-        return image.convert("RGB"), _as_label(label, self.name, index)
-
-
-def _as_label(label: Any, name: str, index: int) -> int:
-    try:
-        number = int(label)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name}: item {index} has a label of type {type(label).__name__}; only classification data sets, with "
-            "one integer an image, can be used"
-        ) from error
-    return number
-
-
-def labels_of(dataset: RGBDataset) -> NDArray[np.int64]:
-    """All labels, int64 [n]: from the data set's own list where it has one, else by reading every item."""
-    listed = _listed_labels(dataset.dataset)
-    if listed is not None and len(listed) == len(dataset):
-        return np.array([_as_label(label, dataset.name, i) for i, label in enumerate(listed)], dtype=np.int64)
-    return np.array([dataset[i][1] for i in range(len(dataset))], dtype=np.int64)
-
-
-def _listed_labels(dataset: Any) -> Any:
-    """The label list that the library keeps, if it does: reading every image for its label can take an hour."""
-    for attribute in ("targets", "labels", "_labels", "y"):
-        if hasattr(dataset, attribute):
-            return getattr(dataset, attribute)
-    reader: Any = getattr(dataset, "reader", None)  # timm's
-    if hasattr(reader, "label_key") and hasattr(reader, "dataset"):
-        return reader.dataset[reader.label_key]
-    for holder, attribute in ((dataset, "samples"), (dataset, "_samples"), (reader, "samples")):
-        pairs = getattr(holder, attribute, None)
-        if pairs is not None and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-            return [label for _, label in pairs]
-    return None
+# The prefixes of timm's names; under the first two data sets have a length and items.
+TIMM_INDEXED, TIMM_ITERABLE = ("torch", "hfds"), ("hfids", "tfds", "wds")
 
 
 def open_torchvision(
@@ -78,6 +34,7 @@ def open_torchvision(
     seed: int = 0,
     validation_share: float = 0.1,
     test_share: float = 0.2,
+    verify: bool = False,
     download: bool = False,
     split_names: Mapping[str, str] | None = None,
 ) -> DataSplits:
@@ -87,12 +44,13 @@ def open_torchvision(
         name: as in `torchvision.datasets`, for example "CIFAR100".
         root: the folder that holds (or is to hold) its files.
         seed, validation_share, test_share: for sets that the data set does not have itself.
+        verify: decode every image now.
         download: fetch the files when they are missing.
         split_names: what the data set calls "train", "validation" and "test", where the usual names are not meant.
 
     Raises:
-        ValueError: no such data set, or one that is not for classification.
-        FileNotFoundError: its files are missing (torchvision's own words, with the folder named).
+        ValueError: no such data set, one that is not for classification, sets that share files, or unreadable images.
+        FileNotFoundError: its files are missing (torchvision's own words, with the folder named, or the images').
     """
     from torchvision import datasets
 
@@ -108,6 +66,8 @@ def open_torchvision(
         fixed["root"] = str(Path(root).expanduser())
     if "download" in accepted:
         fixed["download"] = download
+    if "loader" in accepted:  # torchvision's own makes 16-bit images white
+        fixed["loader"] = read_image
 
     def make(**which: Any) -> RGBDataset:
         try:
@@ -129,7 +89,7 @@ def open_torchvision(
         parts = {"train": make(train=True), "test": make(train=False)}
     else:
         parts = {"train": make()}
-    return _assemble(f"torchvision:{name}", parts, seed, validation_share, test_share, whole="train" in parts)
+    return _assemble(f"torchvision:{name}", parts, fixed.get("root"), seed, validation_share, test_share, verify)
 
 
 def open_timm(
@@ -139,6 +99,7 @@ def open_timm(
     seed: int = 0,
     validation_share: float = 0.1,
     test_share: float = 0.2,
+    verify: bool = False,
     download: bool = False,
     split_names: Mapping[str, str] | None = None,
 ) -> DataSplits:
@@ -148,30 +109,31 @@ def open_timm(
     out of "train": for many names timm gives the same images for "validation" and "test".
 
     Args:
-        name: timm's name: "torch/cifar100", "hfds/<hub name>", "folder" and so on.
+        name: timm's name: "torch/cifar100" or "hfds/<hub name>".
         root: folder of the files, where the name needs one.
         seed, validation_share, test_share: for the held-out parts.
+        verify: decode every image now.
         download: fetch what is missing.
         split_names: timm's split for "train", "validation" and "test".
 
     Raises:
-        ValueError: an iterable data set (they have no length and cannot be split), or an unknown name.
-        FileNotFoundError: its files are missing (timm's own words, with the folder named).
+        ValueError: an iterable data set (they have no length and cannot be split), a folder, an unknown name, sets
+            that share files, or unreadable images.
+        FileNotFoundError: its files are missing (timm's own words, with the folder named, or the images').
     """
     from timm.data import create_dataset
 
+    _check_timm_name(name)
     named = dict(split_names or {})
+    folder = None if root is None else str(Path(root).expanduser())
 
     def make(split: str) -> RGBDataset:
-        folder = None if root is None else str(Path(root).expanduser())
         try:
             dataset = create_dataset(name, root=folder, split=split, download=download)
         except (AssertionError, KeyError) as error:
             raise ValueError(f"timm:{name} in {folder}, split {split!r}: {error or 'timm does not know it'}") from error
         except (RuntimeError, FileNotFoundError) as error:
             raise FileNotFoundError(_missing(f"timm:{name}", folder, error, download)) from error
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise ValueError(f"timm:{name} is an iterable data set; only those with a length and items can be used")
         return RGBDataset(dataset, f"timm:{name}")
 
     parts = {"train": make(named.get("train", "train"))}
@@ -184,7 +146,25 @@ def open_timm(
             parts["test"] = make("test")
         except (ValueError, FileNotFoundError):
             parts["test"] = make("validation")
-    return _assemble(f"timm:{name}", parts, seed, validation_share, test_share, whole=True)
+    return _assemble(f"timm:{name}", parts, folder, seed, validation_share, test_share, verify)
+
+
+def _check_timm_name(name: str) -> None:
+    """Refuses names that timm would read as a folder's.
+
+    Its reader of folders takes any name without a known prefix, and where a set has no folder it reads all of them:
+    the test set would hold the training images.
+    """
+    prefix, slash, rest = name.partition("/")
+    if slash and prefix.lower() in TIMM_ITERABLE:
+        raise ValueError(f"timm:{name} is an iterable data set; only those with a length and items can be used")
+    folder = prefix.lower() == "torch" and rest.rpartition("/")[2].lower() in ("folder", "image_folder")
+    if not slash or prefix.lower() not in TIMM_INDEXED or folder:
+        known = " or ".join(f"timm:{known}/<name>" for known in TIMM_INDEXED)
+        raise ValueError(
+            f"timm:{name}: expected {known}; a folder of images, which timm takes other names for, is opened by giving "
+            "its path as the data"
+        )
 
 
 def train_on_all(splits: DataSplits) -> DataSplits:
@@ -205,13 +185,24 @@ def _missing(name: str, folder: str | None, error: Exception, download: bool) ->
 
 
 def _assemble(
-    name: str, parts: dict[str, RGBDataset], seed: int, validation_share: float, test_share: float, *, whole: bool
+    name: str,
+    parts: dict[str, RGBDataset],
+    root: str | None,
+    seed: int,
+    validation_share: float,
+    test_share: float,
+    verify: bool,
 ) -> DataSplits:
-    """Completes the sets that the data set has itself by held-out parts of its training set, and checks the labels."""
-    if not whole:
+    """Completes the sets that the data set has itself by held-out parts of its training set, and checks them."""
+    if "train" not in parts:
         raise ValueError(f"{name}: it has no training set under the usual names; give split_names")
     labels = {split: labels_of(dataset) for split, dataset in parts.items()}
     classes = _class_names(parts["train"], labels)
+    files = _files_of(name, parts, labels)
+    # Validation and test may be one set on purpose, where split_names says so.
+    check_disjoint({split: f.paths for split, f in files.items()}, [("train", "test"), ("train", "validation")])
+    if verify:
+        check_readable(name, parts.values())
     if "test" not in parts and "validation" in parts:
         parts["test"], labels["test"] = parts.pop("validation"), labels.pop("validation")
     missing = [split for split in ("validation", "test") if split not in parts]
@@ -229,6 +220,8 @@ def _assemble(
     digest = hashlib.sha256(f"{name}\n{note}\n".encode())
     for split in sorted(labels):
         digest.update(labels[split].astype("<i8").tobytes())
+    if files:
+        digest.update(files_fingerprint(Path(root or ""), [files[split] for split in sorted(files)], note).encode())
     return DataSplits(
         name=name,
         train=sets["train"],
@@ -240,6 +233,17 @@ def _assemble(
     )
 
 
+def _files_of(
+    name: str, parts: Mapping[str, RGBDataset], labels: Mapping[str, NDArray[np.int64]]
+) -> dict[str, FileDataset]:
+    """The files of the sets whose library lists them, all there and none empty."""
+    return {
+        split: FileDataset(part.files, labels[split], file_sizes(f"{name}, {split}", part.files))
+        for split, part in parts.items()
+        if part.files is not None
+    }
+
+
 def _class_names(train: RGBDataset, labels: dict[str, NDArray[np.int64]]) -> tuple[str, ...]:
     every = np.concatenate(list(labels.values()))
     if len(every) == 0 or every.min() < 0:
@@ -249,5 +253,6 @@ def _class_names(train: RGBDataset, labels: dict[str, NDArray[np.int64]]) -> tup
     count = int(every.max()) + 1
     named = getattr(train.dataset, "classes", None)
     if named is not None and len(named) >= count:
+        refuse_sets_as_classes(train.name, [str(entry) for entry in named])
         return tuple(str(entry) for entry in named)
     return tuple(str(number) for number in range(count))

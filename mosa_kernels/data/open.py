@@ -41,7 +41,7 @@ def open_data(
         fgvc:/root/CUB_200_2011                 a fine-grained data set with VPT's json splits; see `fgvc.py`
         torchvision:CIFAR100                    a class of torchvision.datasets, files under `root`
         torchvision-all:CIFAR100                the same for the final run: its validation images are trained on, too
-        timm:hfds/uoft-cs/cifar100              any name that timm.data.create_dataset takes
+        timm:hfds/uoft-cs/cifar100              a name under torch/ or hfds/ that timm.data.create_dataset takes
         anything else                           a folder of images: train/ val/ test/, or one folder of classes
 
     Args:
@@ -51,7 +51,7 @@ def open_data(
         image_size, labels_per_class: for the offline tasks.
         label_noise: share of the training images whose label is made wrong, see `with_label_noise`.
         validation_share, test_share: shares held out where a data set lacks these sets.
-        verify: decode every image of a folder or list now.
+        verify: decode every image now (what is drawn in memory has no files).
         download: let torchvision or timm fetch missing files.
         split_names: what a torchvision or timm data set calls "train", "validation" and "test".
         label_preserving: overrides the augmentations that keep the labels right ("crop", "flip", "shift", "colour").
@@ -76,6 +76,7 @@ def open_data(
             seed=seed,
             validation_share=validation_share,
             test_share=test_share,
+            verify=verify,
             download=download,
             split_names=split_names,
         )

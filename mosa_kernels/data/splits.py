@@ -78,7 +78,8 @@ class DataSplits:
         name: what the user asked for, without machine-dependent paths.
         train, validation, test: datasets of (PIL image or uint8 [H, W, 3], int label).
         classes: class names, in the order of the labels.
-        fingerprint: SHA-256 over the content (in-memory data) or over file names, sizes and labels (files).
+        fingerprint: SHA-256 over the content (in-memory data) or over file names, sizes and labels (files; over the
+            labels alone of a torchvision or timm data set that does not list its files).
         note: how the data are stored and split, for the record that goes with every result.
         label_preserving: the augmentations (of `AUGMENTATIONS`) that leave the labels right.
         benchmark: "VTAB-1k", "FGVC", "GICD" or "": the part of the paper's Table 11 that it belongs to.

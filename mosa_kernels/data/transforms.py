@@ -33,6 +33,7 @@ _OPERATIONS: dict[Augment, frozenset[str]] = {
 }
 SHIFT = 1 / 16  # of the image's side: 2 pixels of 32
 COLOUR = 0.2  # brightness moves by up to this share of the range, contrast by up to this factor
+EVALUATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 RESIZE_BEFORE_CROP = 256 / 224  # the released code resizes to 256 before it crops 224
 
 
@@ -68,10 +69,43 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center", **config}
 
 
-def pil_transform(
-    config: Mapping[str, Any], augment: Augment, label_preserving: frozenset[str], *, training: bool
+def evaluation_config(config: Mapping[str, Any], augment: str, *, in_memory: bool) -> dict[str, Any]:
+    """What validation and test images go through, in timm's words: their transform is made from it, and runs record it.
+
+    Images that are only resized to the model's size, whatever their shape, have crop_pct 1 and crop_mode "squash".
+
+    Args:
+        config: the model's data configuration.
+        augment: see the module's table.
+        in_memory: of images in memory, which are never cropped.
+
+    Raises:
+        ValueError: an unknown recipe, or an unusable configuration.
+    """
+    operations(augment, frozenset())
+    cfg = checked_config(config)
+    found = {name: cfg[name] for name in EVALUATION}
+    if in_memory and found["interpolation"] not in ("bilinear", "bicubic"):
+        found["interpolation"] = "bilinear"
+    elif found["interpolation"] == "random":
+        found["interpolation"] = "bicubic"
+    if in_memory or augment in ("none", "light"):
+        found |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    return found
+
+
+def evaluation_transform(shown: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """timm's transform of `evaluation_config` for one PIL image: float32 [3, H, W], normalised for the model."""
+    from timm.data import create_transform
+
+    transform: Callable[[Image.Image], Tensor] = create_transform(**shown, is_training=False)
+    return transform
+
+
+def training_transform(
+    config: Mapping[str, Any], augment: Augment, label_preserving: frozenset[str]
 ) -> Callable[[Image.Image], Tensor]:
-    """timm's transform for one PIL image: float32 [3, H, W], normalised for the model."""
+    """The same for a training image, with what the recipe wants and the data set allows."""
     from timm.data import create_transform
     from torchvision import transforms as T
     from torchvision.transforms.functional import InterpolationMode
@@ -80,18 +114,6 @@ def pil_transform(
     done = operations(augment, label_preserving)
     size = cfg["input_size"][-2:]
     mode = InterpolationMode(cfg["interpolation"] if cfg["interpolation"] != "random" else "bicubic")
-    if not training:
-        if augment in ("none", "light"):
-            return T.Compose([T.Resize(size, mode), T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
-        return create_transform(
-            cfg["input_size"],
-            is_training=False,
-            interpolation=cfg["interpolation"],
-            mean=cfg["mean"],
-            std=cfg["std"],
-            crop_pct=cfg["crop_pct"],
-            crop_mode=cfg["crop_mode"],
-        )
     flip = 0.5 if "flip" in done else 0.0
     if augment == "paper" and "crop" in done:
         without_jitter: Any = None  # timm annotates a number, and reads None as "no colour jitter"
@@ -142,7 +164,7 @@ class BatchTransform:
     ) -> None:
         cfg = checked_config(config)
         self.size = tuple(cfg["input_size"][-2:])
-        self.mode = cfg["interpolation"] if cfg["interpolation"] in ("bilinear", "bicubic") else "bilinear"
+        self.mode = evaluation_config(config, augment, in_memory=True)["interpolation"]
         self.operations = operations(augment, label_preserving) if training else frozenset()
         self.seed = seed
         std = torch.tensor(cfg["std"]).view(3, 1, 1)

@@ -6,15 +6,21 @@
                       test.txt              the test images
                       images/...            lines of the lists are "images/test/000000.jpg 17": path and label
 
+The list of 1000 names the same files as the lists of 800 and 200, or copies of its own (images/train800val200/...), as
+NOAH's script writes them.
+
 Two addresses serve the two halves of the protocol: "vtab:<root>/<data set>" trains on 800 and validates on 200, and
 "vtab1000:<root>/<data set>" trains on all 1000, where nothing is left to choose an epoch with.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from mosa_kernels.data.lists import Listed, assemble, count_classes, dataset_of, locate
+from mosa_kernels.data.files import placed, some
+from mosa_kernels.data.lists import Listed, assemble, check_trained, count_classes, dataset_of, locate, read_text
 from mosa_kernels.data.published import VTAB
 from mosa_kernels.data.splits import DataSplits
 
@@ -42,7 +48,8 @@ def open_vtab(address: str, *, root: str | Path | None = None, final: bool = Fal
 
     Raises:
         FileNotFoundError: the folder, a list or images are missing: which, where, and how they are obtained.
-        ValueError: an unknown data set, or a list that is not "path label" a line.
+        ValueError: an unknown data set, a list that is not "path label" a line, lists that contradict each other, or
+            test images of a class that is not trained on.
     """
     folder, row = locate("vtab1000" if final else "vtab", VTAB, address, root)
     wanted = {"train": "whole" if final else "train", "validation": "validation", "test": "test"}
@@ -51,16 +58,52 @@ def open_vtab(address: str, *, root: str | Path | None = None, final: bool = Fal
         raise FileNotFoundError(f"{folder}: {', '.join(missing)} not found there. {OBTAINED}")
     lists = {split: read_list(folder / LISTS[name]) for split, name in wanted.items()}
     classes = count_classes(lists.values())
+    names = [str(number) for number in range(classes)]
+    if classes != row.classes:  # the 1000 images are drawn at random: Sun397's do not show all of its 397 classes
+        check_trained(lists["train"], names)
+    if final:
+        _check_whole(folder, lists["train"], lists["validation"])
     files = {split: dataset_of(listed, folder, OBTAINED) for split, listed in lists.items()}
-    if final and not set(files["validation"].paths) <= set(files["train"].paths):
-        raise ValueError(f"{folder / LISTS['whole']}: expected the images of {LISTS['validation']} in it")
     note = (
         "trained on all 1000 images, the validation images among them: take the last epoch"
         if final
         else "trained on 800 images, validated on 200: for choosing hyper-parameters"
     )
-    names = [str(number) for number in range(classes)]
     return assemble(row, folder, files, names, note, validation_in_train=final, verify=verify)
+
+
+def _check_whole(folder: Path, whole: Listed, validation: Listed) -> None:
+    """Refuses a list of 1000 that is not those of 800 and 200 together; where that of 800 is missing, one without 200.
+
+    Raises:
+        ValueError: they name other images or labels; some are named.
+    """
+    source = folder / LISTS["train"]
+    parts = [read_list(source), validation] if source.is_file() else [validation]
+    here, there = _labels(folder, [whole]), _labels(folder, parts)
+    if here.keys().isdisjoint(there):  # copies of its own, which have nothing but their labels to be known by
+        here, there = _counts([whole]), _counts(parts) if len(parts) == 2 else {}
+    wrong = [
+        f"{what}: {here.get(what, 'none')} instead of {there.get(what, 'none')}"
+        for what in (there | here if len(parts) == 2 else there)
+        if here.get(what) != there.get(what)
+    ]
+    if wrong:
+        named = " and ".join(part.source.name for part in parts)
+        raise ValueError(f"{whole.source}: expected the images and labels of {named}, got {some(wrong)}")
+
+
+def _labels(folder: Path, lists: Iterable[Listed]) -> dict[str, int]:
+    """The label of each image, however its path is spelled."""
+    found: dict[str, int] = {}
+    for listed in lists:
+        places = placed([folder / path for path in listed.paths])
+        found |= {f"label of {place}": label for place, label in zip(places, listed.labels, strict=True)}
+    return found
+
+
+def _counts(lists: Iterable[Listed]) -> dict[str, int]:
+    return Counter(f"images of class {label}" for listed in lists for label in listed.labels)
 
 
 def read_list(path: Path) -> Listed:
@@ -70,7 +113,7 @@ def read_list(path: Path) -> Listed:
         ValueError: no lines, or one that has no integer at its end; its number is named.
     """
     paths, labels = [], []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         name, *label = line.strip().rsplit(maxsplit=1)

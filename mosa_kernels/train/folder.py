@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG, METRICS, RESULT, CURVE = "config.json", "metrics.jsonl", "result.json", "curve.png"
+TRANSFORMS = "transforms"  # the entry of a config whose "normalisation" says what test images really go through
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "safetensors")
 
 

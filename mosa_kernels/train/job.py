@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mosa_kernels.train import state as training_state
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import evaluate, number_of_experts, warn_of_merge_loss
 from mosa_kernels.train.folder import (
+    TRANSFORMS,
     RunFolder,
     SettingsDifferError,
     read_json,
@@ -82,8 +84,12 @@ class Job:
         if self.resume:
             stored = self.folder.read_config()
             self._require_classes(stored["data"])
-            for what in ("backbone", "data", "normalisation"):
+            for what in ("backbone", "data"):
                 require_same(_comparable(stored[what]), _comparable(_plain(config[what])), what)
+            # Before there was such an entry, runs recorded the model's own resizing whether it was used or not.
+            sure = None if TRANSFORMS in stored else ("input_size", "mean", "std")
+            before, now = (_comparable(_plain(record["normalisation"])) for record in (stored, config))
+            require_same(_only(before, sure), _only(now, sure), "normalisation")
             before, now = ({"processes": record["processes"]} for record in (stored, config))
             require_same(before, now, "number of processes")
             self._warn_of_versions(stored["versions"], config["versions"])
@@ -116,6 +122,7 @@ class Job:
             "backbone": self.prepared.backbone,
             "data": self.prepared.splits.summary(),
             "normalisation": self.prepared.normalisation,
+            TRANSFORMS: self.prepared.transforms,
             "adapter": self.prepared.adapter,
             "augmentations": self.prepared.augmentations,
             "parameters": self.parameters,
@@ -249,6 +256,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def _only(record: dict[str, Any], names: Collection[str] | None) -> dict[str, Any]:
+    """Some entries of a record; None: all."""
+    return {key: value for key, value in record.items() if names is None or key in names}
 
 
 def _comparable(record: dict[str, Any]) -> dict[str, Any]:

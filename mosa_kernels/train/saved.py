@@ -12,7 +12,7 @@ from torch import nn
 
 from mosa_kernels.peft.files import CONFIG_FILE, read_adapter
 from mosa_kernels.train.backbones import create_backbone
-from mosa_kernels.train.folder import CONFIG, RunFolder
+from mosa_kernels.train.folder import CONFIG, TRANSFORMS, RunFolder
 from mosa_kernels.train.keeping import HEAD_WEIGHTS, load_trained, read_class_names
 from mosa_kernels.train.methods import find_method, train_head_only
 from mosa_kernels.train.settings import Settings
@@ -30,6 +30,7 @@ class Saved:
         weights: the folder that the weights came from.
         num_classes: outputs of the head.
         class_names: what they mean; None where an older run, or an adapter, does not say.
+        normalisation: what the test images of the run went through, see `evaluation_config`; None likewise.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Saved:
     weights: Path
     num_classes: int
     class_names: tuple[str, ...] | None = None
+    normalisation: dict[str, Any] | None = None
 
 
 def open_saved(
@@ -55,6 +57,7 @@ def open_saved(
         ValueError: the backbone is not the one that the weights were trained on.
     """
     run = _run_of(path)
+    normalisation = None
     if run is None:
         if weights is not None:
             raise ValueError(f"weights: {weights!r} needs the folder of a run, {path} holds an adapter")
@@ -65,6 +68,7 @@ def open_saved(
         settings = Settings.from_dict(config["settings"])
         num_classes = config["data"]["classes"]
         names = config["data"].get("class_names")
+        normalisation = config["normalisation"] if TRANSFORMS in config else None
         directory = path
         if run == path:
             chosen = weights or settings.recipe.select
@@ -86,7 +90,8 @@ def open_saved(
     if find_method(settings.method).mode is None:
         train_head_only(built)
     load_trained(built, directory)
-    return Saved(built.eval(), settings, directory, num_classes, None if names is None else tuple(names))
+    class_names = None if names is None else tuple(names)
+    return Saved(built.eval(), settings, directory, num_classes, class_names, normalisation)
 
 
 def _run_of(path: Path) -> Path | None:

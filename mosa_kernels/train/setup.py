@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
-from mosa_kernels.data.loaders import Loaders, make_loaders, recipe_for
+from mosa_kernels.data.loaders import Loaders, evaluation_of, make_loaders, recipe_for
 from mosa_kernels.data.open import open_data
 from mosa_kernels.data.splits import DataSplits
-from mosa_kernels.data.transforms import operations
+from mosa_kernels.data.transforms import Augment, operations
 from mosa_kernels.losses import MoSALoss
 from mosa_kernels.peft.placement import find_blocks
 from mosa_kernels.train.backbones import create_backbone, data_config, require_known
@@ -27,8 +27,6 @@ from mosa_kernels.train.objective import Objective
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import Settings
 
-NORMALISATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-
 
 @dataclass
 class Prepared:
@@ -38,9 +36,10 @@ class Prepared:
         model: with adapters, on the CPU.
         splits, loaders: the data.
         backbone: name, source and hash of the frozen weights.
-        normalisation: size, mean, standard deviation and resizing that the model's images go through.
+        normalisation: size, mean, standard deviation and resizing that the test images go through.
         adapter: activation, scale and norm that the adapters have; empty without adapters.
         augmentations: what is really done to training images: what the recipe wants and the data set allows.
+        transforms: the recipe that images go by, see `recipe_for`.
     """
 
     model: nn.Module
@@ -50,6 +49,7 @@ class Prepared:
     normalisation: dict[str, Any]
     adapter: dict[str, Any]
     augmentations: list[str]
+    transforms: str
 
 
 def seed_everything(seed: int) -> None:
@@ -133,6 +133,7 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
     method = find_method(settings.method)
     adapters = adapt(model, method, settings.adapter, settings.recipe, settings.recipe.seed)
     config = data_config(model, settings.image_size)
+    augment: Augment = settings.recipe.augment  # type: ignore[assignment]  # checked by the recipe
     parts = settings.accumulate * processes
     if settings.recipe.batch_size % parts:
         raise ValueError(
@@ -145,13 +146,14 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
         settings.recipe.batch_size // parts,
         workers=settings.workers,
         seed=settings.recipe.seed,
-        augment=settings.recipe.augment,  # type: ignore[arg-type]  # checked by the recipe
+        augment=augment,
     )
-    normalisation = {name: config[name] for name in NORMALISATION if name in config}
+    normalisation = evaluation_of(splits, config, augment)
     resolved = adapters.resolved() if adapters is not None and method.has_adapters else None
     adapter = {} if resolved is None else {name: getattr(resolved, name) for name in ("activation", "scale", "norm")}
-    done = operations(recipe_for(settings.recipe.augment, splits), splits.label_preserving)  # type: ignore[arg-type]
-    return Prepared(model, splits, loaders, backbone, normalisation, adapter, sorted(done))
+    transforms = recipe_for(augment, splits)
+    done = sorted(operations(transforms, splits.label_preserving))
+    return Prepared(model, splits, loaders, backbone, normalisation, adapter, done, transforms)
 
 
 def make_trainer(settings: Settings, prepared: Prepared, accelerator: Accelerator, reporter: Reporter) -> Trainer:

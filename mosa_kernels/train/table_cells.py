@@ -84,10 +84,14 @@ def _splits(settings: Settings, size: int) -> DataSplits:
     return open_splits(settings, size)
 
 
+def data_settings(settings: Settings) -> Settings:
+    """What the settings say of the data alone."""
+    return Settings(model="", **{name: getattr(settings, name) for name in DATA})
+
+
 def splits_of(settings: Settings) -> DataSplits:
     """The data of a run, opened once a process."""
-    of_data = {name: getattr(settings, name) for name in DATA}
-    return _splits(Settings(model="", **of_data), native_size(settings))
+    return _splits(data_settings(settings), native_size(settings))
 
 
 def run_cell(

@@ -6,7 +6,7 @@ The seeds of the two kinds of runs are apart, so that what was chosen owes nothi
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,14 @@ class Grid:
     def final_cells(self, row: Row, task: Task, choice: Choice) -> list[Cell]:
         """The runs that are reported, a run a seed."""
         return [self._cell(row, task, choice.numbers, seed, tuning=False) for seed in range(self.seeds)]
+
+    def possible_cells(self) -> Iterator[Cell]:
+        """Every run that the table may rest on, whatever validation chooses."""
+        for row in self.table.rows:
+            for task in self.table.tasks:
+                yield from (cell for group in self.tuning_cells(row, task) for cell in group)
+                for numbers in candidates(self.table, tuned_row(row)):
+                    yield from self.final_cells(row, task, Choice(numbers, 0.0, ()))
 
     def _cell(self, row: Row, task: Task, numbers: dict[str, float], seed: int, *, tuning: bool) -> Cell:
         settings = cell_settings(self.table, row, task, numbers, seed, self.changes, tuning=tuning)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mosa_kernels.data.published import GROUPS, PUBLISHED
 from mosa_kernels.train.comparison_report import spread
+from mosa_kernels.train.paired_tests import paired_t, signed_rank
 from mosa_kernels.train.table_grid import Measured
 from mosa_kernels.train.table_spec import Row, Table
 
 LEVEL = 0.05  # of the tests
-FEWEST_RANKS = 6  # of fewer pairs, the smallest p of a two-sided signed-rank test is above 5 %
 MEAN, GROUP_MEAN = "mean", "mean of groups"
 
 
@@ -214,29 +213,3 @@ def _difference(
         wilcoxon_p=signed_rank(every),
         pairs=len(every),
     )
-
-
-def paired_t(differences: Sequence[float]) -> float | None:
-    """p of the two-sided t-test that the mean difference is zero; None of fewer than two, 1 where all are zero."""
-    from scipy import stats  # type: ignore[import-untyped]
-
-    if len(differences) < 2:
-        return None
-    if not any(differences):
-        return 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # differences that hardly differ: the p is small, as it should
-        return float(stats.ttest_rel(differences, [0.0] * len(differences)).pvalue)
-
-
-def signed_rank(differences: Sequence[float]) -> float | None:
-    """p of Wilcoxon's two-sided signed-rank test; None of fewer than six, 1 where all are zero."""
-    from scipy import stats
-
-    if len(differences) < FEWEST_RANKS:
-        return None
-    if not any(differences):
-        return 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # few pairs, ties: p is then approximate
-        return float(stats.wilcoxon(differences).pvalue)

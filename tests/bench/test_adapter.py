@@ -22,10 +22,10 @@ POINTS = [
 
 def oracle(adapter: Adapter, merged: bool = False) -> dict[str, torch.Tensor]:
     """Output and gradients of one layer by the oracle of the tests."""
-    (layer,) = adapter.layers
+    (layer,) = adapter.drawn.layers
     args = double(
         AdapterArguments(
-            adapter.x, adapter.residual, *layer[:4], layer.assignment, None, None, None if merged else layer.expert,
+            *adapter.drawn[:2], *layer[:4], layer.assignment, None, None, None if merged else layer.expert,
             layer.gamma, layer.beta, None, None, None,
             expert_id=MERGED, norm_eps=EPS, scale=SCALE, merged_scale=1 / layer.b_up.shape[0],
         )
@@ -33,7 +33,7 @@ def oracle(adapter: Adapter, merged: bool = False) -> dict[str, torch.Tensor]:
     out = oracle_adapter(args)
     names = {"gamma": args.norm_weight, "beta": args.norm_bias}
     names |= {name: getattr(args, name) for name in ("x", "residual", "w_down", "b_down", "w_up", "b_up")}
-    gradients = torch.autograd.grad(out, list(names.values()), adapter.grad_out.double())
+    gradients = torch.autograd.grad(out, list(names.values()), adapter.drawn.grad_out.double())
     return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
 
 
@@ -71,7 +71,7 @@ def test_every_available_provider_passes_the_gate(point: Point, direction: str) 
 
 def test_idle_experts_have_no_gradient_and_that_is_checked() -> None:
     adapter = Adapter(Point("swin_b_4", 2, 8, 4, expert_per="call"), CPU)
-    (layer,) = adapter.layers
+    (layer,) = adapter.drawn.layers
     expected = adapter.expected("expert", "both")
     assert expected.idle["w_up"].float().mean() == pytest.approx(0.75, abs=0.01)
     assert torch.equal(expected.idle["w_up"], layer.assignment != int(layer.expert))
@@ -85,7 +85,7 @@ def test_what_the_adapter_adds_is_held_to_account(dtype: str) -> None:
     """It is a small part of the output, and drowns in the rounding of the rest if only the output is looked at."""
     adapter = Adapter(Point("vit_ti", 4, 16, 4, dtype, "call"), CPU)
     expected = adapter.expected("expert", "both")
-    carried = {"out": (adapter.x + adapter.residual).detach(), "x": adapter.grad_out}
+    carried = {"out": (adapter.drawn.x + adapter.drawn.residual).detach(), "x": adapter.drawn.grad_out}
     for name, rest in carried.items():
         added = expected.exact[name] - rest.double()
         for share, green in ((1.0, True), (0.95, False), (0.85, False)):
@@ -135,7 +135,7 @@ def test_bytes_of_vit_b_are_those_counted_by_hand() -> None:
 def test_the_state_of_training_is_what_modules_hold() -> None:
     point = Point("vit_ti", 1, 8, 3, "fp32", "call")
     adapter = Adapter(point, CPU)
-    module = adapter.module(adapter.layers[0])
+    module = adapter.module(adapter.drawn.layers[0])
     for provider, held in (("cpu", module), ("N copies", adapter.copies[0])):
         masks = sum(b.numel() * b.itemsize for name, b in held.named_buffers() if name.endswith(("mask", "assignment")))
         parameters = sum(p.numel() * p.itemsize for p in held.parameters())

@@ -133,13 +133,13 @@ def test_the_gate_asks_each_backend_and_dtype_of_a_gpu_by_itself(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     groups: list[tuple[str, set[str], int]] = []
 
-    def gate(backend: str, cells: list[Cell], device: torch.device) -> list[str | None]:
+    def gate(backend: str, cells: list[Cell], device: torch.device, seconds: float) -> list[str | None]:
         groups.append((backend, {cell.point.dtype for cell in cells}, len(cells)))
         return [f"{backend} {cell.name}" for cell in cells]
 
     monkeypatch.setattr(choosing, "gate_apart", gate)
     wanted = cells("cuda")
-    found = choosing._gate(("triton", "cuda"), wanted, torch.device("cuda", 0), lambda line: None)
+    found = choosing._gate(("triton", "cuda"), wanted, torch.device("cuda", 0), None, lambda line: None)
     assert sorted((name, *dtypes) for name, dtypes, _ in groups) == [
         (name, dtype) for name in ("cuda", "triton") for dtype in ("bf16", "fp16", "fp32")
     ]
@@ -149,9 +149,38 @@ def test_the_gate_asks_each_backend_and_dtype_of_a_gpu_by_itself(monkeypatch: py
         assert asked == {"triton", "cuda"} & OPERATORS[cell.operator].backends.keys()
 
 
+def test_a_gate_that_hangs_ends_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    first, second = gate_apart("cpu", ALL[:2], CPU, 0.5)
+    assert first == "it was not done when the 0.5 s for all calls were over"
+    assert second == f"not tried, after others ended their processes, such as: {first}"
+
+
+@pytest.mark.parametrize(
+    ("deadline", "cores", "seconds"), [(None, 16, 300), (130, 16, 65), (130, 2, 130 / 2 / 6), (5000, 16, 300)]
+)
+def test_half_of_a_deadline_is_left_by_the_gate(
+    deadline: int | None, cores: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def gate(backend: str, cells: list[Cell], device: torch.device, seconds: float) -> list[str | None]:
+        given.append(seconds)
+        return [None] * len(cells)
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(choosing, "gate_apart", gate)
+    monkeypatch.setattr(choosing, "available_cores", lambda: cores)
+    device = torch.device("cuda", 0)
+    choosing._gate(("triton", "cuda"), cells("cuda"), device, deadline, lambda line: None)
+    assert given == [pytest.approx(seconds)] * 6
+    assert choosing._gate((), cells("cuda"), device, deadline, lambda line: None) == {}
+
+
 @pytest.fixture
 def _gate_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choosing, "gate_apart", lambda backend, cells, device: [None] * len(cells))
+    monkeypatch.setattr(choosing, "gate_apart", lambda backend, cells, device, seconds: [None] * len(cells))
 
 
 def quickly(**options: Any) -> tuple[dict[str, Any], Path]:

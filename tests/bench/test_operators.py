@@ -202,7 +202,7 @@ def test_every_kind_of_split_is_set_beside_random_entries(point: Point) -> None:
         assert "gain" not in rows["cpu, element"]
     # each is held to its own split: the results of one do not pass for those of another
     providers = {provider.name: provider for provider in both.providers()}
-    owners = {kind: adapter.layers[0].assignment for kind, adapter in both._adapters.items()}  # type: ignore[attr-defined]
+    owners = {kind: adapter.drawn.layers[0].assignment for kind, adapter in both._adapters.items()}  # type: ignore[attr-defined]
     assert all((owners["column"] == owners["column"][:1]).flatten().tolist())
     assert not both.expected("column").check(providers["cpu, row"].prepare().results()).green
     assert both.expected("row").check(providers["cpu, row"].prepare().results()).green
@@ -216,6 +216,28 @@ def test_one_family_of_providers_can_be_asked_for() -> None:
     assert rows["merged dense"]["reason"] == kernels.NOT_OFFERED
 
 
-def test_all_operators_have_cases() -> None:
-    found = {case.operator for case in cases(OPERATOR_NAMES, (SMALL,), CPU, BRIEF)}
-    assert found == set(OPERATOR_NAMES)
+def test_all_operators_have_cases_the_adapter_first() -> None:
+    found = [case.operator for case in cases(OPERATOR_NAMES, (SMALL, SMALL._replace(bottleneck=16)), CPU, BRIEF)]
+    assert set(found) == set(OPERATOR_NAMES)
+    assert found[:6] == ["adapter_forward", "adapter_backward", "adapter"] * 2
+
+
+def test_what_no_time_is_left_for_is_named_and_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(torch, "randn", draw)
+    for case in cases(OPERATOR_NAMES, (SMALL,), CPU, BRIEF):
+        assert records.name_of(case.key)
+        assert case.floor.bytes > 0
+        assert case.working_set > 0
+        assert case.providers()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_merge_counts_what_it_reads_and_writes(dtype: str) -> None:
+    (case,) = cases(("merge",), (SMALL._replace(dtype=dtype),), CPU, BRIEF)
+    read = [t for adapter in case.adapters for t in adapter if isinstance(t, torch.Tensor)]  # type: ignore[attr-defined]
+    eager = next(provider for provider in case.providers() if provider.name == "eager")
+    moved = [*read, *eager.prepare().results().values()]
+    assert case.floor.bytes == sum(tensor.numel() * tensor.itemsize for tensor in moved)

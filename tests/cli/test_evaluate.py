@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from mosa_kernels.cli.opened import open_loader
@@ -131,3 +132,49 @@ def test_another_place_of_the_data_is_looked_into(trained: tuple[Path, str], com
         open_loader(saved, "test", console, data=None, data_root="elsewhere", **options)
     settings = opened.call_args.args[0]
     assert (settings.data, settings.data_root) == (saved.settings.data, "elsewhere")
+
+
+@pytest.fixture
+def oblong(pictures: Path, tmp_path: Path) -> Path:
+    """The pictures at twice their width, as folders and as the lists of a data set of VTAB-1k."""
+    folder = tmp_path / "dtd"
+    lines: dict[str, list[str]] = {}
+    for path in sorted(pictures.rglob("*.png")):
+        target = folder / path.relative_to(pictures)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as picture:
+            picture.resize((64, 32)).save(target)
+        split, name, _ = path.relative_to(pictures).parts
+        label = ("cross", "disc", "stripes").index(name)
+        lines.setdefault(split, []).append(f"{target.relative_to(folder)} {label}")
+    lists = {"train800": ["train"], "val200": ["val"], "train800val200": ["train", "val"], "test": ["test"]}
+    for name, splits in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(line for split in splits for line in lines[split]))
+    return folder
+
+
+def test_images_are_resized_as_in_the_run(command: Any, oblong: Path, tmp_path: Path):
+    """The official recipe leaves the images of VTAB-1k whole, and crops those of folders."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    words = ("--recipe", "official", "--method", "linear", "--epochs", 2, "--batch-size", 5, "--lr", 0.02, "--cpu")
+    result = command("train", "--data", f"vtab:{oblong}", "--output", run, *words)
+    assert result.exit_code == 0, result.output
+    assert "crop_pct 1.0, crop_mode squash" in " ".join(result.output.replace("│", " ").split())
+
+    def evaluated(folder: Path, *words: object) -> Any:
+        result = command("evaluate", folder, *words, "--cpu", "--output", tmp_path / "found.json")
+        assert result.exit_code == 0, result.output
+        return json.loads((tmp_path / "found.json").read_text())["results"]["plain"]
+
+    own, other = evaluated(run), evaluated(run, "--data", oblong, "--any-classes")
+    assert other["nll"] == pytest.approx(own["nll"], rel=1e-6)
+    config = json.loads((run / "config.json").read_text())
+    assert config["normalisation"] == json.loads((run / "result.json").read_text())["normalisation"]
+    shutil.copytree(run, alone)
+    assert config.pop("transforms") == "none"  # as in runs that were made before it was recorded
+    config["normalisation"] |= {"crop_pct": 0.9, "crop_mode": "center"}
+    (alone / "config.json").write_text(json.dumps(config))
+    assert evaluated(alone, "--data", oblong, "--any-classes")["nll"] != pytest.approx(own["nll"], rel=1e-3)
+    assert evaluated(alone)["nll"] == pytest.approx(own["nll"], rel=1e-6)
+    result = command("train", "--output", alone, "--resume")
+    assert result.exit_code == 0, result.output

@@ -69,6 +69,26 @@ def test_a_linear_probe_has_nothing_to_merge(command: Any, pictures: Path, tmp_p
     assert command("evaluate", folder, "--cpu").exit_code == 0
 
 
+def test_the_card_says_what_the_images_went_through(command: Any, pictures: Path, tmp_path: Path):
+    words = ("--model", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", 32, "--epochs", 1, "--batch-size", 5)
+    kinds = {"none": (1.0, "squash"), "paper": (0.9, "center")}
+    for augment, expected in kinds.items():
+        run, target = tmp_path / augment, tmp_path / f"{augment}.safetensors"
+        result = command("train", "--data", pictures, "--output", run, *words, "--augment", augment, "--cpu")
+        assert result.exit_code == 0, result.output
+        assert command("merge", run, "--output", target).exit_code == 0
+        recorded = [json.loads((run / name).read_text()) for name in ("config.json", "result.json")]
+        for each in (*recorded, json.loads(target.with_suffix(".json").read_text())):
+            shown = each["normalisation"]
+            assert (shown["crop_pct"], shown["crop_mode"], shown["input_size"]) == (*expected, [3, 32, 32])
+    config = json.loads((tmp_path / "none" / "config.json").read_text())
+    del config["transforms"]  # a run that was made before it was recorded, with the model's own crop
+    config["normalisation"] |= {"crop_pct": 0.9, "crop_mode": "center"}
+    (tmp_path / "none" / "config.json").write_text(json.dumps(config))
+    assert command("merge", tmp_path / "none", "--output", tmp_path / "older.pt2").exit_code == 0
+    assert json.loads((tmp_path / "older.json").read_text())["normalisation"]["crop_mode"] == "squash"
+
+
 ALONE = """
 import sys
 from importlib.abc import MetaPathFinder
@@ -105,6 +125,7 @@ def test_a_program_runs_without_the_package(trained: tuple[Path, str], command: 
     card = json.loads(target.with_suffix(".json").read_text())
     assert (card["class_names"], card["batch"]) == (["cross", "disc", "stripes"], "any")
     assert card["normalisation"]["input_size"] == [3, 32, 32]
+    assert card["normalisation"] == json.loads((trained[0] / "config.json").read_text())["normalisation"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.pt2"]
     images = torch.randn(5, 3, 32, 32)
     found = run_alone(target, images)

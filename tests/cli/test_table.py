@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,24 @@ def test_what_is_done_is_not_done_again(made: Path, monkeypatch: pytest.MonkeyPa
     assert len(ran) == 1
     assert json.loads(lost.read_text())["measured"] == content["measured"]
     assert (made / "table-10.csv").read_text() == before
+
+
+def test_runs_of_other_data_are_not_mixed_in(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "out")
+    path = sorted((tmp_path / "out" / "cells").glob("tune-*.json"))[0]
+    result = json.loads(path.read_text())
+    result["data"]["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(result))
+    words = ("10", "--output", str(tmp_path / "out"), *SMALL, *TASK, "--rows", "mosa")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
+    refused = run(*words)
+    assert refused.exit_code == 1
+    whole = " ".join(refused.output.split())
+    assert "data offline:digits had the fingerprint 000000000000, now" in whole
+    assert f"({path.name})" in whole
+    assert "Put back what was there, or give another output folder" in whole
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")} == before
+    assert "3 of the 3 are done" in run(*words, "--plan").output
 
 
 def test_tables_share_runs(made: Path) -> None:

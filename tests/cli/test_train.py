@@ -146,7 +146,7 @@ def test_what_is_printed_is_what_is_done(command: Any, tmp_path: Path) -> None:
     result = command("train", *words, "--output", tmp_path / "run", "--labels-per-class", 1)
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.replace("│", " ").split())  # the cells of a table are wrapped
-    for shown in ("activation gelu", "scale 0.1", "norm True", "augment paper (here: nothing)"):
+    for shown in ("activation gelu", "scale 0.1", "norm True", "augment paper (here: nothing)", "crop_mode squash"):
         assert shown in printed, shown
     for hidden in ("num_experts", "regularisation", "expert_per", "prompt_length", "lora_targets"):
         assert hidden not in printed, hidden

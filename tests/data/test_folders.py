@@ -100,6 +100,42 @@ def test_nested_images_and_other_files(tmp_path: Path) -> None:
     assert len(splits.train) + len(splits.validation) == 8
 
 
+def test_the_sets_may_be_written_in_any_case(tmp_path: Path) -> None:
+    for name, count in (("Train", 5), ("VAL", 2), ("Test", 3)):
+        write(tmp_path / name, {"a": count, "b": count})
+    splits = open_folder(tmp_path)
+    assert splits.classes == ("a", "b")
+    assert [len(d) for d in (splits.train, splits.validation, splits.test)] == [10, 4, 6]
+
+
+def test_sets_are_not_taken_for_classes(tmp_path: Path) -> None:
+    write(tmp_path, {"Dev": 5, "trainval": 5})
+    with pytest.raises(ValueError, match=r"expected classes, got folders that look like sets: Dev, trainval; give"):
+        open_folder(tmp_path)
+
+
+def test_hidden_folders_are_left_out_and_links_followed(tmp_path: Path) -> None:
+    write(tmp_path / "data", {"a": 5, "b": 5, "b/.ipynb_checkpoints": 1})
+    write(tmp_path / "elsewhere", {"more": 4}, start=100)
+    folder = tmp_path / "data"
+    (folder / "b" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "b" / "again").symlink_to(tmp_path / "elsewhere" / "more")  # entered once
+    (folder / "a" / "loop").symlink_to(folder / "a")
+    (folder / "a" / "up").symlink_to(folder)  # would make a's of b's
+    splits = open_folder(folder)
+    assert label_counts(splits.train) + label_counts(splits.validation) + label_counts(splits.test) == {0: 5, 1: 9}
+    (folder / "a" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"data: 1 of 15 images that it lists are missing: .*lost\.png"):
+        open_folder(folder)
+
+
+def test_a_test_folder_that_leads_to_train_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train", {"a": 5, "b": 5})
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    with pytest.raises(ValueError, match=r"10 images are in both the train and the test set: .*/train/a/0\.png"):
+        open_folder(tmp_path)
+
+
 def test_the_fingerprint_follows_names_sizes_and_labels(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / str(number) / "train", {"a": 5, "b": 5})

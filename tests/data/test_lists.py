@@ -194,7 +194,7 @@ def test_lists_that_are_wrong_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train800\.txt, line 7: expected 'path label', got 'images"):
         open_data(f"vtab:{root}")
     (root / "train800.txt").write_text(whole + "images/test/000009.jpg 0\n")
-    with pytest.raises(ValueError, match=r"1 images are in both the train and the test list: .*000009"):
+    with pytest.raises(ValueError, match=r"1 images are in both the train and the test set: .*000009"):
         open_data(f"vtab:{root}")
     (root / "train800.txt").write_text(whole + "images/train/000000.jpg 0\n")
     with pytest.raises(ValueError, match=r"the train list names images twice: .*000000"):
@@ -205,6 +205,78 @@ def test_lists_that_are_wrong_are_refused(tmp_path: Path) -> None:
     (root / "train800.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"expected lines of 'path label', found none"):
         open_data(f"vtab:{root}")
+
+
+def test_an_image_in_two_lists_is_found_however_it_is_spelled(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "svhn")
+    whole = (root / "train800.txt").read_text()
+    (root / "images" / "linked").symlink_to(root / "images" / "test")
+    (root / "images" / "train" / "alias.jpg").symlink_to(root / "images" / "test" / "000009.jpg")
+    for spelled in ("./images/test/../test/000009.jpg", "images/linked/000009.jpg", "images/train/alias.jpg"):
+        (root / "train800.txt").write_text(f"{whole}{spelled} 0\n")
+        with pytest.raises(ValueError, match=rf"1 images are in both the train and the test set: .*{spelled[-9:]}"):
+            open_data(f"vtab:{root}")
+    (root / "train800.txt").write_text(whole + "images/test/../train/000000.jpg 0\n")
+    with pytest.raises(ValueError, match=r"the train list names images twice: .*000000"):
+        open_data(f"vtab:{root}")
+
+
+def test_the_1000_of_vtab_are_the_800_and_the_200(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "svhn")
+    whole = (root / "train800val200.txt").read_text()
+    (root / "train800val200.txt").write_text(whole.replace("images/train/000001.jpg 1", "./images/train/000001.jpg 2"))
+    expected = r"train800val200\.txt: expected the images and labels of train800\.txt and val200\.txt, got "
+    with pytest.raises(ValueError, match=expected + r"label of .*000001\.jpg: 2 instead of 1$"):
+        open_data(f"vtab1000:{root}")
+    (root / "train800val200.txt").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=expected + r"label of .*000008\.jpg: none instead of 2$"):
+        open_data(f"vtab1000:{root}")
+    (root / "train800.txt").unlink()
+    with pytest.raises(ValueError, match=r"labels of val200\.txt, got label of .*000008\.jpg: none instead of 2$"):
+        open_data(f"vtab1000:{root}")
+    (root / "train800val200.txt").write_text(whole)
+    assert len(open_data(f"vtab1000:{root}").train) == 9
+
+
+def test_the_1000_of_vtab_may_be_copies_as_noahs_script_writes_them(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "svhn")
+    lines = []
+    for number, line in enumerate((root / "train800val200.txt").read_text().splitlines()):
+        path, label = line.split()
+        copy = root / "images" / "train800val200" / f"{number:06d}.jpg"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes((root / path).read_bytes())
+        lines.append(f"images/train800val200/{copy.name} {label}")
+    (root / "train800val200.txt").write_text("\n".join(reversed(lines)))
+    assert len(open_data(f"vtab1000:{root}").train) == 9
+    (root / "train800val200.txt").write_text("\n".join(lines).replace("000001.jpg 1", "000001.jpg 2"))
+    with pytest.raises(ValueError, match=r"got images of class 1: 2 instead of 3, images of class 2: 4 instead of 3"):
+        open_data(f"vtab1000:{root}")
+    (root / "train800.txt").unlink()  # nothing to compare with
+    assert len(open_data(f"vtab1000:{root}").train) == 9
+
+
+def test_a_class_that_vtab_does_not_train_is_refused_unless_the_classes_are_the_papers(tmp_path: Path) -> None:
+    for name in ("eurosat", "kitti"):  # the paper counts 10 and 4 classes
+        root = write_vtab(tmp_path / name)
+        (root / "test.txt").write_text((root / "test.txt").read_text().replace(".jpg 2", ".jpg 3"))
+    with pytest.raises(ValueError, match=r"train800\.txt: no training image of the classes 3"):
+        open_data(f"vtab:{tmp_path / 'eurosat'}")
+    assert open_data(f"vtab:{tmp_path / 'kitti'}").num_classes == 4
+
+
+def test_lists_are_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    vtab, fgvc = write_vtab(tmp_path / "svhn"), write_fgvc(tmp_path / "nabirds", *LAYOUTS["nabirds"])
+    without = open_data(f"vtab:{vtab}").fingerprint, open_data(f"fgvc:{fgvc}").fingerprint
+    for path in (*vtab.glob("*.txt"), *fgvc.glob("*.json")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert (open_data(f"vtab:{vtab}").fingerprint, open_data(f"fgvc:{fgvc}").fingerprint) == without
+    (vtab / "val200.txt").write_bytes("images/val/é.jpg 0\n".encode("latin-1"))
+    (fgvc / "val.json").write_bytes('{"é.jpg": 0}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"val200\.txt: expected UTF-8, got the byte 0xe9 at position 11"):
+        open_data(f"vtab:{vtab}")
+    with pytest.raises(ValueError, match=r"val\.json: expected UTF-8, got the byte 0xe9 at position 2"):
+        open_data(f"fgvc:{fgvc}")
 
 
 def test_the_official_recipe_leaves_vtab_images_whole(tmp_path: Path) -> None:
@@ -254,6 +326,13 @@ def test_what_is_missing_from_fgvc_is_named(tmp_path: Path) -> None:
         open_data(f"fgvc:{root}")
     (root / "test.json").write_text("[]")
     with pytest.raises(ValueError, match=r"test\.json: expected a JSON object of labels by image path, got list"):
+        open_data(f"fgvc:{root}")
+    (root / "test.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"test\.json: expected labels by image path, got an empty JSON object"):
+        open_data(f"fgvc:{root}")
+    repeated = json.dumps(record)[:-1] + f', "{next(iter(record))}": 8}}'
+    (root / "test.json").write_text(repeated)
+    with pytest.raises(ValueError, match=rf"test\.json: names images twice: {next(iter(record))}"):
         open_data(f"fgvc:{root}")
     (root / "val.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"Stanford-dogs: val\.json not found there\. .*README of VPT"):

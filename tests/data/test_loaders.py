@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosa_kernels.data import ArrayDataset, DataSplits, Loaders, make_loaders, open_data, set_epoch
+from mosa_kernels.data.transforms import evaluation_config
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear"}
 Batches = list[tuple[Tensor, Tensor]]
@@ -121,6 +122,17 @@ def test_evaluation_is_in_order_and_the_same_every_time(kind: str, request: pyte
     assert torch.cat([labels for _, labels in first]).tolist() == [splits.test[i][1] for i in range(len(splits.test))]
     assert [len(labels) for _, labels in first][:-1] == [7] * ((len(splits.test) - 1) // 7)
     assert len(torch.cat([labels for _, labels in loaders.validation])) == len(splits.validation)
+
+
+def test_evaluation_images_go_through_what_a_caller_decides(files: DataSplits) -> None:
+    config = {**CONFIG, "crop_pct": 0.5}
+    plain, cropped = (make_loaders(files, config, 8, augment=augment) for augment in ("none", "paper"))
+    whole = evaluation_config(config, "none", in_memory=False)
+    decided = make_loaders(files, config, 8, augment="paper", evaluation=whole)
+    for name in ("validation", "test"):
+        assert_same([list(getattr(decided, name))], [list(getattr(plain, name))])
+    assert_same([list(decided.train)], [list(cropped.train)])
+    assert not torch.equal(next(iter(decided.test))[0], next(iter(cropped.test))[0])
 
 
 def test_batches_larger_than_the_data_and_incomplete_ones(memory: DataSplits) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 from torchvision import datasets
+from typer.testing import CliRunner
 
+from mosa_kernels.cli.main import app
 from mosa_kernels.data import open_data
-from mosa_kernels.data.named import RGBDataset, labels_of
+from mosa_kernels.data.wrapped import RGBDataset, labels_of
 
 
 def write_cifar(root: Path) -> None:
@@ -69,6 +73,11 @@ def write_food(root: Path) -> None:
             for path in paths:
                 (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (8, 6)).save(folder / "images" / f"{path}.jpg")
+
+
+def picture(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (value, 0, 0)).save(path)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +182,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         open_data("torchvision:folder", root=tmp_path)
     with pytest.raises(ValueError, match=r"root: expected the folder of torchvision:CIFAR10, got None"):
         open_data("torchvision:CIFAR10")
-    for name in ("torchvision:CIFAR10", "timm:torch/cifar10", "timm:folder"):
+    for name in ("torchvision:CIFAR10", "timm:torch/cifar10"):
         with pytest.raises(
             FileNotFoundError, match=rf"{name} in .*: .* \(download=True, .*, fetches what can be fetched"
         ):
@@ -182,16 +191,95 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         open_data("timm:torch/nonsense", root=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["folder", "", "nope/x", "imagenet/xyz", "torch/folder", "Torch/image_folder"])
+def test_what_timm_reads_as_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    for kind in ("a", "b"):
+        picture(tmp_path / "train" / kind / "0.png", 0)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"expected .*a folder of images"):
+        open_data(f"timm:{name}", root=tmp_path)
+    with pytest.raises(ValueError, match=r"timm:wds/x is an iterable data set; only those with a length"):
+        open_data("timm:wds/x", root=tmp_path)
+
+
+def test_sets_of_another_library_must_not_share_files(tmp_path: Path) -> None:
+    write_aircraft(tmp_path)
+    meta = tmp_path / "fgvc-aircraft-2013b" / "data"
+    lists = [(meta / f"images_variant_{split}.txt").read_text() for split in ("train", "val")]
+    (meta / "images_variant_trainval.txt").write_text("\n".join(lists))
+    with pytest.raises(ValueError, match=r"2 images are in both the train and the validation set: .*0000004\.jpg"):
+        open_data("torchvision:FGVCAircraft", root=tmp_path, split_names={"train": "trainval"})
+    one = {"validation": "test", "test": "test"}  # said on purpose
+    assert len(open_data("torchvision:FGVCAircraft", root=tmp_path, split_names=one).validation) == 6
+
+
+def test_files_of_another_library_are_there_and_in_the_fingerprint(tmp_path: Path) -> None:
+    write_food(tmp_path)
+    image = tmp_path / "food-101" / "images" / "pizza" / "7.jpg"
+    whole, before = image.read_bytes(), open_data("torchvision:Food101", root=tmp_path).fingerprint
+    shutil.copytree(tmp_path / "food-101", tmp_path / "copy" / "food-101")
+    assert open_data("torchvision:Food101", root=tmp_path / "copy").fingerprint == before
+    image.write_bytes(whole[: len(whole) // 2])
+    assert open_data("torchvision:Food101", root=tmp_path).fingerprint != before
+    with pytest.raises(
+        ValueError, match=r"Food101: 1 unreadable images: .*: item 27 \(.*cannot read the image .*7\.jpg"
+    ):
+        open_data("torchvision:Food101", root=tmp_path, verify=True)
+    image.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"torchvision:Food101, train: empty image files: .*7\.jpg"):
+        open_data("torchvision:Food101", root=tmp_path)
+    image.unlink()
+    with pytest.raises(FileNotFoundError, match=r"torchvision:Food101, train: 1 of 40 images .* missing: .*7\.jpg"):
+        open_data("torchvision:Food101", root=tmp_path)
+
+
+def test_check_data_decodes_another_librarys_images(tmp_path: Path) -> None:
+    write_aircraft(tmp_path)
+    (tmp_path / "fgvc-aircraft-2013b" / "data" / "images" / "0000001.jpg").write_bytes(b"no image")
+    asked = ["check-data", "torchvision:FGVCAircraft", "--data-root", str(tmp_path)]
+    assert "unreadable" not in CliRunner().invoke(app, asked).output
+    assert (
+        "1 unreadable images: torchvision:FGVCAircraft: item 1" in CliRunner().invoke(app, [*asked, "--decode"]).output
+    )
+
+
+def test_sets_are_not_taken_for_torchvisions_classes(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        picture(tmp_path / split / "a" / "0.png", 0)
+    with pytest.raises(ValueError, match=r"torchvision:ImageFolder: expected classes, got folders that look like sets"):
+        open_data("torchvision:ImageFolder", root=tmp_path)
+
+
+def test_16_bits_of_another_librarys_image_are_not_white(tmp_path: Path) -> None:
+    for kind in ("a", "b"):
+        for number in range(3):
+            path = tmp_path / kind / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((4, 4), 0x7F00, np.uint16)).save(path)
+    image, _ = open_data("torchvision:ImageFolder", root=tmp_path).train[0]
+    assert np.unique(np.asarray(image)).tolist() == [0x7F]
+    assert np.unique(np.asarray(RGBDataset(ImageDataset(str(tmp_path)), "timm's")[0][0])).tolist() == [0x7F]
+
+
+def test_timms_next_item_does_not_stand_in_for_a_broken_one(tmp_path: Path) -> None:
+    picture(tmp_path / "a" / "0.png", 0)
+    picture(tmp_path / "b" / "0.png", 1)
+    (tmp_path / "a" / "0.png").write_bytes(b"no image")
+    dataset = RGBDataset(ImageDataset(str(tmp_path)), "timm's")
+    assert dataset[1][1] == 1
+    with pytest.raises(ValueError, match=r"timm's: item 0: cannot read the image: cannot identify"):
+        dataset[0]
+
+
 def test_only_one_integer_an_image_is_a_label() -> None:
     detection = RGBDataset([(Image.new("RGB", (4, 4)), {"boxes": []})], "boxes")
     with pytest.raises(ValueError, match=r"boxes: item 0 has a label of type dict; only classification"):
         labels_of(detection)
     arrays = RGBDataset([(np.zeros((4, 4, 3)), 0)], "arrays")
-    with pytest.raises(ValueError, match=r"arrays: expected a PIL image for item 0, got ndarray"):
+    with pytest.raises(ValueError, match=r"arrays: item 0: expected a PIL image, got ndarray"):
         arrays[0]
 
 
-@pytest.mark.parametrize("kept_as", ["targets", "_labels", "samples", "reader", "hub", "nothing"])
+@pytest.mark.parametrize("kept_as", ["targets", "_labels", "samples", "hub", "nothing"])
 def test_labels_are_read_from_lists_without_reading_images(kept_as: str) -> None:
     labels = [2, 0, 1]
     dataset = CountingDataset(labels)
@@ -199,8 +287,6 @@ def test_labels_are_read_from_lists_without_reading_images(kept_as: str) -> None
         setattr(dataset, kept_as, torch.tensor(labels))
     elif kept_as == "samples":
         dataset.samples = [(f"{label}.png", label) for label in labels]
-    elif kept_as == "reader":
-        dataset.reader = SimpleNamespace(samples=[(f"{label}.png", label) for label in labels])
     elif kept_as == "hub":
         dataset.reader = SimpleNamespace(label_key="label", dataset={"label": labels})
     assert labels_of(RGBDataset(dataset, "counting")).tolist() == labels

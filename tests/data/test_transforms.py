@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from mosa_kernels.data.splits import AUGMENTATIONS
-from mosa_kernels.data.transforms import AUGMENTS, Augment, BatchTransform, operations, pil_transform
+from mosa_kernels.data.transforms import (
+    AUGMENTS,
+    Augment,
+    BatchTransform,
+    evaluation_config,
+    evaluation_transform,
+    operations,
+    training_transform,
+)
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -41,7 +49,7 @@ def test_both_paths_normalise_exactly(images: np.ndarray) -> None:
     assert fast.dtype == torch.float32
     assert fast.is_contiguous()
     np.testing.assert_allclose(fast.permute(0, 2, 3, 1).numpy(), expected, atol=2e-6)
-    one = pil_transform(CONFIG, "none", frozenset(), training=True)(Image.fromarray(images[5]))
+    one = training_transform(CONFIG, "none", frozenset())(Image.fromarray(images[5]))
     np.testing.assert_allclose(one.permute(1, 2, 0).numpy(), expected[5], atol=2e-6)
 
 
@@ -49,9 +57,9 @@ def test_both_paths_normalise_exactly(images: np.ndarray) -> None:
 def test_nothing_is_done_that_is_not_allowed(images: np.ndarray, augment: Augment) -> None:
     torch.testing.assert_close(batch(images, augment, set()), batch(images, "none", set()), rtol=0, atol=0)
     picture = Image.fromarray(images[0])
-    plain = pil_transform(CONFIG, "none", frozenset(), training=True)(picture)
+    plain = training_transform(CONFIG, "none", frozenset())(picture)
     for _ in range(5):
-        got = pil_transform(CONFIG, augment, frozenset(), training=True)(picture)
+        got = training_transform(CONFIG, augment, frozenset())(picture)
         torch.testing.assert_close(got, plain, rtol=0, atol=0)
 
 
@@ -113,9 +121,43 @@ def test_evaluation_is_never_augmented(images: np.ndarray) -> None:
 def test_files_of_any_size_fit_the_model(augment: Augment, training: bool, shape: tuple[int, int]) -> None:
     picture = Image.fromarray(np.zeros((*shape, 3), dtype=np.uint8))
     config = {**CONFIG, "input_size": (3, 48, 40)} if augment in ("none", "light") else CONFIG
-    tensor = pil_transform(config, augment, AUGMENTATIONS, training=training)(picture)
+    if training:
+        transform = training_transform(config, augment, AUGMENTATIONS)
+    else:
+        transform = evaluation_transform(evaluation_config(config, augment, in_memory=False))
+    tensor = transform(picture)
     assert tensor.shape == config["input_size"]
     assert tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("shape", [(20, 50), (64, 64)])
+def test_what_is_recorded_is_what_is_done(augment: Augment, shape: tuple[int, int]) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    recorded = evaluation_config(CONFIG, augment, in_memory=False)
+    expected, left = picture, (0, 0)
+    if augment in ("none", "light"):
+        assert (recorded["crop_pct"], recorded["crop_mode"]) == (1.0, "squash")
+        expected = picture.resize((32, 32), Image.Resampling.BICUBIC)
+    else:  # the shorter side to 32 / 0.9, then the middle
+        assert (recorded["crop_pct"], recorded["crop_mode"]) == (0.9, "center")
+        sides = [int(35 * side / min(shape)) for side in shape]
+        left = tuple(round((side - 32) / 2) for side in sides)
+        expected = picture.resize(tuple(sides[::-1]), Image.Resampling.BICUBIC)
+    pixels = np.asarray(expected)[left[0] : left[0] + 32, left[1] : left[1] + 32]
+    got = back_to_pixels(evaluation_transform(recorded)(picture)[None])[0]
+    np.testing.assert_allclose(got, pixels, atol=1e-3)
+
+
+def test_images_in_memory_are_recorded_as_whole() -> None:
+    for augment in AUGMENTS:
+        recorded = evaluation_config({**CONFIG, "interpolation": "lanczos"}, augment, in_memory=True)
+        assert (recorded["crop_pct"], recorded["crop_mode"], recorded["interpolation"]) == (1.0, "squash", "bilinear")
+    assert (
+        evaluation_config({**CONFIG, "interpolation": "random"}, "none", in_memory=False)["interpolation"] == "bicubic"
+    )
+    with pytest.raises(ValueError, match=r"augment: expected one of none"):
+        evaluation_config(CONFIG, "strong", in_memory=True)
 
 
 def test_images_in_memory_are_resized_to_the_model(images: np.ndarray) -> None:
@@ -128,6 +170,6 @@ def test_images_in_memory_are_resized_to_the_model(images: np.ndarray) -> None:
 
 def test_unusable_configurations_are_named() -> None:
     with pytest.raises(ValueError, match=r"model_data_config: .* without mean, std"):
-        pil_transform({"input_size": (3, 32, 32)}, "none", frozenset(), training=True)
+        training_transform({"input_size": (3, 32, 32)}, "none", frozenset())
     with pytest.raises(ValueError, match=r"model_data_config: expected 3 channels, got input_size \(1, 28, 28\)"):
-        pil_transform({**CONFIG, "input_size": (1, 28, 28)}, "none", frozenset(), training=True)
+        training_transform({**CONFIG, "input_size": (1, 28, 28)}, "none", frozenset())

@@ -18,19 +18,27 @@ def adapters(model: nn.Module, name: str = "default") -> list[FusedMoSAAdapter]:
     return [adapter for _, _, adapter in book_of(model).adapters(name)]
 
 
+def passes_contiguous_tokens_on(model: nn.Module, x: torch.Tensor) -> bool:
+    seen: list[bool] = []
+    block = next(module for name, module in model.named_modules() if name.endswith("blocks.0"))
+    hook = block.register_forward_hook(lambda _, given, out: seen.append(given[0].is_contiguous()))
+    model(x)
+    hook.remove()
+    return seen[0]
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @torch.no_grad()
 def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(family: Family) -> None:
-    model, x = make(family), images(family)
+    model, x = make(family).requires_grad_(False), images(family)  # torch multiplies by frozen weights in another way
     keys, before = list(model.state_dict()), model(x)
+    exact = passes_contiguous_tokens_on(model, x)
     for style in family.styles:
         inject_adapter(model, MoSAConfig(style=style, bottleneck=4), style)
-        if "siglip" in family.name and torch.__version__.startswith("2.9."):
-            # A ViT without a class token passes transposed tokens on, an adapter contiguous ones, and torch 2.9 adds up
-            # those in another order.
-            torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
-        else:
+        if exact:
             assert torch.equal(model(x), before)
+        else:  # transposed, as of a ViT without a class token; an adapter's are contiguous: other sums in what follows
+            torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
         assert set(keys) <= set(model.state_dict())
         train_a_little(model, style)
         assert not torch.allclose(model(x), before, atol=1e-4)

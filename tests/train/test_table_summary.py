@@ -14,7 +14,7 @@ from mosa_kernels.train.table_figure import draw_by_task, draw_table
 from mosa_kernels.train.table_grid import Choice, Grid, Measured
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_spec import Changes, Table, read_table
-from mosa_kernels.train.table_summary import Summary, differences_of, paired_t, signed_rank, summarise_table
+from mosa_kernels.train.table_summary import Summary, differences_of, summarise_table
 
 CHOICE = Choice({"lr": 0.03}, 70.0, ())
 
@@ -82,17 +82,6 @@ def test_a_run_that_failed_is_counted_and_left_out(tmp_path: Path):
     assert "runs failed" in str(next(d for d in against if d.better == "4"))
     draw_table(nothing, "a table with a hole", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 10_000
-
-
-def test_paired_tests_against_values_by_hand():
-    # t = mean / (s / sqrt n) = 2 / (1 / sqrt 3); two degrees of freedom have F(t) = 1/2 + t / (2 sqrt(2 + t^2)).
-    t = 2 * math.sqrt(3)
-    assert paired_t([1.0, 2.0, 3.0]) == pytest.approx(1 - t / math.sqrt(2 + t * t))
-    assert paired_t([0.0, 0.0]) == 1
-    assert paired_t([1.0]) is None
-    assert signed_rank([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx(2 / 64)  # all signs alike: 2 of 2^6
-    assert signed_rank([0.0] * 6) == 1
-    assert signed_rank([1.0] * 5) is None
 
 
 def test_differences_are_paired_and_carry_the_papers():

@@ -9,6 +9,7 @@ those that pass, the ones with more warps on a multiprocessor were taken; their 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -39,11 +40,18 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-ONE_LAUNCH = 0
+def _one_launch() -> int:
+    value = os.environ.get("MOSA_TRITON_ONE_LAUNCH") or "0"
+    if not value.isdecimal():
+        raise ValueError(f"MOSA_TRITON_ONE_LAUNCH: expected a number of units such as 16, or 0 for none, got {value!r}")
+    return int(value)
+
+
+ONE_LAUNCH = _one_launch()
 """The widest padded bottleneck whose backward pass runs in one launch (`adapter_backward_together`).
 
 None does: counted, it moves three quarters of the bytes of three launches at r = 16, d = 768 and 128 images, but it has
-not been measured. Set it to 16 to compare.
+not been measured. MOSA_TRITON_ONE_LAUNCH=16 sets it, to compare.
 """
 
 

@@ -121,7 +121,7 @@ def kept_units(tokens, rows, units, seed, seed_id, seed_group, threshold, R: tl.
         local = tokens
     else:
         group = tokens // seed_group
-        seeds = tl.load(seed + group, mask=rows, other=0).to(tl.int64)
+        seeds = tl.load(seed + tl.where(rows, group, 0)).to(tl.int64)
         local = tokens - group * seed_group
     low = seeds.to(tl.uint32)[:, None]
     high = (seeds >> 32).to(tl.uint32)[:, None]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,3 +202,24 @@ def test_a_number_that_changes_at_each_step_fills_no_memory(
     assert len(noted) == 12
     assert len(launch._compiled) <= 5
     assert launch._compiled["a kernel"] == "machine code"
+
+
+@pytest.mark.parametrize(("value", "units"), [(None, 0), ("", 0), ("16", 16)])
+def test_the_environment_sets_where_one_launch_is_used(value: str | None, units: int) -> None:
+    done = import_configs(value)
+    assert (done.returncode, done.stdout.strip()) == (0, str(units)), done.stderr
+
+
+def test_a_wrong_number_of_units_for_one_launch_is_named() -> None:
+    done = import_configs("-1")
+    assert done.returncode != 0
+    assert "MOSA_TRITON_ONE_LAUNCH: expected a number of units such as 16, or 0 for none, got '-1'" in done.stderr
+
+
+def import_configs(value: str | None) -> subprocess.CompletedProcess[str]:
+    """A process that prints `ONE_LAUNCH` with the variable at a value, or without it."""
+    environment = {name: kept for name, kept in os.environ.items() if name != "MOSA_TRITON_ONE_LAUNCH"}
+    environment |= {"PYTHONPATH": str(Path(configs.__file__).parents[3])}
+    environment |= {} if value is None else {"MOSA_TRITON_ONE_LAUNCH": value}
+    code = "from mosa_kernels.backends.triton.configs import ONE_LAUNCH; print(ONE_LAUNCH)"
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
