@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "csrc" / "cuda_on_host"
 CACHE = ROOT / "build" / "on_host"
 COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DMOSA_WITH_CUDA", "-x", "c++")
+# Line numbers, without variables: adapter_backward_bf16.cu compiles in 24 s in place of 34 s with both sanitizers.
 KERNEL_FLAGS = (
-    *(*COMMON, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *(*COMMON, "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=undefined", "-fno-sanitize-recover=all"),
 )
 ADDRESSES = ("-fsanitize=address", "-fno-omit-frame-pointer")

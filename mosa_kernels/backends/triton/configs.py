@@ -94,7 +94,7 @@ _HALF_HOPPER: dict[int, _Row] = {
 }
 _FLOAT32: dict[int, _Row] = {
     16: (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(64, 32, 8, 2)),
-    32: (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 8, 2)),
+    32: (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 8, 2)),
     64: (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(64, 32, 8, 2)),
     128: (Config(32, 16, 8, 2), Config(32, 16, 8, 2), Config(32, 32, 8, 2)),
     256: (Config(16, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 2)),

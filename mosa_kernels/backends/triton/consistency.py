@@ -84,6 +84,7 @@ def forward_kernel(
     if not SOFT:
         label = tl.load(target).to(tl.int64)
         counts = counts_of(label, classes)
+        label = label.to(tl.int32)  # of a class it is the same; in 64 bits Triton 3.6 spills on sm_80
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     both = tl.zeros([BLOCK], tl.float32)
@@ -168,6 +169,7 @@ def backward_kernel(
         if not SOFT:
             label = tl.load(target).to(tl.int64)
             counts = counts_of(label, classes)
+            label = label.to(tl.int32)
         y = wanted(target, at, inside, label, smoothing, classes, SOFT)
         weight = tl.load(grad_cross_entropy).to(tl.float32) / tl.load(saved + 9 * batch)
         difference = tl.load(saved_row + 6 * batch) * p1 - counts * y
