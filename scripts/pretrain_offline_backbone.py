@@ -1,6 +1,7 @@
-"""Pre-trains the backbone that the package ships, on fresh drawings of the source task, on one CPU core.
+"""Pre-trains a backbone that the package ships, on fresh drawings of the source task, on one CPU core.
 
     python scripts/pretrain_offline_backbone.py
+    python scripts/pretrain_offline_backbone.py --model vit_offline_deep_patch8_32 --stack vit_offline_patch8_32
 
 Every batch is new: image n of the run is the source task's drawing number n, so a run is fixed by its seed and an
 interrupted one goes on from its last checkpoint. Writes the weights (fp16 safetensors) and a JSON card beside them.
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from mosa_kernels.data.backbone import ASSETS, OFFLINE_BACKBONE, file_hash, vit_offline_patch8_32
+from mosa_kernels.data.backbone import ASSETS, OFFLINE_BACKBONE, OFFLINE_BACKBONES, file_hash
 from mosa_kernels.data.procedural import DRAWN_TASKS
 
 SOURCE = DRAWN_TASKS["source"]
@@ -33,6 +34,10 @@ SOURCE = DRAWN_TASKS["source"]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=OFFLINE_BACKBONES, default=OFFLINE_BACKBONE)
+    parser.add_argument(
+        "--stack", choices=OFFLINE_BACKBONES, help="start from this one, with each of its blocks as often as fits"
+    )
     parser.add_argument("--steps", type=int, default=9600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -113,7 +118,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) 
 def train(model: nn.Module, options: argparse.Namespace) -> float:
     """Trains in place; returns the seconds that this process spent."""
     optimizer = torch.optim.AdamW(decayed_and_not(model, options.weight_decay), lr=options.lr)
-    checkpoint = options.work / f"seed{options.seed}.safetensors"
+    checkpoint = options.work / f"{options.model}-seed{options.seed}.safetensors"
     first = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
     began, shown = time.perf_counter(), 0.0
     for step in range(first, options.steps):
@@ -138,28 +143,51 @@ def train(model: nn.Module, options: argparse.Namespace) -> float:
     return time.perf_counter() - began
 
 
+def stack(model: nn.Module, name: str) -> None:
+    """Gives a deeper model the weights of a trained one: each block follows itself (progressive stacking)."""
+    trained = timm.create_model(name, pretrained=True)
+    times, rest = divmod(len(model.blocks), len(trained.blocks))
+    if rest:
+        raise SystemExit(f"--stack: expected a backbone whose blocks divide {len(model.blocks)}, got {name}")
+    tensors = trained.state_dict()
+    for number, block in enumerate(model.blocks):
+        block.load_state_dict(trained.blocks[number // times].state_dict())
+    others = {key: tensor for key, tensor in tensors.items() if not key.startswith("blocks.")}
+    model.load_state_dict(others, strict=False)
+
+
+def architecture_of(model: nn.Module) -> dict[str, object]:
+    """What the card says of it."""
+    facts: dict[str, object] = {
+        "class": f"timm {type(model).__name__} with a convolutional stem (mosa_kernels.data.backbone.ConvStem)",
+        "image_size": 32,
+        "patch_size": model.patch_embed.patch_size[0],
+        "embed_dim": model.embed_dim,
+    }
+    if hasattr(model, "blocks"):
+        facts |= {"depth": len(model.blocks), "heads": model.blocks[0].attn.num_heads}
+    else:
+        facts |= {"depths": [len(stage.blocks) for stage in model.layers]}
+        facts |= {"heads": [stage.blocks[0].attn.num_heads for stage in model.layers]}
+    return facts | {"parameters": sum(p.numel() for p in model.parameters())}
+
+
 def ship(model: nn.Module, options: argparse.Namespace, seconds: float) -> dict[str, object]:
     """Writes the weights and their card; the accuracies are those of the stored fp16 weights."""
-    weights = options.out / f"{OFFLINE_BACKBONE}.safetensors"
+    weights = options.out / f"{options.model}.safetensors"
     stored = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
-    write_tensors(stored, weights, {"architecture": OFFLINE_BACKBONE})
+    write_tensors(stored, weights, {"architecture": options.model})
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     command = ["python", "scripts/pretrain_offline_backbone.py"]
-    for name in ("steps", "batch", "lr", "weight_decay", "warm_up", "seed"):
+    for name in ("model", "stack", "steps", "batch", "lr", "weight_decay", "warm_up", "seed"):
+        if getattr(options, name) is None:
+            continue
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     card: dict[str, object] = {
-        "name": OFFLINE_BACKBONE,
+        "name": options.model,
         "sha256": file_hash(weights),
         "storage": "float16",
-        "architecture": {
-            "class": "timm VisionTransformer with a convolutional stem (mosa_kernels.data.backbone.ConvStem)",
-            "image_size": 32,
-            "patch_size": 8,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
-            "heads": model.blocks[0].attn.num_heads,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        },
+        "architecture": architecture_of(model),
         "normalisation": {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")},
         "source_task": {"name": "offline:source", "classes": list(SOURCE.classes)},
         "command": " ".join(command),
@@ -182,7 +210,9 @@ def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    model = vit_offline_patch8_32(pretrained=False)
+    model = timm.create_model(options.model)
+    if options.stack is not None:
+        stack(model, options.stack)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     seconds = train(model, options)
     print(json.dumps(ship(model, options, seconds), indent=2))

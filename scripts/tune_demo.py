@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mosa_kernels.data.backbone import CARD
+from mosa_kernels.data.backbone import offline_backbone_card
 from mosa_kernels.train.comparison import CHOSEN, CONTENDERS, DEMO, INITIAL_SEED, Contender, demo_settings
 from mosa_kernels.train.comparison_runs import Task, data_of, run_task
 from mosa_kernels.train.folder import versions, write_json
@@ -145,7 +145,7 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         # Runs outside the grids, and what has to be said of how the choice came about.
         **{name: before[name] for name in ("explored", "history") if name in before},
         "recipe": DEMO.as_dict(),
-        "backbone_sha256": json.loads(CARD.read_text())["sha256"],
+        "backbone_sha256": offline_backbone_card()["sha256"],
         "command": "python scripts/tune_demo.py",
         "versions": versions(),
     }

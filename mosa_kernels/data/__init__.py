@@ -1,6 +1,6 @@
 """Data sets by name or path, loaders that repeat themselves exactly, and the small backbone that needs no network.
 
-Importing this room registers `vit_offline_patch8_32` with timm.
+Importing this room registers the offline backbones with timm.
 """
 
 from mosa_kernels.data.backbone import OFFLINE_BACKBONE, load_offline_backbone, offline_backbone_card

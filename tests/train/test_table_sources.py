@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mosa_kernels.data.backbone import WEIGHTS
+from mosa_kernels.data.backbone import OFFLINE_BACKBONE, weights_of
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell, run_and_keep
 from mosa_kernels.train.table_runs import missing_cells
@@ -23,7 +23,7 @@ from mosa_kernels.train.table_sources import Sources, require_same_sources
 def kept(tiny: Any, pictures: Path, tmp_path: Path) -> tuple[Cell, Path]:
     """A run that is done, on pictures and weights of its own."""
     shutil.copytree(pictures, tmp_path / "data")
-    shutil.copy(WEIGHTS, tmp_path / "weights.safetensors")
+    shutil.copy(weights_of(OFFLINE_BACKBONE), tmp_path / "weights.safetensors")
     options = {"data": str(tmp_path / "data"), "checkpoint": str(tmp_path / "weights.safetensors")}
     cell = Cell("a run", tiny(method="linear", epochs=1, select="last", **options), test=True)
     run_and_keep(cell, tmp_path / "cells")
