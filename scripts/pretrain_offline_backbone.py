@@ -149,11 +149,11 @@ def stack(model: nn.Module, name: str) -> None:
     times, rest = divmod(len(model.blocks), len(trained.blocks))
     if rest:
         raise SystemExit(f"--stack: expected a backbone whose blocks divide {len(model.blocks)}, got {name}")
-    tensors = trained.state_dict()
-    for number, block in enumerate(model.blocks):
-        block.load_state_dict(trained.blocks[number // times].state_dict())
-    others = {key: tensor for key, tensor in tensors.items() if not key.startswith("blocks.")}
-    model.load_state_dict(others, strict=False)
+    tensors = {key: tensor for key, tensor in trained.state_dict().items() if not key.startswith("blocks.")}
+    for number in range(len(model.blocks)):
+        block = trained.blocks[number // times].state_dict()
+        tensors |= {f"blocks.{number}.{key}": tensor for key, tensor in block.items()}
+    model.load_state_dict(tensors)
 
 
 def architecture_of(model: nn.Module) -> dict[str, object]:

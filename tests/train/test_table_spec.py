@@ -26,7 +26,6 @@ from mosa_kernels.train.table_spec import (
     why_not,
 )
 
-# Rows whose printed mean is not the mean of the printed columns, and what that mean is.
 # Tables of ours that give the controls more to choose from.
 OWN_CONTROLS = {
     "14": ("dropout", "dropout-two-pass", "dropout-houlsby", "dropout-two-pass-houlsby"),
@@ -35,6 +34,7 @@ OWN_CONTROLS = {
     "ours-4": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
     "ours-5": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
 }
+# Rows whose printed mean is not the mean of the printed columns, and what that mean is.
 MISPRINTS = {("1", "vpt-shallow"): 84.66, ("2", "vpt-shallow"): 67.82, ("2", "vpt-deep"): 71.96, ("4", "mosa"): 91.14}
 
 
