@@ -116,8 +116,10 @@ def expert_activity(args: AdapterArguments) -> Tensor:
     if args.x.device.type == "cpu":
         # One small tensor made on the host; the device's way below takes several operations.
         ids = {args.expert_id} if args.expert is None else set(args.expert.reshape(-1).tolist())
-        return torch.tensor([float(MERGED in ids or expert in ids) for expert in range(experts)])
-    slots = torch.zeros(experts + 1, device=args.x.device)  # the last slot is the merged adapter's: index -1
+        ran = [float(MERGED in ids or expert in ids) for expert in range(experts)]
+        return torch.tensor(ran, dtype=torch.float32, device="cpu")
+    # The last slot is the merged adapter's: index -1.
+    slots = torch.zeros(experts + 1, dtype=torch.float32, device=args.x.device)
     if args.expert is None:
         slots[args.expert_id].fill_(1)
     else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import MERGED, AdapterArguments
+from mosa_kernels.backends.tickets import lasting
 
 Found = TypeVar("Found")
 _EXPERTS = 256  # that a byte can name
@@ -50,7 +51,7 @@ class PerAssignment(Generic[Found]):
             return entry.found  # type: ignore[return-value]
         if entry is not None and assignment.is_cuda:  # another stream may still read the old answer
             torch.cuda.synchronize(assignment.device)
-        found = self.make(assignment)
+        found = lasting(lambda: self.make(assignment), assignment.device)
         if assignment.is_cuda:
             torch.cuda.current_stream(assignment.device).synchronize()
         source = weakref.ref(assignment, lambda _: self.entries.pop(key, None))
@@ -84,5 +85,5 @@ def unit_lists(owned: Tensor, size: int) -> Tensor:
     """The units of each expert from `owned_units`, int16 [experts, size] filled up with r, on the CPU."""
     r = owned.shape[1]
     owned = owned[: int(owned.any(1).nonzero().max()) + 1]
-    lists = torch.where(owned, torch.arange(r), r).sort(1).values[:, :size]
+    lists = torch.where(owned, torch.arange(r, device=owned.device), r).sort(1).values[:, :size]
     return torch.nn.functional.pad(lists, (0, size - lists.shape[1]), value=r).to(torch.int16)

@@ -14,7 +14,7 @@ from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, 
 from mosa_kernels.backends.triton.adapter_backward_together import together_launch
 from mosa_kernels.backends.triton.adapter_backward_tokens import tokens_launch
 from mosa_kernels.backends.triton.adapter_backward_weights import weights_launch
-from mosa_kernels.backends.triton.adapter_calls import Call, call_like
+from mosa_kernels.backends.triton.adapter_calls import Call, call_like, warms_up
 from mosa_kernels.backends.triton.adapter_units import lists_for
 from mosa_kernels.backends.triton.launch import Launch
 from mosa_kernels.backends.triton.plan import Rows, architecture, parts_of, plans_of, rows_of, together_parts
@@ -32,12 +32,16 @@ def adapter_backward(
     x, x_stride = rows_of(args.x)
     grad, grad_stride = rows_of(grad_out)
     lists = lists_for(args)
-    call = call_like("backward", args, lists, (x_stride, grad_stride, needs, grad.dtype), _call)
+    others = (x_stride, grad_stride, needs, grad.dtype)
+    call = call_like("backward", args, lists, others, _call)
+    captured = call_like("backward", args, None, others, _call) if warms_up(lists) else None
     dx = torch.empty_like(args.x, memory_format=torch.contiguous_format) if needs.x else None
     parts = call.parts
     if parts is None:
         if dx is not None:
             call.run(args, (x, grad, lists, mean, rstd, dx, None, None), _launches, x_stride, grad_stride)
+            if captured is not None:
+                captured.prepare(args, (x, grad, None, mean, rstd, dx, None, None), _launches, x_stride, grad_stride)
         return AdapterGradients(x=dx, activity=expert_activity(args) if needs.activity else None)
 
     plan = call.plans[0]
@@ -57,6 +61,9 @@ def adapter_backward(
     )
     further = (x, grad, lists, mean, rstd, dx, h, buffer, *gradients)
     call.run(args, further, _launches, x_stride, grad_stride)
+    if captured is not None:
+        further = (x, grad, None, *further[3:])
+        captured.prepare(args, further, _launches, x_stride, grad_stride)
     return AdapterGradients(dx, w_down, b_down, w_up, b_up, norm_weight, norm_bias, scale, activity)
 
 

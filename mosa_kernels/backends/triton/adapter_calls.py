@@ -64,13 +64,37 @@ class Call:
         aligned = bits % launching.ALIGNMENT == 0
         ready = self._ready.get(aligned)
         if ready is None:
-            # Tensors of their own, so that one which is passed twice is told apart.
-            sources: Any = [None if tensor is None else tensor.detach() for tensor in tensors]
-            alike = AdapterArguments(*sources[:TENSORS], *args[TENSORS:])
-            described = build(self, alike, sources[TENSORS:], *constants)
-            ready = self._ready[aligned] = [_Ready(launch, sources, aligned) for launch in described]
+            ready = self._make_ready(aligned, args, tensors, build, constants)
         for each in ready:
             each(values)
+
+    def prepare(
+        self,
+        args: AdapterArguments,
+        further: Sequence[Tensor | None],
+        build: Callable[..., list[Launch]],
+        *constants: Any,
+    ) -> None:
+        """Compiles and loads what `run` launches, and launches nothing."""
+        tensors: Any = (*args[:TENSORS], *further)
+        aligned = all(tensor is None or tensor.data_ptr() % launching.ALIGNMENT == 0 for tensor in tensors)
+        if not launching.INTERPRETED and aligned not in self._ready:
+            self._make_ready(aligned, args, tensors, build, constants)
+
+    def _make_ready(
+        self,
+        aligned: bool,
+        args: AdapterArguments,
+        tensors: Sequence[Tensor | None],
+        build: Callable[..., list[Launch]],
+        constants: tuple[Any, ...],
+    ) -> list[_Ready]:
+        # Tensors of their own, so that one which is passed twice is told apart.
+        sources: Any = [None if tensor is None else tensor.detach() for tensor in tensors]
+        alike = AdapterArguments(*sources[:TENSORS], *args[TENSORS:])
+        described = build(self, alike, sources[TENSORS:], *constants)
+        ready = self._ready[aligned] = [_Ready(launch, sources, aligned) for launch in described]
+        return ready
 
 
 class _Ready:
@@ -78,7 +102,6 @@ class _Ready:
 
     def __init__(self, launch: Launch, sources: Sequence[Tensor | None], aligned: bool) -> None:
         kernel: Any = launch._replace(aligned=aligned).compiled()
-        kernel._init_handles()
         position = {id(tensor): index for index, tensor in enumerate(sources, 1 + len(_DYNAMIC))}
         dynamic = [1 + _DYNAMIC.index(name) for name in launch.dynamic]
         self._pick = itemgetter(*(0 if each is None else position[id(each)] for each in launch.tensors), *dynamic)
@@ -92,6 +115,17 @@ class _Ready:
             *self._grid, torch._C._cuda_getCurrentRawStream(self._device), kernel.function, kernel.packed_metadata,
             None, None, None, *self._pick(values), *self._constants,
         )  # fmt: skip
+
+
+def warms_up(lists: Tensor | None) -> bool:
+    """Whether a call may warm up for a CUDA graph, which would not take the lists that the call takes.
+
+    (`PerAssignment` has none while a graph is captured, and not every driver loads machine code then.) That happens on
+    a side stream; on the default one nothing is compiled that may never run.
+    """
+    if lists is None or launching.INTERPRETED:
+        return False
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()) != 0
 
 
 def call_like(
@@ -121,7 +155,8 @@ def call_like(
     found: Call | None = known.get(key)
     if found is None:
         if len(known) >= _MOST:  # a schedule of the scale, say, makes a call of its own at each step
-            for stale in [each for each, kept in known.items() if isinstance(kept, Call)]:
-                del known[stale]
+            # A backward pass on another thread may add to them meanwhile: copied at once, and nothing has to be there.
+            for stale in [each for each, kept in list(known.items()) if isinstance(kept, Call)]:
+                known.pop(stale, None)
         found = known[key] = make(args, lists, *others)
     return found

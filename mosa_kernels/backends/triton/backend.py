@@ -16,7 +16,7 @@ from mosa_kernels.backends.adapter_kernels import takes
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
 
 _MAX_BIAS_ROWS = 64  # the rows of b_up whose gradients one program holds in registers
-_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 _LEAST = (8, 0)
 _found: tuple[bool, str] | None = None
 _too_old: tuple[int, ...] = ()  # devices of a machine that has newer ones, too
@@ -48,11 +48,16 @@ def _look() -> tuple[bool, str]:
     return True, ""
 
 
+def on_old_device(tensor: Tensor) -> bool:
+    """Whether a tensor lies on the one GPU among several that is too old for the kernels."""
+    return bool(_too_old) and tensor.get_device() in _too_old
+
+
 def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     x = args.x
     if not x.is_cuda and not _INTERPRETING:
         return False, f"x is on {x.device}, not on a CUDA device"
-    if _too_old and x.get_device() in _too_old:
+    if on_old_device(x):
         return False, f"x is on {x.device}, whose compute capability is below 8.0"
     if args.b_up is not None and args.b_up.dim() == 2 and args.b_up.shape[0] > _MAX_BIAS_ROWS:
         return False, f"b_up has {args.b_up.shape[0]} rows, at most {_MAX_BIAS_ROWS} are taken"

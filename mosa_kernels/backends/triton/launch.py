@@ -7,16 +7,18 @@ and the device. The same description of a launch can be compiled for a GPU that 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.compiler import ASTSource, CompiledKernel
 from triton.compiler.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from mosa_kernels.backends.triton.capture import unrestricted
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -34,7 +36,7 @@ _POINTERS = {
 }
 ALIGNMENT = 16  # bytes of the widest load, and what Triton calls divisible
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED: bool = knobs.runtime.interpret
 
 _compiled: dict[tuple[Any, ...], Any] = {}  # kernels; and what `adapter_calls` makes of them
 
@@ -66,16 +68,30 @@ class Launch(NamedTuple):
         self.compiled()[self.grid](*self.tensors, *self.scalars, *self.constants)
 
     def compiled(self) -> CompiledKernel:
-        """The kernel for the current device, compiled at most once."""
+        """The kernel for the current device, compiled and loaded at most once."""
         kinds = [None if tensor is None else tensor.dtype for tensor in self.tensors]
         key = (id(self.function), *kinds, self._aligned(), self.constants, self.num_warps, self.num_stages)
         key = (*key, torch.cuda.current_device())
         kernel = _compiled.get(key)
         if kernel is None:
-            driver = triton.runtime.driver.active
-            limit = driver.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
-            kernel = _compiled[key] = self.compile(driver.get_current_target(), limit)
+            with unrestricted():
+                driver = triton.runtime.driver.active
+                limit = driver.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+                kernel = self.compile(driver.get_current_target(), limit)
+                self._load(kernel)
+            _compiled[key] = kernel
         return kernel
+
+    def _load(self, kernel: Any) -> None:
+        try:
+            kernel._init_handles()
+        except RuntimeError as error:
+            if not torch.cuda.is_current_stream_capturing():
+                raise
+            raise RuntimeError(
+                f"{self.function.__name__} is needed for the first time while a CUDA graph is captured, and CUDA did "
+                "not load it: run the same step once before the capture"
+            ) from error
 
     def compile(self, target: GPUTarget, shared_limit: int) -> CompiledKernel:
         """This variant's machine code for a target, which need not be present.

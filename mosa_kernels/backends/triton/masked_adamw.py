@@ -21,7 +21,7 @@ from mosa_kernels.backends.element_types import DTYPE_CODES
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, log_of
 from mosa_kernels.backends.masked_adamw_kernels import takes
 from mosa_kernels.backends.tickets import capturing
-from mosa_kernels.backends.triton.backend import available
+from mosa_kernels.backends.triton.backend import available, on_old_device
 from mosa_kernels.backends.triton.launch import ALIGNMENT, Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
     arrives_last,
@@ -160,6 +160,8 @@ def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple
     device = tensors.params[0].device
     if device.type != "cuda" and not interpreted(masked_adamw_kernel):
         return False, f"params[0] is on {device}, not on a CUDA device"
+    if on_old_device(tensors.params[0]):
+        return False, f"params[0] is on {device}, whose compute capability is below 8.0"
     for index, p in enumerate(tensors.params):
         if p.numel() > _LARGEST:
             return False, f"params[{index}] has {p.numel()} entries, at most {_LARGEST} are taken"
@@ -216,6 +218,7 @@ class _Table:
     dtypes: tuple[bool, bool, bool]  # which ones occur
     aligned: bool
     padded_experts: int
+    stream: int  # that it was made on: once let go, its memory is that stream's again, whoever still reads it
     last: tuple[list[int], Tensor] | None = None  # the addresses of gradients and flags, and their table
 
     def changing(self, grads: list[Tensor], active: list[Tensor | None]) -> tuple[Tensor, bool]:
@@ -237,6 +240,10 @@ class _Table:
 _tables: OrderedDict[tuple[object, ...], _Table] = OrderedDict()
 
 
+def _stream_of(device: torch.device) -> int:
+    return 0 if device.type != "cuda" else torch.cuda.current_stream(device).cuda_stream
+
+
 def _table_of(tensors: AdamWTensors) -> _Table:
     device = tensors.params[0].device
     owners = [0 if owner is None else owner.data_ptr() for owner in tensors.owners]
@@ -247,7 +254,8 @@ def _table_of(tensors: AdamWTensors) -> _Table:
     dtypes = [p.dtype for p in tensors.params]
     key = (device, *owners, *columns[0], *columns[1], *columns[2], *counts, *sizes, *experts, *dtypes)
     known = _tables.get(key)
-    if known is not None:
+    stream = _stream_of(device)
+    if known is not None and (known.stream == stream or capturing(device)):
         _tables.move_to_end(key)
         if capturing(device):
             keep(known.table)
@@ -269,6 +277,7 @@ def _table_of(tensors: AdamWTensors) -> _Table:
             (0 in codes, 1 in codes, 2 in codes),
             aligned,
             max(_FEWEST_EXPERTS, 1 << (max(experts) - 1).bit_length()),
+            stream,
         )
         if not capturing(device):
             _tables[key] = known

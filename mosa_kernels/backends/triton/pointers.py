@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mosa_kernels.backends.tickets import capturing
+from mosa_kernels.backends.triton.capture import unrestricted
 
 _RESERVE = 1 << 16  # numbers in pinned memory, for some hundred captures of a few hundred tensors each
 
@@ -37,11 +38,11 @@ def upload(fields: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     A graph under capture copies the table again whenever it is replayed, from memory that is therefore never reused.
     """
     global _reserve, _reserve_used
-    table = torch.tensor(fields, dtype=torch.int64)
+    table = torch.tensor(fields, dtype=torch.int64, device="cpu")  # whatever the default device is
     if device.type != "cuda":
         return table
     if not capturing(device):
-        if _reserve is None:  # not every version can pin memory while a graph is captured
+        if _reserve is None:  # ahead of a capture, where not every driver may pin memory
             _reserve = _pinned(_RESERVE)
         return table.pin_memory().to(device, non_blocking=True)
     if _reserve is None or _reserve_used + table.numel() > _reserve.numel():
@@ -52,7 +53,8 @@ def upload(fields: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _pinned(numbers: int) -> Tensor:
-    memory = torch.empty(numbers, dtype=torch.int64, pin_memory=True)
+    with unrestricted():
+        memory = torch.empty(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
     keep(memory)
     return memory
 

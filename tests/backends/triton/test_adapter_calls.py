@@ -18,7 +18,7 @@ from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.optim import MoSAAdamW
 
 pytest.importorskip("triton", reason="PyTorch came without Triton")
-from mosa_kernels.backends.triton import adapter_calls, adapter_forward, configs, launch
+from mosa_kernels.backends.triton import adapter_backward, adapter_calls, adapter_forward, configs, launch
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter is given tensors, not addresses")
 
@@ -202,6 +202,47 @@ def test_a_number_that_changes_at_each_step_fills_no_memory(
     assert len(noted) == 12
     assert len(launch._compiled) <= 5
     assert launch._compiled["a kernel"] == "machine code"
+
+
+@pytest.mark.parametrize(("stream", "ahead"), [(0, False), (7, True)])
+def test_a_warm_up_makes_ready_what_a_graph_takes(
+    stream: int, ahead: bool, noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of units are not for a graph, whose capture must not be the first to need other kernels."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: stream, raising=False)
+    compiled: list[str] = []
+    kernel: Any = launch.Launch.compiled
+
+    def compiling(description: launch.Launch) -> Any:
+        compiled.append(description.function.__name__)
+        return kernel(description)
+
+    monkeypatch.setattr(launch.Launch, "compiled", compiling)
+    columns = (torch.arange(128) // 32).to(torch.uint8).expand(32, 128).contiguous()
+    r128 = {"w_down": torch.randn(128, 32), "w_up": torch.randn(32, 128), "b_down": torch.randn(128)}
+    args = call({**r128, "assignment": columns, "b_up": torch.randn(4, 32), "activity": torch.zeros(4)})
+    needs = AdapterNeeds(*(True,) * 9)
+
+    def both_passes() -> list[str]:
+        compiled.clear()
+        noted.clear()
+        out, mean, rstd = backend.adapter_forward(args)
+        backend.adapter_backward(args, torch.randn_like(out), mean, rstd, needs)
+        return [name for name, _ in noted]
+
+    forward, tokens, weights = (
+        "adapter_forward_kernel", "adapter_backward_tokens_kernel", "adapter_backward_weights_kernel",
+    )  # fmt: skip
+    listed = [forward, forward, tokens, tokens, weights]  # merged tokens have launches of their own
+    whole = [forward, tokens, weights]
+    assert both_passes() == listed
+    assert sorted(compiled) == sorted([*listed, *whole] if ahead else listed)
+    assert both_passes() == listed
+    assert compiled == []
+    for module in (adapter_forward, adapter_backward):
+        monkeypatch.setattr(module, "lists_for", lambda _: None)  # as while a graph is captured
+    assert both_passes() == whole
+    assert compiled == ([] if ahead else whole)
 
 
 @pytest.mark.parametrize(("value", "units"), [(None, 0), ("", 0), ("16", 16)])

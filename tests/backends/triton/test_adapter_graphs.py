@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mosa_kernels.functional.alignment import feature_alignment
+from mosa_kernels.functional.consistency import consistency
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.sampler import Draw, ExpertSampler
 from mosa_kernels.optim import MoSAAdamW
@@ -109,6 +111,43 @@ class TestOnDevice:
                 found.append([out.detach().clone(), *(parameter.grad.clone() for parameter in layer.parameters())])
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(a, b)
+
+    def test_compiled_from_the_first_call_on_with_lists_of_units(self) -> None:
+        """The lists lie outside of the graph's memory, and the graph finds its kernels, which take none, loaded."""
+        layer = self.layer(granularity="column", bottleneck=128, dropout=0.0)
+        compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+        x = torch.randn(8, 50, 192, device="cuda")
+        expert = torch.randint(4, (8,), device="cuda")
+        for _ in range(4):
+            found: list[list[Tensor]] = []
+            for call in (compiled, layer):
+                torch.compiler.cudagraph_mark_step_begin()
+                layer.zero_grad()
+                out = call(x, expert=expert)
+                out.square().sum().backward()
+                found.append([out.detach().clone(), *(parameter.grad.clone() for parameter in layer.parameters())])
+            for a, b in zip(*found, strict=True):  # by kernels that add in another order
+                assert (a - b).norm() <= 1e-4 * b.norm()
+
+    def test_compiled_losses_from_the_first_call_on(self) -> None:
+        """Nor do the counters lie in the graph's memory by which the programs find the last of them."""
+
+        def loss(features: Tensor, logits: Tensor, target: Tensor, backend: str) -> Tensor:
+            aligned = feature_alignment([features[:4]], [features[4:]], backend=backend)
+            return aligned + sum(consistency(logits[:4], logits[4:], target, backend=backend))
+
+        compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
+        for _ in range(4):
+            features = torch.randn(8, 50, 192, device="cuda", requires_grad=True)
+            logits = torch.randn(8, 100, device="cuda", requires_grad=True)
+            target = torch.randint(100, (4,), device="cuda")
+            torch.compiler.cudagraph_mark_step_begin()
+            found = compiled(features, logits, target, "triton")
+            grads = torch.autograd.grad(found, [features, logits])
+            wanted = loss(features, logits, target, "reference")
+            torch.testing.assert_close(found, wanted)
+            for grad, other in zip(grads, torch.autograd.grad(wanted, [features, logits]), strict=True):
+                torch.testing.assert_close(grad, other)
 
     def test_a_compiled_layer_draws_for_itself(self) -> None:
         layer = self.layer()
