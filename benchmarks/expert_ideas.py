@@ -3,8 +3,8 @@
     python benchmarks/expert_ideas.py benchmarks/accuracy/ideas
 
 Every idea is the MoSA of `table ours-2` that does best (an expert of two per sample, multiplied by N; two passes) with
-one thing changed, at the learning rate that validation chose there, as ablations are run in the paper. Eight seeds,
-each tested once. Runs that are done are not done again.
+one thing changed, at the learning rate that validation chose there, as ablations are run in the paper, beside that
+table's controls at what it chose for them. Eight seeds, each tested once. Runs that are done are not done again.
 """
 
 from __future__ import annotations
@@ -28,20 +28,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import mosa_kernels as mk
-from mosa_kernels._machine import machine
 from mosa_kernels.backends.arguments import MERGED
 from mosa_kernels.nn.projection import Projection
-from mosa_kernels.train.comparison_report import markdown_table
-from mosa_kernels.train.folder import read_json, versions, write_json, write_text
+from mosa_kernels.train.folder import read_json, write_json
 from mosa_kernels.train.loop import Trainer
 from mosa_kernels.train.objective import Objective
 from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, run_and_keep, run_cell
-from mosa_kernels.train.table_figure import draw_table
 from mosa_kernels.train.table_grid import Choice, Measured
-from mosa_kernels.train.table_report import rows_of_table
 from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_spec import Changes, Row, Table, Task, cell_settings, read_table
-from mosa_kernels.train.table_summary import differences_of, summarise_table
+from mosa_kernels.train.variant_report import Variant, write_variants
 
 SHARE = 0.25  # of the epochs, for what happens in the beginning or the end
 Choose = Callable[[Tensor, Trainer], "Tensor | int | None"]  # labels of a batch, trainer -> experts; None: at random
@@ -151,8 +147,9 @@ class Idea:
         adapter: overrides of its adapter options.
         passes: of each batch; None: the variant's.
         choose: makes the rule by which experts are chosen; None: at random.
+        numbers: what validation chose beside the learning rate.
         against: the key of what it is held against.
-        origin: "ours" or "control".
+        origin: "ours" or "control"; what is ours is held against every control, too.
     """
 
     key: str
@@ -161,6 +158,7 @@ class Idea:
     adapter: Mapping[str, Any] = field(default_factory=dict)
     passes: int | None = None
     choose: Callable[[], Choose] | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
     against: str = "random"
     origin: str = "ours"
 
@@ -204,6 +202,22 @@ IDEAS = (
         against="anchored",
     ),
     Idea("adaptformer", "AdaptFormer", "adaptformer", against="adaptformer", origin="control"),
+    Idea(
+        "dropout",
+        "AdaptFormer + dropout",
+        "dropout-wide",
+        numbers={"dropout": 0.1},
+        against="adaptformer",
+        origin="control",
+    ),
+    Idea(
+        "dropout-two-pass",
+        "AdaptFormer + dropout, two passes + KL",
+        "dropout-two-pass-wide",
+        numbers={"dropout": 0.1},
+        against="adaptformer",
+        origin="control",
+    ),
 )
 
 
@@ -237,7 +251,7 @@ def make_runs(table: Table, ideas: Sequence[Idea], lr: float, seeds: int, change
     runs = []
     for idea, task, seed in itertools.product(ideas, table.tasks, range(seeds)):
         row = dataclasses.replace(row_of(table, idea.variant), adapter=idea.adapter)
-        settings = cell_settings(table, row, task, {"lr": lr}, seed, changes, tuning=False)
+        settings = cell_settings(table, row, task, {"lr": lr, **idea.numbers}, seed, changes, tuning=False)
         if idea.passes is not None:
             settings = dataclasses.replace(settings, passes=idea.passes)
         runs.append(Run(idea.key, task.name, Cell(f"{idea.key} {task.name} seed {seed}", settings, test=True)))
@@ -272,56 +286,34 @@ def report(table: Table, ideas: Sequence[Idea], lr: float, results: Mapping[Run,
         found = [result for run, result in results.items() if (run.idea, run.task) == (idea.key, task.name)]
         measured.setdefault(idea.key, {})[task.name] = Measured(
             accuracies=tuple(accuracy_of(result) for result in found),
-            choice=Choice({"lr": lr}, math.nan, ()),
+            choice=Choice({"lr": lr, **idea.numbers}, math.nan, ()),
             parameters=found[0]["parameters"]["adapter"],
             seconds=statistics.fmean(result["seconds"] for result in found),
         )
-    rows = tuple(
-        Row(
-            variant=idea.key,
-            title=idea.title,
-            adapter={},
-            mechanism=None,
-            paper={},
-            paper_params=None,
-            origin=idea.origin,
+    controls = [idea.key for idea in ideas if idea.origin == "control"]
+    variants = [
+        Variant(
+            idea.key,
+            idea.title,
+            [key for key in (idea.against, *(controls if idea.origin == "ours" else ())) if key != idea.key],
+            idea.origin,
         )
         for idea in ideas
-    )
-    keys = {idea.key for idea in ideas}
-    pairs = [(idea.key, idea.against) for idea in ideas if idea.key != idea.against]
-    pairs += [(idea.key, "adaptformer") for idea in ideas if idea.origin == "ours" and idea.against != "adaptformer"]
-    shown = dataclasses.replace(
-        table, rows=rows, claims=(), added=tuple(pair for pair in dict.fromkeys(pairs) if set(pair) <= keys)
-    )
-    summaries, differences = summarise_table(shown, measured), differences_of(shown, measured)
+    ]
     seeds = len(next(iter(measured.values()))[table.tasks[0].name].accuracies)
     spent = sum(result["seconds"] for result in results.values())
-    title = f"What else experts could do: {table.model}, r = {table.bottleneck}, {seeds} seed(s)"
-    parts = [
-        f"# {title}",
-        f"Test accuracy in percent, ± over seeds; learning rate {lr:g} for every row, as validation chose it for the "
-        "first.",
-        markdown_table(rows_of_table(summaries)),
-        "Seed by seed:",
-        "\n".join(f"- {each}" for each in differences),
-        f"`python benchmarks/expert_ideas.py OUTPUT`, {spent:.0f} s of one thread, {machine()}.",
-    ]
-    markdown = "\n\n".join(parts) + "\n"
-    record = {
-        "title": title,
-        "lr": lr,
-        "measured": {key: {name: each.accuracies for name, each in found.items()} for key, found in measured.items()},
-        "differences": [
-            {**dataclasses.asdict(each), "mean": each.mean, "verdict": each.verdict} for each in differences
-        ],
-        "machine": machine(),
-        "versions": versions(),
-    }
-    write_text(output / "ideas.md", markdown)
-    write_json(output / "ideas.json", record)
-    draw_table(summaries, title, output / "ideas.png")
-    return markdown
+    tasks = "".join(f' --task "{task.name}"' for task in table.tasks)
+    return write_variants(
+        output / "ideas",
+        f"What else experts could do: {table.model}, r = {table.bottleneck}, {seeds} seed(s)",
+        table,
+        variants,
+        measured,
+        note=f"Test accuracy in percent, ± over seeds; learning rate {lr:g} for every row, as validation chose it for "
+        "the first.",
+        how=f"`python benchmarks/expert_ideas.py OUTPUT{tasks}`, {spent:.0f} s of one thread",
+        record={"lr": lr},
+    )
 
 
 def main(
