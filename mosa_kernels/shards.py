@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -25,6 +25,30 @@ def check_sharding(name: str, tensor: Tensor) -> None:
             f"{name}: expected whole tensors, or DTensors divided along their first dimension once, got "
             f"{list(tensor.shape)} with {tuple(placements)}"
         )
+
+
+def check_unsharded(model: nn.Module, instead: str) -> None:
+    """Raises ValueError if a parameter is sharded: what FSDP2 has divided it goes on putting where it was.
+
+    Args:
+        instead: what to do.
+    """
+    name = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if name is not None:
+        raise ValueError(f"model: expected whole parameters, got {name} sharded by fully_shard; {instead}")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """What all ranks hold of a tensor together; of a sharded one every rank has to ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copies a whole value into a tensor, of a sharded one into this rank's rows."""
+    if is_sharded(tensor):
+        check_sharding("model", tensor)
+        value = value[local_rows(tensor)]
+    local_part(tensor).copy_(value)
 
 
 def local_part(tensor: Tensor) -> Tensor:

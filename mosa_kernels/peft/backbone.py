@@ -71,16 +71,29 @@ def describe_backbone(model: nn.Module, unfrozen: Collection[str] = ()) -> dict[
     if meta is not None:
         raise ValueError(f"model: expected one with weights, got {meta} on the meta device")
     cfg = getattr(model, "pretrained_cfg", None) or {}
+    # FSDP2 and torch.nn.utils.parametrize put a class of their own before it
+    kind = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.")).__name__
     return {
-        "class": type(model).__name__,
-        "architecture": cfg.get("architecture") or type(model).__name__,
+        "class": kind,
+        "architecture": cfg.get("architecture") or kind,
         "tag": cfg.get("tag") or "",
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "shapes": _shapes(model, tensors),
         "unfrozen": sorted(unfrozen),
         "sha256": tensors_digest({name: tensor for name, tensor in tensors.items() if name not in unfrozen}),
     }
+
+
+def _shapes(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    """By name; of linear layers as they compute, for quantisation packs weights and adds its scales to the state."""
+    places = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    linear = {
+        f"{path}.weight": [layer.out_features, layer.in_features]
+        for path, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, nn.Linear)
+    }
+    return {name: linear.get(name, list(tensor.shape)) for name, tensor in tensors.items() if name in places}
 
 
 def check_backbone(saved: dict[str, Any], model: nn.Module, ignore_hash: bool) -> None:

@@ -158,13 +158,24 @@ def check_unrouted(book: AdapterBook) -> None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` and data-parallel wrappers."""
+    return _layers(model)[-1]
+
+
+def is_kept_in_step(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel is around it: it keeps in step only what trained when it was made."""
+    return any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers(model))
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The wrappers, from the outermost, and the model."""
+    found = [model]
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
+        inner = getattr(found[-1], "_orig_mod", None)
+        if inner is None and isinstance(found[-1], (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = found[-1].module
         if inner is None:
-            return model
-        model = inner
+            return found
+        found.append(inner)
 
 
 def find_book(model: nn.Module) -> AdapterBook | None:

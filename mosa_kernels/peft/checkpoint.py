@@ -24,6 +24,7 @@ from mosa_kernels.peft.head import current_head, head_paths
 from mosa_kernels.peft.inject import delete_adapter, inject_adapter
 from mosa_kernels.peft.switch import set_adapter
 from mosa_kernels.peft.tuned import Tuned
+from mosa_kernels.shards import check_unsharded, fill, is_sharded, whole
 from mosa_kernels.version import __version__
 
 FORMAT = 1
@@ -39,7 +40,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     buffers, such as BatchNorm's running statistics, are not: they stand still as long as the model has adapters.
 
     The backbone's name in timm and the SHA-256 of its weights are recorded. A save that is interrupted leaves what was
-    there before. Other files in the directory stay.
+    there before. Other files in the directory stay. Of a model that FSDP2 has sharded (`fully_shard`) every rank has to
+    call this: the ranks put the tensors together, and the first one writes.
 
     Args:
         model: with adapters.
@@ -69,8 +71,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         "backbone": describe_backbone(model, unfrozen),
     }
     tensors = {
-        key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name, unfrozen).items()
+        key: whole(tensor.detach()).cpu().contiguous().clone()
+        for key, tensor in _tensors(model, name, unfrozen).items()
     }
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
+        return
     write_adapter(Path(directory), description, tensors)
 
 
@@ -87,7 +92,8 @@ def load_adapter(
     A model without adapters, or without one of this name, gets them injected; an adapter of this name with the same
     configuration gets its weights replaced. What was unfrozen of the backbone becomes the adapter's own version of
     these parameters, which stands in the model while the adapter is active, and trains; the backbone stays as it was.
-    (Of an adapter that is there already, those that are unfrozen in the model take the saved values.)
+    (Of an adapter that is there already, those that are unfrozen in the model take the saved values.) A model that
+    FSDP2 has sharded takes the weights of an adapter that it has; others are loaded before it is sharded.
 
     Args:
         model: the backbone that the adapter was trained on, with as many classes.
@@ -129,7 +135,7 @@ def load_adapter(
 
     active = None if book is None else book.active
     if not known:
-        inject_adapter(inner, config, name, num_classes=num_classes if here != num_classes else None)
+        inject_adapter(model, config, name, num_classes=num_classes if here != num_classes else None)
     try:
         _load_tensors(
             inner, name, tensors, Path(directory) / WEIGHTS_FILE, description["backbone"].get("unfrozen", []), known
@@ -140,7 +146,7 @@ def load_adapter(
             if active is not None:
                 set_adapter(inner, active)
         raise
-    set_adapter(inner, name)
+    set_adapter(model, name)
     return model
 
 
@@ -194,7 +200,7 @@ def _load_tensors(
     _give_own(model, name, [each for each in unfrozen if each not in in_place])
     with torch.no_grad():
         for key, place in _tensors(model, name, unfrozen).items():
-            place.copy_(tensors[key])
+            fill(place, tensors[key])
 
 
 def _give_own(model: nn.Module, name: str, paths: list[str]) -> None:
@@ -204,6 +210,7 @@ def _give_own(model: nn.Module, name: str, paths: list[str]) -> None:
     paths = [path for path in paths if tuned is None or path not in tuned.paths]
     if not paths:
         return
+    check_unsharded(model, "load before it is sharded")
     if tuned is None:
         tuned = book.tuned[name] = Tuned({})
     elif name == book.active:

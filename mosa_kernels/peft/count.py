@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.projection import Projection
@@ -39,7 +39,7 @@ class TrainableParameters:
         kinds: down weights, up weights, biases, norms and scales of the active adapter; of a baseline, prompts, or
             what it trains of the backbone. Of the biases, one per output feature is counted here, as in the paper.
         expert_biases: what one bias per expert adds to that, (N - 1) * d for each adapter.
-        head: parameters of the classifier, and what trains in a model around the timm model.
+        head: what trains of the classifier, and in a model around the timm model.
         backbone: parameters of the backbone without a classifier; all frozen but those that a baseline trains, and
             those that somebody has unfrozen.
         unfrozen: how many these last are.
@@ -87,6 +87,8 @@ class TrainableParameters:
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """Counts what trains in a model with adapters, or around one; printing the result gives a table.
 
+    What trains is what takes gradients (`requires_grad`): a head or a part of the adapters that you froze is left out.
+
     Raises:
         ValueError: the model has no adapters, or all are disabled.
     """
@@ -100,45 +102,57 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     for _, _, adapter in book.adapters(book.active):
         for kind, count in _count(adapter).items():
             counts[kind] += count
-        if adapter.up.bias is not None and adapter.up.bias.dim() == 2:
-            expert_biases += adapter.up.bias.numel() - adapter.out_dim
+        expert_biases += _trained(adapter.up.bias) - _one_bias(adapter)
     for _, _, prompts in book.prompts(book.active):
-        size = sum(parameter.numel() for parameter in prompts.parameters())
-        counts["prompts"] += Count(size, size)
+        counts["prompts"] += _count_trained(prompts.weight)
     tuned = book.tuned_by(book.active)
     unfrozen = sum(parameter.numel() for parameter in unfrozen_parameters(model).values())
     if tuned is not None:
-        beyond = tuned.beyond(book.configs[book.active].method)
-        sizes = {path: value.numel() for path, value in tuned.tensors().items()}
-        extra = sum(sizes[path] for path in beyond)
-        unfrozen += extra
-        size = sum(sizes.values()) - extra
-        counts["backbone"] += Count(size, size)
+        beyond = set(tuned.beyond(book.configs[book.active].method))
+        values = {path: model.get_parameter(path) for path in tuned.paths}
+        unfrozen += sum(_trained(value) for path, value in values.items() if path in beyond)
+        counts["backbone"] += _count_trained(*(value for path, value in values.items() if path not in beyond))
     head = current_head(model)
     others = sum(parameter.numel() for slot in book.slots() for parameter in slot.parameters())
     others += sum(parameter.numel() for parameter in book.parameters())
     classifier = sum(parameter.numel() for parameter in head.parameters())
-    own = set(model.parameters())
-    head_size = classifier + sum(each.numel() for each in whole.parameters() if each.requires_grad and each not in own)
+    beside = {*whole.parameters()} - {*model.parameters()} | {*head.parameters()}
+    head_size = sum(_trained(parameter) for parameter in beside)
     everything = sum(parameter.numel() for parameter in model.parameters())
     return TrainableParameters(counts, expert_biases, head_size, everything - others - classifier, unfrozen)
 
 
 def _count(adapter: FusedMoSAAdapter) -> dict[str, Count]:
-    biases = 0 if adapter.down.bias is None else adapter.down.bias.numel() + adapter.out_dim
-    norms = 0 if adapter.norm is None else sum(parameter.numel() for parameter in adapter.norm.parameters())
-    scales = adapter.scale.numel() if isinstance(adapter.scale, nn.Parameter) else 0
+    biases = _trained(adapter.down.bias) + _one_bias(adapter)
     return {
         "down weights": _count_weight(adapter, adapter.down),
         "up weights": _count_weight(adapter, adapter.up),
         "biases": Count(biases, biases),
-        "norms": Count(norms, norms),
-        "scales": Count(scales, scales),
+        "norms": _count_trained(*([] if adapter.norm is None else adapter.norm.parameters())),
+        "scales": _count_trained(adapter.scale if isinstance(adapter.scale, nn.Parameter) else None),
     }
 
 
+def _trained(parameter: Tensor | None) -> int:
+    """Its size, if it takes gradients."""
+    return parameter.numel() if parameter is not None and parameter.requires_grad else 0
+
+
+def _count_trained(*parameters: Tensor | None) -> Count:
+    size = sum(map(_trained, parameters))
+    return Count(size, size)
+
+
+def _one_bias(adapter: FusedMoSAAdapter) -> int:
+    """What the up-projection's bias counts for, without those of further experts."""
+    bias = adapter.up.bias
+    return _trained(bias) // (len(bias) if bias is not None and bias.dim() == 2 else 1)
+
+
 def _count_weight(adapter: FusedMoSAAdapter, projection: Projection) -> Count:
-    stored = projection.weight.numel()
+    stored = _trained(projection.weight)
+    if not stored:
+        return Count()
     kept, assignment = adapter.sampler.fixed, projection.assignment
     if kept is None or assignment is None:
         return Count(stored, stored)

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mosa_kernels.shards import whole
+
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _EMBEDDED, _DIGEST, _SAVE = "adapter_config", "tensors_sha256", "save_sha256"
 
@@ -90,10 +92,10 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in hexadecimal."""
+    """SHA-256 over names, dtypes, shapes and bytes, in hexadecimal; of sharded tensors every rank has to ask."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
+        tensor = whole(tensors[name].detach())
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.nn.lora import FusedMoSALoRA
 from mosa_kernels.peft.attention import find_attention, projected
 from mosa_kernels.peft.book import AdapterBook, book_of, check_settled, unwrap
+from mosa_kernels.shards import check_unsharded
+
+MERGE_WHOLE = "save_adapter on every rank, then load_adapter and merge in a model that is not sharded"
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ def merge_adapter(model: nn.Module, rule: str | None = None, *, expert: int | No
 
     Raises:
         TypeError: `expert` is no whole number.
-        ValueError: the model has no adapters, the active one does not fold, is merged already, the rule is neither,
-            or there is no such expert.
+        ValueError: the model has no adapters, the active one does not fold, is merged already, the weights are
+            quantised or sharded by FSDP2, the rule is neither, or there is no such expert.
     """
     book = book_of(model)
     check_settled(book)
@@ -70,6 +74,7 @@ def merge_adapter(model: nn.Module, rule: str | None = None, *, expert: int | No
         what = config.method if config.method != "adapter" else config.style
         raise ValueError(f"model: expected an active adapter of style 'lora', which folds into weights, got {what!r}")
     model = unwrap(model)
+    check_unsharded(model, MERGE_WHOLE)
     updates = low_rank_updates(book, book.active, rule, expert)
     originals = {path: model.get_parameter(path).detach().clone() for path, _, _ in updates}
     loss = fold(model, updates)
@@ -119,13 +124,31 @@ Update = tuple[str, int, Tensor]
 
 
 def low_rank_updates(book: AdapterBook, name: str, rule: str | None, expert: int | None) -> list[Update]:
-    """What the low-rank adapters of a name add to the model's weights."""
+    """What the low-rank adapters of a name add to the model's weights.
+
+    Raises:
+        ValueError: a weight is quantised.
+    """
     updates = []
     for path, site, adapter in book.adapters(name):
         if isinstance(adapter, FusedMoSALoRA):
-            place = projected(find_attention(book.model.get_submodule(path)), site)
+            attention = find_attention(book.model.get_submodule(path))
+            place = projected(attention, site)
+            layer = attention.get_submodule(place.layer)
+            _check_folds(f"{path}.attn.{place.layer}.weight", layer, place.columns)
             updates.append((f"{path}.attn.{place.layer}.weight", place.start, adapter.delta(rule, expert)))
     return updates
+
+
+def _check_folds(path: str, layer: Any, columns: int) -> None:
+    """Quantised weights are codes, which of 4 bits are packed, and which of 8 would take an update as a number."""
+    weight = layer.weight
+    if not weight.is_floating_point() or weight.element_size() < 2 or list(weight.shape[1:]) != [columns]:
+        raise ValueError(
+            f"model: expected {path} in floating point, for an update to fold into, got {weight.dtype} "
+            f"{list(weight.shape)} of a {type(layer).__name__}; load the adapter into the model as it was before it "
+            "was quantised (load_adapter with ignore_backbone_hash=True) and merge there"
+        )
 
 
 @torch.no_grad()

@@ -15,15 +15,32 @@ from mosa_kernels.nn.streams import derived_seed
 from mosa_kernels.peft.attention import find_attention, projected
 from mosa_kernels.peft.backbone import backbone_tensors
 from mosa_kernels.peft.block import PROMPTS, AdapterSlot, give_slot, take_slot
-from mosa_kernels.peft.book import BOOK, AdapterBook, book_of, check_known, check_settled, find_book, unwrap
+from mosa_kernels.peft.book import (
+    BOOK,
+    AdapterBook,
+    book_of,
+    check_known,
+    check_settled,
+    find_book,
+    is_kept_in_step,
+    unwrap,
+)
 from mosa_kernels.peft.checkpointing import let_gradients_in
 from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
-from mosa_kernels.peft.placement import FoundBlock, block_width, find_blocks, forward_class, select_layers
+from mosa_kernels.peft.placement import (
+    FoundBlock,
+    block_parameter,
+    block_width,
+    find_blocks,
+    forward_class,
+    select_layers,
+)
 from mosa_kernels.peft.prompts import check_prompts, make_prompts
 from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site
 from mosa_kernels.peft.switch import set_adapter
 from mosa_kernels.peft.tuned import Tuned, is_bias
+from mosa_kernels.shards import check_unsharded
 
 
 def inject_adapter(
@@ -53,13 +70,20 @@ def inject_adapter(
     Raises:
         TypeError: `config` is no MoSAConfig, or the model no timm model.
         UnknownModelError: the model is not a ViT or Swin whose blocks are known; it is left as it was.
-        ValueError: the name is taken or unfit, a layer is out of range, or the style does not fit the blocks.
+        ValueError: the name is taken or unfit, a layer is out of range, the style does not fit the blocks, or the model
+            is in a DistributedDataParallel or sharded already.
     """
     if not isinstance(config, MoSAConfig):
         raise TypeError(f"config: expected a MoSAConfig, got {type(config).__name__}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a timm model, got {type(model).__name__}")
+    if is_kept_in_step(model):
+        raise ValueError(
+            "model: expected one that is not wrapped yet, got a DistributedDataParallel, which keeps in step only what "
+            "trained when it was made; inject first and wrap then"
+        )
     model = unwrap(model)
+    check_unsharded(model, "inject before it is sharded")
     book = find_book(model)
     _check_name(adapter_name, book)
     if book is not None:
@@ -76,6 +100,7 @@ def inject_adapter(
     own_head = current_head(model)
 
     made = _make(model, config, blocks, layers)
+    tuned = _make_tuned(model, config.method)
     if book is None:
         book = _open_book(model, blocks)
         head = own_head
@@ -87,7 +112,6 @@ def inject_adapter(
     for index, adapters in made.items():
         slot = book.slots()[index]
         slot[adapter_name] = adapters
-    tuned = _make_tuned(model, config.method)
     if tuned is not None:
         book.tuned[adapter_name] = tuned
     book.configs[adapter_name] = config
@@ -101,12 +125,14 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     With the last one gone the model is what it was before: its own head, its own trainable parameters, plain blocks.
 
     Raises:
-        ValueError: the model has no adapter of this name, or one is merged into the frozen weights.
+        ValueError: the model has no adapter of this name, one is merged into the frozen weights, or FSDP2 has sharded
+            the model.
     """
     book = book_of(model)
     check_known(book, adapter_name)
     check_settled(book)
     model = unwrap(model)
+    check_unsharded(model, "delete before it is sharded")
     others = [name for name in book.configs if name != adapter_name]
     if not others:
         return remove_all(model)
@@ -217,7 +243,7 @@ def _make_adapters(config: MoSAConfig, found: FoundBlock, index: int, num_expert
     assert full.activation is not None
     assert full.scale is not None
     assert full.norm is not None
-    reference = next(found.block.parameters())
+    reference = block_parameter(found.block)
     adapters = nn.ModuleDict()
     for site in config.sites:
         # Of LoRA's sites the number is the target's, whichever others there are; of the others, that in the style.
@@ -270,8 +296,13 @@ def _make_tuned(model: nn.Module, method: str) -> Tuned | None:
     if method not in ("full", "bitfit"):
         return None
     known = backbone_tensors(model)
-    paths = [name for name, _ in model.named_parameters() if name in known]
-    return Tuned({name: known[name] for name in paths if method == "full" or is_bias(name)})
+    paths = [name for name, _ in model.named_parameters() if name in known and (method == "full" or is_bias(name))]
+    for name in paths:
+        if not known[name].is_floating_point():
+            raise ValueError(
+                f"method: {method!r} trains {name}, which is quantised to {known[name].dtype}; expected floating point"
+            )
+    return Tuned({name: known[name] for name in paths})
 
 
 def _open_book(model: nn.Module, blocks: list[FoundBlock]) -> AdapterBook:

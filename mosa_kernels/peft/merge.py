@@ -13,11 +13,12 @@ from mosa_kernels.backends.merge import MergedWeights
 from mosa_kernels.functional.merge import merge_adapters
 from mosa_kernels.nn.lora import FusedMoSALoRA
 from mosa_kernels.peft.book import book_of, check_known, check_settled, holder_of, unwrap
-from mosa_kernels.peft.fold import check_rule, fold, low_rank_updates
+from mosa_kernels.peft.fold import MERGE_WHOLE, check_rule, fold, low_rank_updates
 from mosa_kernels.peft.inject import remove_all
-from mosa_kernels.peft.placement import BlockKind, find_blocks
+from mosa_kernels.peft.placement import BlockKind, block_parameter, find_blocks
 from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
 from mosa_kernels.peft.switch import set_adapter
+from mosa_kernels.shards import check_unsharded
 
 
 def merge_and_unload(
@@ -48,12 +49,13 @@ def merge_and_unload(
         TypeError: `expert` is no whole number.
         ValueError: the model has no adapters, none of this name, one is merged already (see `unmerge_adapter`), the
             rule is neither, there is no such expert, or it is a baseline with prompts, which are tokens that no
-            weight can take in.
+            weight can take in; of style "lora", if the weights are quantised; or FSDP2 has sharded the model.
     """
     check_rule(rule, expert)
     whole, model = unwrap(model), holder_of(model)
     book = book_of(model)
     check_settled(book)
+    check_unsharded(model, MERGE_WHOLE)
     name = book.active if adapter_name is None else adapter_name
     if name is None:
         raise ValueError("adapter_name: expected one, for within disable_adapter none is active")
@@ -74,9 +76,8 @@ def merge_and_unload(
         remove_all(model, keep_head=True)
         return whole
     exact = merge_adapters(inputs, dtype=_working_dtype(inputs[0].w_down.dtype))
-    merged = [
-        _rounded(weights, adapter.down.weight.dtype) for weights, (_, _, adapter) in zip(exact, placed, strict=True)
-    ]
+    dtypes = [block_parameter(model.get_submodule(path)).dtype for path, _, _ in placed]  # adapters may be in float32
+    merged = [_rounded(weights, dtype) for weights, dtype in zip(exact, dtypes, strict=True)]
     _tell_rounding(exact, merged)
     dense = [adapter.dense_from(weights) for weights, (_, _, adapter) in zip(merged, placed, strict=True)]
     paths = [(path, site) for path, site, _ in placed]

@@ -88,6 +88,11 @@ def block_width(block: nn.Module) -> int:
     return int(norm.normalized_shape[-1] if norm.weight is None else norm.weight.shape[0])
 
 
+def block_parameter(block: nn.Module) -> nn.Parameter:
+    """The parameter whose device and dtype a block's adapters take; quantised weights are integers."""
+    return next(parameter for parameter in block.parameters() if parameter.is_floating_point())
+
+
 def _has(module: nn.Module, path: str) -> bool:
     try:
         module.get_submodule(path)
@@ -117,6 +122,11 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
                 )
             found.append(FoundBlock(path, module, kind))
         elif kind is not None:
+            inner = _inner_model(model, path)
+            if inner is not None:
+                raise UnknownModelError(
+                    f"model: expected the timm model, got a {type(model).__name__} around it; pass model.{inner}"
+                )
             raise UnknownModelError(
                 f"model: {type(model).__name__} has a transformer block at {path}, which is not where ViTs and Swins "
                 "have theirs; adapters would reach only a part of the model"
@@ -127,6 +137,17 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
             f"found none in {type(model).__name__}"
         )
     return found
+
+
+def _inner_model(model: nn.Module, path: str) -> str | None:
+    """Where in a module the timm model is whose block is at a path, where ViTs and Swins have theirs; None: nowhere."""
+    inner, _, name = path.partition(".")
+    while not _PATHS.fullmatch(name) or not hasattr(model.get_submodule(inner), "get_classifier"):
+        if not name:
+            return None
+        part, _, name = name.partition(".")
+        inner = f"{inner}.{part}"
+    return inner
 
 
 def select_layers(layers: tuple[int, ...] | None, depth: int) -> list[int]:

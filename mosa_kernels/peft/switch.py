@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from mosa_kernels.peft.book import AdapterBook, book_of, check_known, check_settled, find_book, unwrap
+from mosa_kernels.peft.book import AdapterBook, book_of, check_known, check_settled, find_book, is_kept_in_step, unwrap
 from mosa_kernels.peft.head import Head, current_head, install_head
+from mosa_kernels.shards import check_unsharded
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Makes an adapter (or baseline), with its head, the one that runs and the only one that trains.
 
+    A DistributedDataParallel goes on keeping in step only what trained when it was made: a warning says so.
+
     Returns:
         The model.
 
     Raises:
-        ValueError: the model has no adapter of this name, or one is merged into the frozen weights.
+        ValueError: the model has no adapter of this name, one is merged into the frozen weights, or it is a baseline
+            with its own version of parameters that FSDP2 has sharded.
     """
     book = book_of(model)
     check_known(book, name)
+    if is_kept_in_step(model) and name != book.active:
+        warnings.warn(
+            f"model: DistributedDataParallel keeps in step only what trained when it was made, which {name!r} did not; "
+            "to train it, wrap the model again",
+            stacklevel=2,
+        )
     _run(unwrap(model), book, name)
     let_train(unwrap(model), book, {name})
     return model
@@ -78,7 +89,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         if find_book(model) is not book:
             pass  # all adapters were deleted or merged
         elif before is not None and (book.active is not None or before not in book.configs):
-            set_adapter(model, before if before in book.configs else next(iter(book.configs)))  # and lets it train
+            # and lets it train
+            set_adapter(unwrap(model), before if before in book.configs else next(iter(book.configs)))
         else:
             _run(unwrap(model), book, before)
             for parameter, flag in trained:
@@ -107,6 +119,8 @@ def _run(model: nn.Module, book: AdapterBook, name: str | None) -> None:
 
 def _exchange_tuned(model: nn.Module, book: AdapterBook, name: str | None) -> None:
     before, after = book.tuned_by(book.active), book.tuned_by(name)
+    if before is not None or after is not None:
+        check_unsharded(model, "switch before it is sharded")
     if before is not None:
         before.requires_grad_(False)
         for path in before.paths:

@@ -279,3 +279,13 @@ def test_tokens_without_a_batch() -> None:
     expected = layer_oracle(layer, x[None], 2, layer.merged_scale)[0]
     torch.testing.assert_close(layer(x, expert=2).double(), expected, rtol=1e-5, atol=1e-5)
     assert trained_layer(expert_per="batch")(x).shape == (D,)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_computation_not_its_result(gradients: bool) -> None:
+    layer = trained_layer().eval()
+    first, second = torch.randn(4, 7, D), torch.randn(4, 7, D)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(layer, first)
+        torch.testing.assert_close(traced(second), layer(second), rtol=1e-5, atol=1e-5)

@@ -266,3 +266,14 @@ def test_shallow_prompts_do_not_cross_stages() -> None:
     model.blocks[1].norm1 = nn.LayerNorm(47)
     with pytest.raises(ValueError, match=r"'vpt-shallow' carries its prompts through all blocks, which stages of .*47"):
         inject_adapter(model, MoSAConfig(method="vpt-shallow"))
+
+
+def test_quantised_weights_do_not_train() -> None:
+    model = make()
+    codes = nn.Parameter(torch.zeros(48, 48, dtype=torch.int8), requires_grad=False)
+    model.blocks[0].attn.proj.weight = codes
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"method: 'full' trains blocks\.0\.attn\.proj\.weight, .* torch\.int8"):
+        inject_adapter(model, MoSAConfig(method="full"))
+    assert list(model.state_dict()) == keys
+    inject_adapter(model, MoSAConfig(method="bitfit"))

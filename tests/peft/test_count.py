@@ -114,3 +114,33 @@ def test_without_an_active_adapter_there_is_nothing_to_count() -> None:
     train_a_little(model)
     with disable_adapter(model), pytest.raises(ValueError, match="expected an active adapter"):
         trainable_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen", "kind"),
+    [
+        ({}, "up.bias", "biases"),
+        ({}, "norm", "norms"),
+        ({"mode": "pruned"}, "down.weight", "down weights"),
+        ({"learnable_scale": True}, "scale", "scales"),
+        ({"style": "lora"}, "blocks.0.mosa", "up weights"),
+        ({"method": "vpt-deep"}, "blocks.1.mosa", "prompts"),
+        ({"method": "bitfit"}, "blocks.0.norm1", "backbone"),
+        ({}, "head", None),
+    ],
+    ids=str,
+)
+def test_what_somebody_has_frozen_is_not_counted(options: dict, frozen: str, kind: str | None) -> None:
+    model = inject_adapter(make(), MoSAConfig(bottleneck=8, **options))
+    before = trainable_parameters(model)
+    parameters = [parameter for name, parameter in model.named_parameters() if frozen in name]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    count = trainable_parameters(model)
+    assert count.total == sum(p.numel() for p in model.parameters() if p.requires_grad) < before.total
+    assert count.backbone == before.backbone
+    if kind is not None:
+        assert count.head == before.head
+        assert count.kinds[kind].stored < before.kinds[kind].stored
+    with torch.no_grad():
+        assert trainable_parameters(model) == count

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -260,3 +261,23 @@ def test_checkpointing_gives_the_same_gradients(family: Family, options: dict) -
         model(x).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("around", "where"),
+    [
+        (lambda model: nn.Sequential(model, nn.ReLU()), r"model\.0"),
+        (lambda model: nn.Sequential(nn.ModuleDict({"backbone": model})), r"model\.0\.backbone"),
+        (
+            lambda _: timm.create_model("vit_tiny_patch16_224", img_size=32, features_only=True, out_indices=(0,)),
+            r"model\.model",
+        ),
+    ],
+    ids=["sequential", "nested", "features_only"],
+)
+def test_a_model_around_the_backbone_is_told_where_that_is(
+    around: Callable[[nn.Module], nn.Module], where: str
+) -> None:
+    model = around(make())
+    with pytest.raises(UnknownModelError, match=rf"expected the timm model, got a \w+ around it; pass {where}$"):
+        inject_adapter(model, MoSAConfig())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mosa_kernels.nn.lora import FusedMoSALoRA
 from mosa_kernels.nn.sampler import Draw
 from mosa_kernels.peft import (
+    BackboneMismatchError,
     MoSAConfig,
     delete_adapter,
     disable_adapter,
@@ -346,3 +347,41 @@ def test_attention_of_an_unknown_class_is_refused_by_name() -> None:
         inject_adapter(model, MoSAConfig(style="lora"))
     assert list(model.state_dict()) == keys
     inject_adapter(model, MoSAConfig(style="lora", layers=(0,)))
+
+
+class Coded(nn.Linear):
+    """As quantised layers are: codes in the place of the weight, of 8 bits or packed, and further state."""
+
+    def __init__(self, layer: nn.Linear, packed: bool) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.step = float(layer.weight.detach().abs().max()) / 127
+        codes = (layer.weight.detach() / self.step).round().to(torch.int8)
+        self.weight = nn.Parameter(codes.reshape(-1, 1) if packed else codes, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.step * self.weight.view(self.out_features, -1), self.bias)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight.step"] = torch.tensor(self.step)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_quantised_weights_take_no_update_and_their_adapter_merges_elsewhere(packed: bool, tmp_path: Path) -> None:
+    model, x = make(), images()
+    for block in model.blocks:
+        block.attn.qkv = Coded(block.attn.qkv, packed)
+    inject_adapter(model, MoSAConfig(style="lora", bottleneck=4))
+    train_a_little(model)
+    before = model(x)
+    for merge in (merge_adapter, merge_and_unload):
+        with pytest.raises(ValueError, match=r"expected blocks\.0\.attn\.qkv\.weight in floating point, .* of a Coded"):
+            merge(model)
+        assert torch.equal(model(x), before)
+    save_adapter(model, tmp_path)
+    with pytest.raises(BackboneMismatchError, match="the names and shapes agree"):
+        load_adapter(make(), tmp_path)
+    whole = load_adapter(make(), tmp_path, ignore_backbone_hash=True)
+    torch.testing.assert_close(merge_and_unload(whole)(x), before, rtol=0.05, atol=0.05)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mosa_kernels.nn.dense import DenseAdapter
 from mosa_kernels.peft import MoSAConfig, adapter_names, inject_adapter, merge_and_unload, set_adapter
+from mosa_kernels.peft.book import book_of
 from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
 
 OURS = (DenseAdapter, ParallelAdapter, SequentialAdapter)
@@ -120,3 +121,18 @@ def test_half_precision_says_what_rounding_did() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     difference = (model(x) - before).float().norm() / before.float().norm()
     assert difference < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_adapters_in_float32_merge_into_the_dtype_of_their_block(dtype: torch.dtype) -> None:
+    model, x = make().to(dtype), images().to(dtype)
+    inject_adapter(model, MoSAConfig(bottleneck=4))
+    for _, _, adapter in book_of(model).adapters("default"):
+        adapter.float()
+    train_a_little(model)
+    before = model(x)
+    with pytest.warns(UserWarning, match=f"merged into {dtype}"):
+        merge_and_unload(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)
