@@ -276,7 +276,7 @@ def mosa_adapter(
         merged_scale: the same for the merged projection: 1/N is the mean of the experts, 1 Eq. 7.
         activity: float32 [N] that requires grad: its gradient is 1 for each expert that ran.
         backend: None for the automatic choice, or "reference", "cpu", ... (see `available_backends`). Within transforms
-            of torch.func that is "reference".
+            of torch.func that is "reference", and whatever it is torch.jit.trace records the definition.
 
     Returns:
         Tensor with the shape and dtype of x, differentiable any number of times; where a graph of the backward pass is
@@ -322,10 +322,16 @@ def mosa_adapter(
         compute_dtype,
     )
     check_adapter(args)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        if backend not in (None, "reference"):
-            raise ValueError(f"backend: expected None or 'reference' within transforms of torch.func, got {backend!r}")
-        backend = "reference"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            if backend not in (None, "reference"):
+                raise ValueError(
+                    f"backend: expected None or 'reference' within transforms of torch.func, got {backend!r}"
+                )
+            backend = "reference"
+        elif torch.jit.is_tracing():
+            # It sees PyTorch's operators alone, and takes what a kernel wrote for a constant.
+            backend = "reference"
     name = choose_adapter_backend(args, backend)
     if name == "reference":
         return _definition(args)

@@ -142,8 +142,13 @@ def _check_device(name: str, tensor: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"{name}: expected on {x.device} (as x), got {tensor.device}")
 
 
+def _has_no_values() -> bool:
+    """Whether tensors stand for others: while a graph is made, and within `torch.func.vmap`."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _check_experts(args: AdapterArguments) -> None:
-    """Ids are looked at where that costs nothing: numbers and tensors on the CPU, outside of tracing."""
+    """Ids are looked at where that costs nothing: numbers and tensors on the CPU that hold any."""
     count = None
     if args.b_up is not None and args.b_up.dim() == 2:
         count = args.b_up.shape[0]
@@ -157,7 +162,7 @@ def _check_experts(args: AdapterArguments) -> None:
         count = 255
     if args.expert is None:
         ids = [args.expert_id]
-    elif args.expert.device.type == "cpu" and not torch.compiler.is_compiling() and type(args.expert) is Tensor:
+    elif args.expert.device.type == "cpu" and type(args.expert) is Tensor and not _has_no_values():
         listed = args.expert.tolist()
         ids = listed if isinstance(listed, list) else [listed]
     else:

@@ -232,8 +232,7 @@ class FusedMoSAAdapter(nn.Module):
             expert_scale=self.expert_scale,
             merged_scale=self.merged_scale,
             activity=None if empty else activity,
-            # torch.jit.trace sees PyTorch's operators alone, and takes what a kernel wrote for a constant
-            backend="reference" if torch.jit.is_tracing() else self.backend,
+            backend=self.backend,
         )
         if empty and activity is not None:
             out = out + activity.sum().to(out.dtype)  # reports that no expert ran: the gradient is a sum of nothing

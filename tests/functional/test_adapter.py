@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -239,6 +240,35 @@ def test_transforms_of_torch_func_run_the_definition() -> None:
         torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, tokens), leaf)[0])
     with pytest.raises(ValueError, match="backend: expected None or 'reference' within transforms"):
         torch.func.grad(loss)(w["w_up"], x[0], "cpu")
+
+
+def test_vmap_takes_experts_along() -> None:
+    """One for each sample, or drawn for it; their values are nowhere to be looked at."""
+    w = {name: value.detach() for name, value in _weights().items()}
+    x, expert, assignment = torch.randn(4, 5, D), torch.tensor([0, 1, 2, -1]), _assignment()
+
+    def adapted(tokens: Tensor, expert: Tensor) -> Tensor:
+        return mk.mosa_adapter(tokens, assignment=assignment, expert=expert, **w)
+
+    found = torch.func.vmap(adapted)(x, expert)
+    for out, tokens, each in zip(found, x, expert, strict=True):
+        torch.testing.assert_close(out, adapted(tokens, each))
+    drawn = torch.func.vmap(lambda tokens: adapted(tokens, torch.randint(N, ())), randomness="different")(x)
+    assert drawn.shape == x.shape
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_a_trace_holds_the_computation_not_its_result(backend: str | None) -> None:
+    w, assignment = {name: value.detach() for name, value in _weights().items()}, _assignment()
+
+    def adapted(x: Tensor) -> Tensor:
+        return mk.mosa_adapter(x, assignment=assignment, expert=1, backend=backend, **w)
+
+    first, second = torch.randn(4, 7, D), torch.randn(4, 7, D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of checks that become constants, and of torch.jit itself
+        traced = torch.jit.trace(adapted, first)
+    torch.testing.assert_close(traced(second), adapted(second), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
