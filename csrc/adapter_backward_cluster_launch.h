@@ -10,7 +10,8 @@
 namespace mosa {
 
 constexpr int kFirstWithClusters = 9;  // compute capability
-constexpr int kDevices = 64;           // whose answers are remembered
+constexpr int kFirstPtxWithClusters = 90;
+constexpr int kDevices = 64;  // whose answers are remembered
 
 // Calls launch.template at<kRank>() for the padded rank, which is at most kMostClusterRank.
 template <typename Launch>
@@ -47,12 +48,16 @@ struct RoomForClusters {
     cudaError_t error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess && capability >= kFirstWithClusters) {
       const auto kernel = adapter_backward_cluster_kernel<E, kRank>;
+      // What the driver makes of the PTX of an older architecture has no clusters, and does nothing.
+      cudaFuncAttributes code = {};
+      error = cudaFuncGetAttributes(&code, kernel);
+      if (error == cudaSuccess && code.ptxVersion < kFirstPtxWithClusters) return 0;
       const size_t bytes = sizeof(ClusterShared<E, kRank>);
       cudaLaunchAttribute cluster = cluster_of(blocks);
       cudaLaunchConfig_t config = launch_config(dim3(static_cast<unsigned>(blocks)), bytes, nullptr);
       config.attrs = &cluster;
       config.numAttrs = 1;
-      error = static_cast<cudaError_t>(ask_for_shared(kernel, bytes));
+      if (error == cudaSuccess) error = static_cast<cudaError_t>(ask_for_shared(kernel, bytes));
       if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&room, kernel, &config);
     }
     if (error == cudaSuccess) return room;

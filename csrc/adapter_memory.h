@@ -34,8 +34,9 @@ __device__ inline RawOf<kWords> load_raw(const void* data, uint8_t dtype, bool w
   if (wide && count >= kVector) {
     if (kWords == 8 && dtype == kFloat32) {
       const Wide* from = reinterpret_cast<const Wide*>(static_cast<const float*>(data) + index);
+      const Wide halves[2] = {from[0], from[1]};  // whole, or they are loaded a word at a time
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) raw.word[i] = from[i / 4].word[i % 4];
+      for (int i = 0; i < kWords; ++i) raw.word[i] = halves[i / 4].word[i % 4];
     } else {
       const Wide from = *reinterpret_cast<const Wide*>(static_cast<const uint16_t*>(data) + index);
 #pragma unroll
@@ -204,21 +205,45 @@ __device__ inline void get_vector(const E* from, float (&value)[kVector]) {
   unpack(load_raw(from, Element<E>::kDType, true, 0, kVector), Element<E>::kDType, value);
 }
 
+// The first `taken` of 16 bytes, an even number, into shared memory, zeros after them. The functions of CUDA's header
+// have a branch for each number of bytes, and their wait is no barrier for the compiler.
+__device__ inline void copy_wide(void* to, const void* from, int taken) {
+#if !defined(__CUDACC__) || !defined(__CUDA_ARCH__)
+  __pipeline_memcpy_async(to, from, kWideBytes, static_cast<size_t>(kWideBytes - taken));
+#elif __CUDA_ARCH__ >= 800
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const size_t global = __cvta_generic_to_global(from);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(taken) : "memory");
+#else
+  const RawOf<4> raw = load_raw<4>(from, kFloat16, true, 0, taken / 2);
+  Wide bits;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits.word[i] = raw.word[i];
+  *static_cast<Wide*>(to) = bits;
+#endif
+}
+
 // Starts the copy of the first `count` elements of a vector into shared memory, zeros after them; both ends lie at
 // multiples of 16 bytes. commit_copies and wait_for_copies finish it for the thread that started it, a barrier for the
 // others.
 template <typename E>
 __device__ inline void start_copy(E* to, const E* from, int count) {
-  constexpr int kStep = kWideBytes / sizeof(E);
+  constexpr int kStep = kWideBytes / static_cast<int>(sizeof(E));
 #pragma unroll
   for (int i = 0; i < kVector; i += kStep) {
     const int taken = min(max(count - i, 0), kStep);
-    __pipeline_memcpy_async(to + i, taken > 0 ? from + i : from, kWideBytes, (kStep - taken) * sizeof(E));
+    copy_wide(to + i, taken > 0 ? from + i : from, taken * static_cast<int>(sizeof(E)));
   }
 }
 
 __device__ inline void commit_copies() { __pipeline_commit(); }
-__device__ inline void wait_for_copies() { __pipeline_wait_prior(0); }
+__device__ inline void wait_for_copies() {
+#if defined(__CUDACC__) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+#else
+  __pipeline_wait_prior(0);
+#endif
+}
 
 // Eight owners of neighbouring entries; 255 beyond count.
 struct Owners {

@@ -103,10 +103,13 @@ struct Accumulator<E, kTiles, true> {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 // fp32: both operands as the sum of two TF32 numbers, of whose products the smallest is left out; or one TF32 product.
+// The units cut off what does not fit into a sum, where fp32 rounds: errors of one sign, which grow with the depth
+// (Ootomo and Yokota, 2022). So they add up a step alone, and its sum is added as fp32.
 template <int kTiles>
 struct Accumulator<float, kTiles, true> {
   static constexpr int kDepth = 8;
-  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, kUnit, kUnit, kDepth, float> tile[kTiles];
+  using Result = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, kUnit, kUnit, kDepth, float>;
+  Result tile[kTiles];
 
   __device__ void clear() {
     for (int j = 0; j < kTiles; ++j) nvcuda::wmma::fill_fragment(tile[j], 0.0f);
@@ -141,11 +144,17 @@ struct Accumulator<float, kTiles, true> {
             right, right_rest;
         nvcuda::wmma::load_matrix_sync(right, b + j * step + k * (kTransposedB ? 1 : ldb), static_cast<unsigned>(ldb));
         split(right, right_rest);
-        if (!tf32) {
-          nvcuda::wmma::mma_sync(tile[j], left_rest, right, tile[j]);
-          nvcuda::wmma::mma_sync(tile[j], left, right_rest, tile[j]);
+        if (tf32) {
+          nvcuda::wmma::mma_sync(tile[j], left, right, tile[j]);
+          continue;
         }
-        nvcuda::wmma::mma_sync(tile[j], left, right, tile[j]);
+        Result sum;
+        nvcuda::wmma::fill_fragment(sum, 0.0f);
+        nvcuda::wmma::mma_sync(sum, left_rest, right, sum);
+        nvcuda::wmma::mma_sync(sum, left, right_rest, sum);
+        nvcuda::wmma::mma_sync(sum, left, right, sum);
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sum.num_elements); ++i) tile[j].x[i] += sum.x[i];
       }
     }
   }

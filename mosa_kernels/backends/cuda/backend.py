@@ -16,6 +16,7 @@ from mosa_kernels.backends.adapter_kernels import takes
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter
 from mosa_kernels.backends.cuda.code import why_no_code
+from mosa_kernels.backends.cuda.device import current
 
 _found: tuple[bool, str] | None = None
 
@@ -28,13 +29,19 @@ def available() -> tuple[bool, str]:
 
 
 def _look() -> tuple[bool, str]:
-    reason = extension().cuda_reason
+    module, _, reason = extension()
     if reason is not None:
         return False, reason
     if not torch.cuda.is_available():
         return False, "there is no CUDA device"
     if torch.version.hip is not None:
         return False, "the kernels are for NVIDIA GPUs"
+    assert module is not None
+    # The module has a CUDA runtime of its own, which may be newer than that of PyTorch.
+    toolkit, driver = module.build_info["cuda_toolkit"], module.cuda_driver_version()
+    if driver // 1000 < int(toolkit.split(".")[0]):
+        known = f"CUDA {driver // 1000}.{driver % 1000 // 10}"
+        return False, f"the kernels were built with CUDA {toolkit}, and the driver is for {known} at most"
     return True, ""
 
 
@@ -47,13 +54,15 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
 
 
 def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
-    return adapter.adapter_forward(args, _launch_on(args.x.device))
+    with current(args.x.device):
+        return adapter.adapter_forward(args, _launch_on(args.x.device))
 
 
 def adapter_backward(
     args: AdapterArguments, grad_out: Tensor, mean: Tensor, rstd: Tensor, needs: AdapterNeeds
 ) -> AdapterGradients:
-    return adapter.adapter_backward(args, grad_out, mean, rstd, needs, _launch_on(args.x.device))
+    with current(args.x.device):
+        return adapter.adapter_backward(args, grad_out, mean, rstd, needs, _launch_on(args.x.device))
 
 
 def _launch_on(device: torch.device) -> adapter.Launch:

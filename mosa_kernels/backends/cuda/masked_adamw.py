@@ -11,6 +11,7 @@ from torch import Tensor
 from mosa_kernels._extension import extension
 from mosa_kernels.backends.cuda.backend import available
 from mosa_kernels.backends.cuda.code import why_no_code
+from mosa_kernels.backends.cuda.device import current
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 from mosa_kernels.backends.masked_adamw_kernels import numbers_of, takes
 from mosa_kernels.backends.tickets import ticket
@@ -42,7 +43,9 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
     assert module is not None
     device = tensors.params[0].device
     stream = torch.cuda.current_stream(device)
-    launch(module, tensors, options, ticket(device), _takes_large_parameters(), stream.device_index, stream.cuda_stream)
+    large = _takes_large_parameters()
+    with current(device):
+        launch(module, tensors, options, ticket(device), large, stream.device_index, stream.cuda_stream)
 
 
 def launch(

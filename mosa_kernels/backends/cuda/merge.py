@@ -10,6 +10,7 @@ from torch import Tensor
 from mosa_kernels._extension import extension
 from mosa_kernels.backends.cuda.backend import available
 from mosa_kernels.backends.cuda.code import why_no_code
+from mosa_kernels.backends.cuda.device import current
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.backends.merge_kernels import describe, empty_outputs, takes
 
@@ -31,7 +32,9 @@ def merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | 
     outputs = [empty_outputs(adapter, fold_norm, dtype or adapter.w_down.dtype) for adapter in adapters]
     keep_alive: list[Tensor] = []
     described = [describe(a, fold_norm, out, keep_alive) for a, out in zip(adapters, outputs, strict=True)]
-    stream = torch.cuda.current_stream(adapters[0].w_down.device)
+    device = adapters[0].w_down.device
+    stream = torch.cuda.current_stream(device)
     table = [module.MergeAdapter(**one._asdict()) for one in described]
-    module.merge_cuda(table, stream.device_index, stream.cuda_stream)
+    with current(device):
+        module.merge_cuda(table, stream.device_index, stream.cuda_stream)
     return outputs

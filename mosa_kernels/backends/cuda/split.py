@@ -8,6 +8,7 @@ from torch import Tensor
 from mosa_kernels._extension import extension
 from mosa_kernels.backends.cuda.backend import available
 from mosa_kernels.backends.cuda.code import why_no_code
+from mosa_kernels.backends.cuda.device import current
 from mosa_kernels.backends.split import SplitLayout
 
 __all__ = ["available", "split", "supports_split"]
@@ -35,5 +36,6 @@ def split(layout: SplitLayout, seed: Tensor, device: torch.device) -> Tensor:
     owners = torch.empty(layout.rows, layout.columns, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(owners.device)
     address, value = (seed.data_ptr(), 0) if seed.device == owners.device else (0, int(seed))
-    module.split_cuda(owners.data_ptr(), address, value, layout, stream.device_index, stream.cuda_stream)
+    with current(owners.device):
+        module.split_cuda(owners.data_ptr(), address, value, layout, stream.device_index, stream.cuda_stream)
     return owners

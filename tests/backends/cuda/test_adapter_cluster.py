@@ -197,6 +197,16 @@ def test_what_other_launches_take(machine: ClusterMachine, monkeypatch: pytest.M
     machine.run(on(call, machine.device), torch.ones_like(call.x).to(machine.device), one_launch=False)
 
 
+@needs_compiler
+def test_code_made_from_the_ptx_of_an_older_gpu_has_no_clusters() -> None:
+    """As where TORCH_CUDA_ARCH_LIST is 8.0+PTX and the GPU an H100: the kernel is there, and does nothing."""
+    older = (LAUNCH, f"#define CUDA_ON_HOST_PTX 80\n{LAUNCH}")
+    machine = ClusterMachine("cpu", {f"adapter_backward_cluster_{dtype}.cu": older for dtype in ("fp16", "bf16")})
+    for dtype in HALVES:
+        args = full_call(2, 9, 64, 16, dtype)
+        machine.run(args, torch.ones_like(args.x), one_launch=False)
+
+
 BROKEN = """
 from test_adapter_cluster import LAUNCH, ClusterMachine, adapter, full_call, torch
 names = {names!r}

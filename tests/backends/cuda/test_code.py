@@ -1,11 +1,15 @@
-"""GPUs of one machine that differ: each is asked for itself."""
+"""Which GPUs and drivers run the code that was built. GPUs of one machine may differ: each is asked for itself."""
 
 from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from calls import full_call
 
+from mosa_kernels._extension import Extension
 from mosa_kernels.backends.cuda import backend, code
 
 
@@ -39,3 +43,19 @@ def test_a_call_on_a_gpu_without_code_is_declined(monkeypatch: pytest.MonkeyPatc
     assert backend.supports_adapter(args._replace(x=x)) == (False, "no code")
     monkeypatch.setitem(code._known, 1, None)
     assert backend.supports_adapter(args._replace(x=x)) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "runs"),
+    [("13.0.88", 13000, True), ("12.8.93", 13000, True), ("12.8.93", 12040, True), ("13.0.88", 12080, False)],
+)
+def test_a_driver_older_than_the_toolkit_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, toolkit: str, driver: int, runs: bool
+) -> None:
+    """Drivers of the toolkit's major version, and newer ones, run its code."""
+    module = SimpleNamespace(build_info={"cuda_toolkit": toolkit}, cuda_driver_version=lambda: driver)
+    monkeypatch.setattr(backend, "extension", lambda: Extension(cast(ModuleType, module), None, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ok, reason = backend._look()
+    assert ok == runs
+    assert runs or reason == "the kernels were built with CUDA 13.0.88, and the driver is for CUDA 12.8 at most"

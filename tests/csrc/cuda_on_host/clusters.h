@@ -125,6 +125,20 @@ inline void run_clusters(const cudaLaunchConfig_t& config, unsigned size, const 
 
 }  // namespace cuda_on_host
 
+// The architecture whose PTX the kernels were made from.
+#ifndef CUDA_ON_HOST_PTX
+#define CUDA_ON_HOST_PTX 90
+#endif
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = CUDA_ON_HOST_PTX;
+  return cudaSuccess;
+}
+
 // A small device: so few clusters find room at a time that each has several pieces of work.
 constexpr int kClustersAtATime = 3;
 

@@ -17,6 +17,11 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 }
 
 template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(Parameters...)) {
+  return kernel != nullptr ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+}
+
+template <typename... Parameters>
 cudaError_t cudaOccupancyMaxActiveClusters(int*, void (*kernel)(Parameters...), const cudaLaunchConfig_t*) {
   return kernel != nullptr ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
