@@ -172,7 +172,8 @@ def report(table: Table, results: Mapping[Run, Any], output: Path) -> str:
     variants, measured = [], {}
     for (key, (_, _, scaled)), (way, by) in itertools.product(TRAINED.items(), WAYS.items()):
         name = f"{key}-{way}"
-        variants.append(Variant(name, f"an expert of four per sample, {scaled}: merged by {by}", [f"{key}-mean"]))
+        against = [] if way == "mean" else [f"{key}-mean"]
+        variants.append(Variant(name, f"an expert of four per sample, {scaled}: merged by {by}", against))
         measured[name] = {
             task.name: measured_of(
                 [each for run, each in results.items() if (run.trained, run.task) == (key, task.name)], way

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_modules import load_script
 from setuptools.errors import SetupError
 
 from mosa_kernels._extension import extension
@@ -25,16 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_CUDA_HOME = {"CUDA_HOME": "/nowhere"}
 
 
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mosa_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_setup()
+build = load_script("setup.py")
 
 
 def csrc() -> list[Path]:

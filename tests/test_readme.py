@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from reports import record, report, row
+from script_modules import load_script
 from typer.testing import CliRunner
 
 from mosa_kernels.cli.main import app
@@ -58,15 +57,6 @@ def test_figures_are_those_of_the_reports() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def load_updater() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_gpu_columns_come_from_reports_and_missing_ones_say_how_to_fill_them(tmp_path: Path) -> None:
     reports = tmp_path / "benchmarks" / "reports"
     rows = [
@@ -75,18 +65,18 @@ def test_gpu_columns_come_from_reports_and_missing_ones_say_how_to_fill_them(tmp
     ]  # fmt: skip
     write_json(reports / "h200" / "report.json", report(record("adapter_forward", rows)))
     write_json(reports / "a_cpu" / "report.json", report(device="some CPU"))
-    section = load_updater().gpu_section(reports)
+    section = load_script("scripts/update_readme.py").gpu_section(reports)
     assert "|  | H200 | A100 | V100 |" in section
     line = "| ViT-B, forward | triton 0.1 ms, 4.0x eager, 2.0x compiled, 87% | not measured | not measured |"
     assert line in section
     assert "| ViT-L, forward | not measured | not measured | not measured |" in section
     assert "open a pull request" in section
     write_json(reports / "a100" / "report.json", report(device="NVIDIA A100-SXM4-80GB"))
-    assert "|  | A100-SXM4-80GB | H200 | V100 |" in load_updater().gpu_section(reports)
+    assert "|  | A100-SXM4-80GB | H200 | V100 |" in load_script("scripts/update_readme.py").gpu_section(reports)
 
 
 def test_the_readme_says_whether_a_gpu_has_run_the_kernels(tmp_path: Path) -> None:
-    module = load_updater()
+    module = load_script("scripts/update_readme.py")
     assert "no GPU has run these kernels" in module.gpu_state(tmp_path)
     assert module.gpu_state(tmp_path) in README or module.gpu_reports(module.REPORTS)
     write_json(tmp_path / "h200" / "report.json", report())
@@ -108,7 +98,7 @@ def test_the_readme_says_whether_a_gpu_has_run_the_kernels(tmp_path: Path) -> No
 def test_a_column_is_filled_by_that_gpu_alone(device: str, columns: str, tmp_path: Path) -> None:
     reports = tmp_path / "benchmarks" / "reports"
     write_json(reports / "one" / "report.json", report(device=device, device_type="cuda"))
-    assert f"|  | {columns} |" in load_updater().gpu_section(reports)
+    assert f"|  | {columns} |" in load_script("scripts/update_readme.py").gpu_section(reports)
 
 
 def test_of_two_reports_of_a_gpu_the_newer_counts_and_that_is_said(tmp_path: Path) -> None:
@@ -116,7 +106,7 @@ def test_of_two_reports_of_a_gpu_the_newer_counts_and_that_is_said(tmp_path: Pat
     for name, median, made in (("a", 0.1, "2026-05-01T00:00:00+00:00"), ("b", 0.2, "2026-04-01T00:00:00+00:00")):
         rows = [row("eager", 0.4), row("triton", median, True)]
         write_json(reports / name / "report.json", report(record("adapter_forward", rows), made=made))
-    section = load_updater().gpu_section(reports)
+    section = load_script("scripts/update_readme.py").gpu_section(reports)
     assert "| ViT-B, forward | triton 0.1 ms, 4.0x eager |" in section
     assert "H200: the newest of 2 reports, of 2026-05-01" in section
 
@@ -131,7 +121,7 @@ def test_the_cpu_table_comes_from_its_report(tmp_path: Path) -> None:
         device="a CPU",
     )
     write_json(tmp_path / "cpu" / "report.json", made)
-    section = load_updater().cpu_section(tmp_path)
+    section = load_script("scripts/update_readme.py").cpu_section(tmp_path)
     lines = [line for line in section.splitlines() if line.startswith("| ")]
     expected = "| 64 x 197, d 768, r 64 | fp32 | call | forward | 4.00 (3.60) | 10.00 (9.00) | 2.50 (2.50) |"
     assert lines[2:] == [expected]  # what is red has no line
@@ -147,5 +137,5 @@ def test_the_range_of_ratios_takes_every_row_of_the_same_call(tmp_path: Path) ->
         device="a CPU", allocator="one that keeps memory",
     )  # fmt: skip
     write_json(tmp_path / "cpu" / "report.json", kept)
-    section = load_updater().cpu_section(tmp_path)
+    section = load_script("scripts/update_readme.py").cpu_section(tmp_path)
     assert "in fp32, not measured, in bf16, forward 1.5 to 2.5; the allocator is one that keeps memory" in section

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,18 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from script_modules import load_script
 
 import mosa_kernels as mk
 from mosa_kernels.data.backbone import load_offline_backbone
 from mosa_kernels.nn.sampler import samplers
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "expert_ideas.py"
-spec = importlib.util.spec_from_file_location("expert_ideas", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-expert_ideas = importlib.util.module_from_spec(spec)
-sys.modules["expert_ideas"] = expert_ideas
-spec.loader.exec_module(expert_ideas)
+expert_ideas = load_script("benchmarks/expert_ideas.py")
 
 TASK = "digits, 10 labels a class"
 

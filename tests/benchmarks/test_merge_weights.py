@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from script_modules import load_script
 
 import mosa_kernels as mk
 from mosa_kernels.data.backbone import load_offline_backbone
 from mosa_kernels.nn.projection import Projection
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "merge_weights.py"
-spec = importlib.util.spec_from_file_location("merge_weights", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-merge_weights = importlib.util.module_from_spec(spec)
-sys.modules["merge_weights"] = merge_weights
-spec.loader.exec_module(merge_weights)
+merge_weights = load_script("benchmarks/merge_weights.py")
 
 TASK = "digits, 10 labels a class"
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from script_modules import load_script
 
 import mosa_kernels as mk
 from mosa_kernels.data.backbone import load_offline_backbone
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "multitask.py"
-spec = importlib.util.spec_from_file_location("multitask", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-multitask = importlib.util.module_from_spec(spec)
-sys.modules["multitask"] = multitask
-spec.loader.exec_module(multitask)
+multitask = load_script("benchmarks/multitask.py")
 
 
 def compare(output: Path, **changes: object) -> dict:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from script_modules import load_script
 
 from mosa_kernels.bench.kernels import OPERATOR_NAMES
 from mosa_kernels.bench.shapes import DTYPES
@@ -24,15 +23,6 @@ BENCHMARKS = ROOT / "benchmarks"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def python(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**ENVIRONMENT, **more}
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -40,7 +30,7 @@ def python(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
 
 def test_there_is_a_stem_for_every_operator() -> None:
     for name in OPERATOR_NAMES:
-        assert name == load(f"bench_{name}").OPERATOR
+        assert name == load_script(f"benchmarks/bench_{name}.py").OPERATOR
 
 
 def test_stems_run_under_pytest_benchmark() -> None:
@@ -67,7 +57,7 @@ def test_tuning_is_a_module(tmp_path: Path) -> None:
 
 
 def test_small_calls_reach_what_no_point_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load("small_calls")
+    module = load_script("benchmarks/small_calls.py")
     device = torch.device("cpu")
     monkeypatch.setattr(module, "available_backends", lambda: {"cpu": True, "triton": True, "cuda": True})
     names = [name for name, _ in module.calls(device)]
@@ -78,7 +68,7 @@ def test_small_calls_reach_what_no_point_has(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_small_calls_have_dropout_with_a_seed_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load("small_calls")
+    module = load_script("benchmarks/small_calls.py")
     asked: list[dict[str, Any]] = []
     right = module.mosa_adapter
     monkeypatch.setattr(
@@ -150,7 +140,7 @@ def test_the_summary_ends_with_an_error_where_a_phase_failed(
         (tmp_path / "logs" / f"{name}.log").write_text("the last line")
     monkeypatch.setattr(sys, "argv", ["gpu_summary.py", str(tmp_path)])
     with pytest.raises(SystemExit) if status else contextlib.nullcontext():
-        load("gpu_summary").main()
+        load_script("benchmarks/gpu_summary.py").main()
     assert (tmp_path / "summary.md").is_file()
     assert (tmp_path / "logs.tar.gz").is_file()
 
@@ -171,7 +161,7 @@ def test_the_gpu_script_wants_a_folder() -> None:
     ],
 )
 def test_the_line_that_says_most(text: str, said: str) -> None:
-    assert load("gpu_summary").telling_line(text) == said
+    assert load_script("benchmarks/gpu_summary.py").telling_line(text) == said
 
 
 def test_every_file_with_tests_for_a_gpu_is_found() -> None:
@@ -316,7 +306,7 @@ def ncu(directions: int) -> str:
 
 
 def test_bytes_that_memory_moved_are_added_up_for_each_direction(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load("dram_bytes")
+    module = load_script("benchmarks/dram_bytes.py")
     assert module.totals(ncu(3)) == [(151_000, 2)] * 3
     with pytest.raises(ValueError, match="expected a table of metrics"):
         module.totals("==ERROR== no permission")
@@ -343,7 +333,9 @@ def test_bytes_that_memory_moved_are_added_up_for_each_direction(monkeypatch: py
     module.main()
     assert written == [3, 6, 9]  # after each provider, should time run out
     missing = {"operator": "adapter", "provider": "cuda", "reason": "not here"}
-    section = load("gpu_summary").moved_section({"case": {"shape": "vit_b"}, "rows": [row, missing]})
+    section = load_script("benchmarks/gpu_summary.py").moved_section(
+        {"case": {"shape": "vit_b"}, "rows": [row, missing]}
+    )
     assert "| adapter_forward | triton | 2 | 0.2 | 0.3 | 0.50 |" in section
     assert "| adapter | cuda | - | not here | - | - |" in section
 
@@ -368,14 +360,14 @@ def test_bytes_that_memory_moved_are_added_up_for_each_direction(monkeypatch: py
 def test_why_no_bytes_were_counted(
     rc: int, stdout: str, stderr: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = load("dram_bytes")
+    module = load_script("benchmarks/dram_bytes.py")
     done = subprocess.CompletedProcess([], rc, stdout=stdout, stderr=stderr)
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: done)
     assert [row["reason"] for row in module.measure("vit_b", 128, "cuda", "ncu")] == [reason] * 3
 
 
 def test_a_provider_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    module = load("dram_bytes")
+    module = load_script("benchmarks/dram_bytes.py")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(SystemExit) as raised:
         module.run_once(module.Point(), "merged dense" if torch.cuda.is_available() else "cuda")
