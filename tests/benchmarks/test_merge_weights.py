@@ -74,8 +74,10 @@ def test_what_is_fitted_is_likelier_than_the_mean() -> None:
     assert nll(torch.full((3,), factor)) == min(nll(torch.full((3,), each)) for each in merge_weights.FACTORS)
 
 
-def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setattr(merge_weights, "STEPS", 2)
+    monkeypatch.setattr(merge_weights, "FACTORS", (1.0, 2.0))
     options = {"task": [TASK], "bottleneck": 4, "epochs": 1, "seeds": 1, "workers": 1}
     merge_weights.main(tmp_path, **options)
     record = json.loads((tmp_path / "merge_weights.json").read_text())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
+from types import ModuleType
 
 import cuda_on_host
 import pytest
@@ -51,7 +53,11 @@ class Machine:
     def launch(self) -> adapter.Launch:
         if self.device == "cuda":
             return backend._launch_on(torch.device("cuda", torch.cuda.current_device()))
-        return adapter.Launch(cuda_on_host.build("adapter_cuda", self.changes, units=UNITS), 0, 0, MULTIPROCESSORS)
+        return adapter.Launch(self._built, 0, 0, MULTIPROCESSORS)
+
+    @functools.cached_property
+    def _built(self) -> ModuleType:
+        return cuda_on_host.build("adapter_cuda", self.changes, units=UNITS)
 
     def run(
         self, args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_size_t, c_void_p, create_string_buffer
 from functools import cache
 from pathlib import Path
@@ -31,24 +32,27 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(next(folder().glob("cuda_nvrtc/lib/libnvrtc.so.12*"))))
 
 
-def compile_source(text: str, name: str, architecture: str, include: Path) -> bytes:
+def compile_source(text: str, name: str, architecture: str, include: Path, options: Sequence[str] = ()) -> bytes:
     """The machine code (for an architecture such as sm_70) of all kernels that a .cu file launches.
+
+    Args:
+        options: of NVRTC, beside those that the sources need.
 
     Raises:
         RuntimeError: the compiler refused it; the message is its output.
     """
     library, program = _library(), c_void_p()
     includes = (HEADERS, include, folder() / "cuda_runtime" / "include", folder() / "cuda_nvcc" / "include")
-    options = [
+    all_options = [
         *(f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space"),
         *("--include-path=" + str(path) for path in includes),
-        *("--pre-include=host.h", "--display-error-number"),
+        *("--pre-include=host.h", "--display-error-number", *options),
     ]
     status = library.nvrtcCreateProgram(byref(program), text.encode(), name.encode(), 0, None, None)
     assert status == 0, f"nvrtcCreateProgram: {status}"
     try:
-        array = (c_char_p * len(options))(*(option.encode() for option in options))
-        if library.nvrtcCompileProgram(program, len(options), array) != 0:
+        array = (c_char_p * len(all_options))(*(option.encode() for option in all_options))
+        if library.nvrtcCompileProgram(program, len(all_options), array) != 0:
             raise RuntimeError(_output(program, "ProgramLog").decode(errors="replace").rstrip("\0"))
         return _output(program, "CUBIN")
     finally:

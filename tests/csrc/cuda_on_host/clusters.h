@@ -17,6 +17,7 @@ struct Cluster {
   std::vector<Block> blocks;
   std::vector<unsigned char*> shared;  // of each block
   std::vector<bool> finished;
+  long arrivals = 0;  // of all threads at its barrier
   std::mutex mutex;
   std::condition_variable changed;
   size_t turn = 0;         // the block that runs, counted in the order in which they take turns
@@ -30,6 +31,7 @@ inline void arrive_at_cluster() {
   if (self().arrived_at_cluster) deadlock("the cluster's barrier, where it has arrived before");
   self().arrived_at_cluster = true;
   ++self().cluster_arrivals;
+  ++block->cluster->arrivals;
   block->progress = true;
 }
 
@@ -37,15 +39,9 @@ inline void wait_for_cluster() {
   const long target = self().cluster_arrivals;
   if (!self().arrived_at_cluster) deadlock("the cluster's barrier, where it has not arrived");
   self().arrived_at_cluster = false;
-  const auto all_arrived = [&] {
-    for (const Block& other : block->cluster->blocks) {
-      for (const Fiber& fiber : other.fibers) {
-        if (fiber.cluster_arrivals < target) return false;
-      }
-    }
-    return true;
-  };
-  while (!all_arrived()) yield();
+  // Nobody arrives anew before all have come, so the sum of arrivals tells.
+  const auto threads = static_cast<long>(block->cluster->blocks.size() * block->fibers.size());
+  while (block->cluster->arrivals < target * threads) yield();
   block->progress = true;
 }
 

@@ -142,6 +142,12 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // that it has started and not waited for, by commit; the last is open
 };
 
+// Threads that meet again and again.
+struct Barrier {
+  long meetings = 0;   // at which all have come
+  size_t waiting = 0;  // for the others to come to the next one
+};
+
 struct Cluster;
 
 struct Block {
@@ -150,6 +156,9 @@ struct Block {
   bool backwards = false;
   Cluster* cluster = nullptr;
   size_t shared_bytes = 0;
+  Barrier barrier;
+  std::vector<Barrier> warp_barriers;
+  size_t ended = 0;  // fibers
   ucontext_t scheduler;
   size_t current = 0;
   bool progress = false;  // whether any fiber came further in this round
@@ -168,23 +177,19 @@ inline void yield() { swapcontext(&self().context, &block->scheduler); }
   std::abort();
 }
 
-// Waits until every fiber in [first, last) has counted as many barriers as this one.
-inline void wait(size_t first, size_t last, long Fiber::* count, const char* where) {
-  Fiber& me = self();
-  const long target = ++(me.*count);
+// Waits until every fiber in [first, last) has come to this barrier as often as this one.
+inline void wait(size_t first, size_t last, Barrier& barrier, long Fiber::* count, const char* where) {
+  const long target = ++(self().*count);
   block->progress = true;
-  const auto arrived = [&](const Fiber& other) { return other.*count >= target; };
-  for (;;) {
-    bool all = true;
-    for (size_t i = first; i < last; ++i) {
+  if (++barrier.waiting == last - first) {
+    barrier.waiting = 0;
+    barrier.meetings = target;
+    return;
+  }
+  while (barrier.meetings < target) {
+    for (size_t i = first; block->ended > 0 && i < last; ++i) {
       const Fiber& other = block->fibers[i];
-      if (arrived(other)) continue;
-      if (other.done) deadlock(where);
-      all = false;
-    }
-    if (all) {
-      block->progress = true;
-      return;
+      if (other.done && other.*count < target) deadlock(where);
     }
     yield();
   }
@@ -197,7 +202,7 @@ inline std::pair<size_t, size_t> warp_of(size_t thread) {
 
 inline void wait_for_warp(const char* where) {
   const auto [first, last] = warp_of(block->current);
-  wait(first, last, &Fiber::warp_barriers, where);
+  wait(first, last, block->warp_barriers[first / kWarpSize], &Fiber::warp_barriers, where);
 }
 
 // The value that `lane` of this warp offers; every lane of the warp has to take part.
@@ -218,6 +223,7 @@ T exchange(T value, int lane) {
 inline void fiber_main() {
   block->body();
   self().done = block->progress = true;
+  ++block->ended;
   swapcontext(&self().context, &block->scheduler);
 }
 
@@ -233,6 +239,9 @@ inline void start(Fiber& fiber) {
 }
 
 inline void start(Block& running) {
+  running.barrier = Barrier();
+  running.warp_barriers.assign((running.fibers.size() + kWarpSize - 1) / kWarpSize, Barrier());
+  running.ended = 0;
   std::for_each(running.fibers.begin(), running.fibers.end(), [](Fiber& fiber) { start(fiber); });
 }
 
@@ -369,7 +378,8 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 }
 
 inline void __syncthreads() {
-  cuda_on_host::wait(0, cuda_on_host::block->fibers.size(), &cuda_on_host::Fiber::block_barriers, "__syncthreads");
+  cuda_on_host::Block& own = *cuda_on_host::block;
+  cuda_on_host::wait(0, own.fibers.size(), own.barrier, &cuda_on_host::Fiber::block_barriers, "__syncthreads");
 }
 
 template <typename T>

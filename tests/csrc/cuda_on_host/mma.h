@@ -1,5 +1,5 @@
-// Products of 16 x 16 tiles by a warp. Every lane holds both operands whole and eight numbers of the result, spread
-// over the tile so that no program can know which.
+// Products of 16 x 16 tiles by a warp. Every lane holds eight numbers of the result, spread over the tile so that no
+// program can know which, and what they are made of: half the rows of A, a column of B.
 #pragma once
 
 #include <cmath>
@@ -58,20 +58,33 @@ void check_address(const T* address, unsigned stride) {
 
 }  // namespace on_host
 
-template <typename Use, int m, int n, int k, typename T, typename Layout = void>
-struct fragment {
-  static constexpr int rows = std::is_same_v<Use, matrix_a> ? m : k;
-  static constexpr int columns = std::is_same_v<Use, matrix_a> ? k : n;
-  static constexpr int num_elements = rows * columns;
-  float x[num_elements];
-};
-
-template <int m, int n, int k>
-struct fragment<accumulator, m, n, k, float, void> {
+// Element i of a fragment of m by n numbers stands in this row and column of the tile.
+template <int m, int n>
+struct Spread {
+  static_assert(cuda_on_host::kWarpSize % n == 0, "a lane has numbers of one column of the result");
   static constexpr int num_elements = m * n / cuda_on_host::kWarpSize;
   float x[num_elements];
   static int row(int i) { return (i * cuda_on_host::kWarpSize + on_host::lane()) / n; }
-  static int column(int i) { return (i * cuda_on_host::kWarpSize + on_host::lane()) % n; }
+  static int column(int) { return on_host::lane() % n; }
+};
+
+template <typename Use, int m, int n, int k, typename T, typename Layout = void>
+struct fragment;
+template <int m, int n, int k>
+struct fragment<accumulator, m, n, k, float, void> : Spread<m, n> {};
+template <int m, int n, int k, typename T, typename Layout>
+struct fragment<matrix_a, m, n, k, T, Layout> {
+  static constexpr int num_elements = Spread<m, n>::num_elements * k;
+  float x[num_elements];
+  static int row(int i) { return Spread<m, n>::row(i / k); }
+  static int column(int i) { return i % k; }
+};
+template <int m, int n, int k, typename T, typename Layout>
+struct fragment<matrix_b, m, n, k, T, Layout> {
+  static constexpr int num_elements = k;
+  float x[num_elements];
+  static int row(int i) { return i; }
+  static int column(int) { return Spread<m, n>::column(0); }
 };
 
 template <int m, int n, int k>
@@ -83,12 +96,11 @@ template <typename Use, int m, int n, int k, typename T, typename Layout, typena
 void load_matrix_sync(fragment<Use, m, n, k, T, Layout>& to, const Stored* from, unsigned stride) {
   using Fragment = fragment<Use, m, n, k, T, Layout>;
   on_host::check_address(from, stride);
-  for (int row = 0; row < Fragment::rows; ++row) {
-    for (int column = 0; column < Fragment::columns; ++column) {
-      const size_t at =
-          std::is_same_v<Layout, row_major> ? row * size_t{stride} + column : column * size_t{stride} + row;
-      to.x[row * Fragment::columns + column] = on_host::value_of(from[at]);
-    }
+  for (int i = 0; i < Fragment::num_elements; ++i) {
+    const auto row = static_cast<size_t>(Fragment::row(i));
+    const auto column = static_cast<size_t>(Fragment::column(i));
+    to.x[i] =
+        on_host::value_of(from[std::is_same_v<Layout, row_major> ? row * stride + column : column * stride + row]);
   }
 }
 
@@ -116,7 +128,7 @@ void mma_sync(fragment<accumulator, m, n, k, float>& to, const fragment<matrix_a
   for (int i = 0; i < to.num_elements; ++i) {
     float product[k];
     for (int depth = 0; depth < k; ++depth) {
-      product[depth] = on_host::seen<T>(a.x[to.row(i) * k + depth]) * on_host::seen<T>(b.x[depth * n + to.column(i)]);
+      product[depth] = on_host::seen<T>(a.x[i * k + depth]) * on_host::seen<T>(b.x[depth]);
     }
     float sum = c.x[i];
 #ifdef CUDA_ON_HOST_TRUNCATES
