@@ -25,7 +25,7 @@ from mosa_kernels import mosa_adapter
 from mosa_kernels._extension import extension
 from mosa_kernels.backends import cpu, reference
 from mosa_kernels.backends.activations import ACTIVATIONS
-from mosa_kernels.backends.arguments import MERGED, AdapterArguments, AdapterGradients, AdapterNeeds
+from mosa_kernels.backends.arguments import MERGED, TENSORS, AdapterArguments, AdapterGradients, AdapterNeeds
 from mosa_kernels.backends.cpu import backward, compiled, forward, plan
 from mosa_kernels.functional.split import GRANULARITIES, split
 
@@ -171,6 +171,20 @@ def test_large_means_and_outlier_channels(path: str, dtype: torch.dtype, shift: 
     gain[::61] = outlier
     x = ((args.x.detach().float() * gain) + shift).to(dtype).requires_grad_()
     assert_as_accurate_as_eager(path, args._replace(x=x))
+
+
+def test_long_sums_are_taken_in_parts(path: str) -> None:
+    d, r = 16384, 6
+    generator = torch.Generator().manual_seed(0)
+    x, w_down, w_up = (torch.rand(*shape, generator=generator) for shape in ((5, d), (r, d), (d, r)))
+    absent = dict.fromkeys(AdapterArguments._fields[:TENSORS])
+    args = AdapterArguments(
+        **{**absent, "x": x, "w_down": w_down, "w_up": w_up}, activation="identity", add_input=False
+    )
+    exact = oracle_adapter(double(args))
+    out, _ = run_cpu(path, args, torch.ones_like(x))
+    error = ((out - exact) / exact).square().mean().sqrt()
+    assert error < 4e-7, "a single chain of additions is further off"
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
