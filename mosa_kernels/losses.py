@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mosa_kernels.backends.consistency import cross_entropy
 from mosa_kernels.functional.alignment import feature_alignment
 from mosa_kernels.functional.consistency import OPERATOR, check_target, consistency
+from mosa_kernels.nn.options import check_flag
 
 ALIGNMENTS = ("none", "shallow", "deep", "all")
 
@@ -56,7 +57,7 @@ class MoSALoss(nn.Module):
         backend: of both operators; None for the automatic choice.
 
     Raises:
-        ValueError: an option is out of range; the message names it.
+        TypeError, ValueError: an option is of the wrong type or out of range; the message names it.
     """
 
     def __init__(
@@ -71,17 +72,20 @@ class MoSALoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, weight in (("alpha", alpha), ("beta", beta)):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
+            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {weight!r}")
         if isinstance(align, str):
             if align not in ALIGNMENTS:
                 raise ValueError(f"align: expected one of {', '.join(ALIGNMENTS)} or block indices, got {align!r}")
+        elif not isinstance(align, Iterable):
+            raise TypeError(f"align: expected one of {', '.join(ALIGNMENTS)} or block indices, got {align!r}")
         else:
             align = tuple(align)
             if len(set(align)) != len(align) or any(not isinstance(block, int) or block < 0 for block in align):
                 raise ValueError(f"align: expected different block indices of at least 0, got {list(align)}")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+        if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing!r}")
+        check_flag("detach_targets", detach_targets)
         OPERATOR.check_name(backend)
         self.alpha, self.beta, self.align, self.backend = alpha, beta, align, backend
         self.label_smoothing, self.detach_targets = label_smoothing, detach_targets
@@ -117,11 +121,13 @@ class MoSALoss(nn.Module):
             target: classes, int64 [B], or probabilities, floating point [B, C].
 
         Raises:
-            TypeError: `target` is neither integer nor floating point.
+            TypeError: `out` is neither of both, or `target` is neither integer nor floating point.
             ValueError: a shape is wrong, or features that have to be compared are missing.
         """
         if isinstance(out, Tensor):
             logits1, logits2, features1, features2 = out, None, None, None
+        elif not hasattr(out, "logits1"):
+            raise TypeError(f"out: expected logits or the output of two_pass, got {type(out).__name__}")
         else:
             logits1, logits2, features1, features2 = out.logits1, out.logits2, out.features1, out.features2
         check_target(logits1, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.weak import TensorWeakRef
 
 from mosa_kernels.functional.masked_adamw import OPERATOR, masked_adamw
+from mosa_kernels.nn.options import check_flag
 from mosa_kernels.nn.projection import Projection, taken_in_turns
 from mosa_kernels.shards import check_sharding, is_sharded, local_part, local_rows
 
@@ -218,7 +219,7 @@ class MoSAAdamW(Optimizer):
         if not state:
             history = self._histories.get(parameter)
             shape = () if history is None else (history.num_experts,)
-            state["step"] = torch.zeros(shape, device=parameter.device)
+            state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
@@ -285,7 +286,7 @@ class _ActivityHistory:
         """float32 [N], nonzero for the experts of the present gradient."""
         self._settle()
         if self._parameter.grad is None:
-            return torch.zeros(self.num_experts, device=self._parameter.device)
+            return torch.zeros(self.num_experts, dtype=torch.float32, device=self._parameter.device)
         if self._replaced():
             return self._experts_of(self._parameter.grad)
         return self._all() if self._flags is None else self._flags.to(self._parameter.device)
@@ -295,7 +296,7 @@ class _ActivityHistory:
 
     def _experts_of(self, grad: Tensor) -> Tensor:
         """The experts in whose entries or rows the gradient is not zero, float32 [N]."""
-        flags = torch.zeros(self.num_experts, device=grad.device)
+        flags = torch.zeros(self.num_experts, dtype=torch.float32, device=grad.device)
         nonzero, rows = local_part(grad) != 0, slice(None)
         if is_sharded(self._parameter):
             rows = local_rows(self._parameter)
@@ -339,7 +340,7 @@ class _ActivityHistory:
         self._accumulated = self._reported = False
 
     def _all(self) -> Tensor:
-        return torch.ones(self.num_experts, device=self._parameter.device)
+        return torch.ones(self.num_experts, dtype=torch.float32, device=self._parameter.device)
 
 
 def _versions(grad: Tensor) -> tuple[int, int]:
@@ -383,8 +384,11 @@ def _maximum_over_ranks(flags: list[Tensor]) -> list[Tensor]:
 def _check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         value = options[name]
-        if not isinstance(value, (int, float, Tensor)) or not 0 <= value < float("inf"):
+        single = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not single or not 0 <= value < float("inf"):
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    check_flag("maximize", options["maximize"])
     betas = options["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    if not pair or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas}")

@@ -183,12 +183,15 @@ def test_autocast_and_compile_do_not_change_the_value() -> None:
         ({"align": "middle"}, "align: expected one of none, shallow, deep, all or block indices, got 'middle'"),
         ({"align": [1, 1]}, r"align: expected different block indices of at least 0, got \[1, 1\]"),
         ({"align": [-1]}, r"align: expected different block indices of at least 0, got \[-1\]"),
+        ({"align": 3}, "align: expected one of none, .* or block indices, got 3"),
+        ({"alpha": "1"}, "alpha: expected a finite number of at least 0, got '1'"),
+        ({"detach_targets": None}, "detach_targets: expected True or False, got None"),
         ({"label_smoothing": 1.5}, r"label_smoothing: expected 0 to 1, got 1.5"),
         ({"backend": "cpu"}, "backend: expected one of reference, triton or None, got 'cpu'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         MoSALoss(**options)  # type: ignore[arg-type]
 
 
@@ -198,6 +201,13 @@ def test_bad_options_are_named(options: dict[str, object], message: str) -> None
         ({}, torch.zeros(B, dtype=torch.bool), TypeError, "target: expected classes .* got torch.bool"),
         ({}, torch.zeros(B + 1, dtype=torch.int64), ValueError, r"target: expected shape \[3\] .* got \[4\]"),
         ({}, torch.zeros(B, dtype=torch.float32), ValueError, r"target: expected shape \[3, 5\] .* got \[3\]"),
+        ({}, [0, 1, 2], TypeError, "target: expected a tensor, got list"),
+        (
+            {"logits1": torch.zeros(B, C).long()},
+            None,
+            TypeError,
+            "logits1: expected a floating-point .* got torch.int64",
+        ),
         ({"logits1": torch.zeros(B)}, None, ValueError, r"logits1: expected shape \[B, C\], got \[3\]"),
         ({"logits2": torch.zeros(B, C + 1)}, None, ValueError, r"logits2: expected .* got \[3, 6\] and \[3, 5\]"),
         ({"features2": [torch.zeros(1)]}, None, ValueError, "features2: expected 4 blocks, as features1, got 1"),

@@ -533,6 +533,24 @@ def test_maximize_and_closure() -> None:
         assert torch.equal(descended, climbed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_counts_and_activity_are_float32_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)  # bfloat16 cannot count beyond 256
+    try:
+        layer = FusedMoSAAdapter(D, R, num_experts=3)
+        optimizer = MoSAAdamW(layer)
+        for expert in (0, 2, 0):
+            optimizer.zero_grad()
+            layer(torch.randn(2, 3, D), expert=expert).square().sum().backward()
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.up.weight.dtype == dtype
+    steps = optimizer.state[layer.up.weight]["step"]
+    assert (steps.dtype, steps.tolist()) == (torch.float32, [2, 0, 1])
+    assert optimizer.state[layer.down.weight]["step"].dtype == torch.float32
+
+
 def test_grad_scaler_skips_a_step_whole() -> None:
     layer = adapter(num_experts=3, dtype=torch.float32)
     optimizer = MoSAAdamW(layer)
@@ -563,15 +581,18 @@ def test_grad_scaler_skips_a_step_whole() -> None:
         ({"weight_decay": -0.1}, "weight_decay: expected .* got -0.1"),
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers from 0 to below 1, got \(0.9, 1.0\)"),
         ({"betas": (0.9,)}, r"betas: expected two numbers .* got \(0.9,\)"),
+        ({"betas": 0.9}, "betas: expected two numbers .* got 0.9"),
+        ({"lr": torch.ones(2)}, r"lr: expected .* got tensor\(\[1., 1.\]\)"),
+        ({"maximize": "yes"}, "maximize: expected True or False, got 'yes'"),
         ({"backend": "fast"}, "backend: expected one of .* got 'fast'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         MoSAAdamW(small_model(), **options)  # type: ignore[arg-type]
     if "backend" not in options:
         optimizer = MoSAAdamW(small_model())
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], **options})
         assert len(optimizer.param_groups) == 1
 

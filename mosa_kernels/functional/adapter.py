@@ -283,14 +283,15 @@ def mosa_adapter(
         built (`create_graph=True`), its gradients are computed by the PyTorch definition.
 
     Raises:
-        TypeError: a tensor has a dtype that the operator does not take.
+        TypeError: an argument is no tensor, or one of a dtype that the operator does not take.
         ValueError: a shape, device or option is wrong, or the backend asked for does not take the call.
     """
     compute_dtype = None
-    autocasts = x.device.type != "meta"  # PyTorch raises where it is asked about others
+    # PyTorch raises where it is asked about other devices; what is no tensor, `check_adapter` names.
+    autocasts = isinstance(x, Tensor) and x.device.type != "meta"
     if autocasts and torch.is_autocast_enabled(x.device.type):
         compute_dtype = torch.get_autocast_dtype(x.device.type)
-        if residual is not None and residual.dtype != x.dtype:
+        if isinstance(residual, Tensor) and residual.dtype != x.dtype:
             x = x.to(torch.promote_types(x.dtype, residual.dtype))  # a narrower residual is widened as it is added
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)

@@ -13,6 +13,7 @@ from mosa_kernels.backends import alignment as reference
 from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
+from mosa_kernels.functional.checks import check_floating
 from mosa_kernels.functional.derivatives import definition_gradients
 
 LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
@@ -135,14 +136,17 @@ def feature_alignment(
         Tensor [], float32, or float64 for float64 features.
 
     Raises:
+        TypeError: a feature is not floating point.
         ValueError: the lists are empty or differ in length, the shapes of a layer differ, or the backend asked for
             does not take these features.
     """
-    if len(features1) != len(features2) or not features1:
+    if len(features1) != len(features2) or len(features1) == 0:
         raise ValueError(
             f"features2: expected as many layers as features1, at least one, got {len(features2)} and {len(features1)}"
         )
     for layer, (first, second) in enumerate(zip(features1, features2, strict=True)):
+        check_floating(f"features1[{layer}]", first)
+        check_floating(f"features2[{layer}]", second)
         if first.shape != second.shape:
             raise ValueError(
                 f"features2[{layer}]: expected the shape of features1[{layer}], {list(first.shape)}, "

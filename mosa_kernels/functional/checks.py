@@ -6,19 +6,25 @@ import torch
 from torch import Tensor
 
 from mosa_kernels.backends.activations import ACTIVATIONS
-from mosa_kernels.backends.arguments import MERGED, AdapterArguments
+from mosa_kernels.backends.arguments import MERGED, TENSORS, AdapterArguments
+
+_REQUIRED = ("x", "w_down", "w_up")
 
 
 def check_adapter(args: AdapterArguments) -> None:
     """Checks shapes, dtypes, devices and options of a call.
 
     Raises:
-        TypeError: a tensor has a dtype that the operator does not take.
+        TypeError: an argument is no tensor, or one of a dtype that the operator does not take.
         ValueError: a shape, device or option is wrong.
     """
+    for name, value in zip(args._fields, args[:TENSORS], strict=False):
+        if value is None and name not in _REQUIRED:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     x, w_down = args.x, args.w_down
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() < 1:
         raise ValueError("x: expected shape [..., d], got a tensor without dimensions")
     d = x.shape[-1]
@@ -52,8 +58,18 @@ def check_adapter(args: AdapterArguments) -> None:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {args.activation!r}")
     if not 0 <= args.dropout_p < 1:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {args.dropout_p}")
-    if args.norm_eps < 0:
+    if not args.norm_eps >= 0:
         raise ValueError(f"norm_eps: expected at least 0, got {args.norm_eps}")
+
+
+def check_floating(name: str, tensor: object) -> None:
+    """
+    Raises:
+        TypeError: no tensor, or one that is not floating point.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
 
 
 def _check_parameters(args: AdapterArguments, d: int, r: int) -> None:
@@ -96,10 +112,12 @@ def _check_residual(residual: Tensor, args: AdapterArguments) -> None:
 def _check_numbers(args: AdapterArguments) -> None:
     integers: tuple[tuple[str, object], ...] = (("expert", args.expert_id), ("seed", args.seed_id))
     for name, number in integers:
-        if not isinstance(number, (int, torch.SymInt)) and not hasattr(number, "__index__"):
+        if isinstance(number, bool) or not (isinstance(number, (int, torch.SymInt)) or hasattr(number, "__index__")):
             raise TypeError(f"{name}: expected None, an integer or an integer tensor, got {type(number).__name__}")
     if not torch.compiler.is_compiling() and not -(2**63) <= args.seed_id < 2**63:
         raise ValueError(f"seed: expected a signed number of 64 bits, got {args.seed_id}")
+    if not isinstance(args.add_input, bool):
+        raise TypeError(f"add_input: expected True or False, got {args.add_input!r}")
     factors: tuple[tuple[str, object], ...] = (
         ("scale", args.scale),
         ("expert_scale", args.expert_scale),

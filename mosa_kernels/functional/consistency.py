@@ -13,6 +13,7 @@ from mosa_kernels.backends.consistency import ConsistencyArguments
 from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
+from mosa_kernels.functional.checks import check_floating
 from mosa_kernels.functional.derivatives import definition_gradients
 
 LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
@@ -163,7 +164,8 @@ def consistency(
         Two tensors [], float32, or float64 for float64 logits.
 
     Raises:
-        TypeError: the target has a dtype that names neither classes nor probabilities.
+        TypeError: logits are not floating point, or the target has a dtype that names neither classes nor
+            probabilities.
         ValueError: a shape is wrong, or the backend asked for does not take this call.
     """
     _check_logits(logits1, logits2)
@@ -187,6 +189,7 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor, detach_targets: bool = False)
         Tensor [], float32, or float64 for float64 logits.
 
     Raises:
+        TypeError: logits are not floating point.
         ValueError: the shapes are not the same [B, C].
     """
     _check_logits(logits1, logits2)
@@ -194,6 +197,8 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor, detach_targets: bool = False)
 
 
 def _check_logits(logits1: Tensor, logits2: Tensor) -> None:
+    for name, logits in (("logits1", logits1), ("logits2", logits2)):
+        check_floating(name, logits)
     if logits1.dim() != 2 or logits1.shape != logits2.shape:
         raise ValueError(
             f"logits2: expected the shape [B, C] of logits1, got {list(logits2.shape)} and {list(logits1.shape)}"
@@ -204,9 +209,12 @@ def check_target(logits: Tensor, target: Tensor) -> None:
     """Whether a target fits logits [B, C].
 
     Raises:
-        TypeError: its dtype names neither classes nor probabilities.
+        TypeError: the logits are not floating point, or the target's dtype names neither classes nor probabilities.
         ValueError: a shape is wrong.
     """
+    check_floating("logits1", logits)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
     if logits.dim() != 2:
         raise ValueError(f"logits1: expected shape [B, C], got {list(logits.shape)}")
     if target.dtype.is_floating_point:

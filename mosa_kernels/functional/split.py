@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -74,8 +76,9 @@ def split(
         uint8 tensor of the given shape, values 0 to N - 1.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    _check_types(shape, num_experts, block_size, generator)
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"shape: expected two positive sizes, got {tuple(shape)}")
     if not 1 <= num_experts <= MAX_EXPERTS:
@@ -97,6 +100,16 @@ def split(
     seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=source)
     device = torch.device(source if device is None else device)
     return OPERATOR.run(OPERATOR.choose(device.type, None, layout, seed, device), layout, seed, device)
+
+
+def _check_types(shape: Any, num_experts: Any, block_size: Any, generator: Any) -> None:
+    if not isinstance(shape, Sequence) or not all(hasattr(size, "__index__") for size in shape):
+        raise TypeError(f"shape: expected two whole numbers, got {shape!r}")
+    for name, number in (("num_experts", num_experts), ("block_size", block_size)):
+        if not hasattr(number, "__index__"):
+            raise TypeError(f"{name}: expected a whole number, got {number!r}")
+    if not isinstance(generator, (torch.Generator, NoneType)):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
 
 
 def _layout(rows: int, columns: int, num_experts: int, granularity: str, block_size: int) -> SplitLayout:

@@ -26,14 +26,14 @@ class ExpertActivity:
     def track(self, device: torch.device) -> Tensor:
         """Has each backward pass report from now on, and returns the leaf."""
         if self.leaf is None:
-            self.leaf = torch.zeros(self.num_experts, device=device, requires_grad=True)
+            self.leaf = torch.zeros(self.num_experts, dtype=torch.float32, device=device, requires_grad=True)
         self.move(device)
         return self.leaf
 
     def move(self, device: torch.device) -> None:
         if self.leaf is not None and self.leaf.device != device:
             self.leaf.grad = None
-            self.leaf.data = torch.zeros(self.num_experts, device=device)
+            self.leaf.data = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_experts": self.num_experts, "leaf": None}

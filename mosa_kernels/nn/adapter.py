@@ -16,6 +16,7 @@ from mosa_kernels.nn.options import (
     check_count,
     check_eps,
     check_expert,
+    check_flag,
     check_number,
     check_probability,
     check_whole,
@@ -91,6 +92,15 @@ class FusedMoSAAdapter(nn.Module):
         for name, size in sizes:
             check_count(name, size)
         check_whole("seed", seed)
+        flags = (
+            ("norm", norm),
+            ("expert_bias", expert_bias),
+            ("learnable_scale", learnable_scale),
+            ("pruned", pruned),
+            ("bias", bias),
+        )
+        for name, flag in flags:
+            check_flag(name, flag)
         check_choice("sparse", sparse, SPARSE)
         check_choice("activation", activation, tuple(ACTIVATIONS))
         check_choice("merge_rule", merge_rule, MERGE_RULES)
@@ -185,6 +195,8 @@ class FusedMoSAAdapter(nn.Module):
         """What this pass over `samples` images (None: x.shape[0]) has drawn, or has been told."""
         if expert is not None and not isinstance(expert, Tensor):
             check_whole("expert", expert, "a number or an integer tensor")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.dim() == 0:
             raise ValueError(f"x: expected [B, ..., {self.dim}], got []")
         draw = self.sampler(x.shape[0] if samples is None else samples, x.device, self.training and self.dropout > 0)

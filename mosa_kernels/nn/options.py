@@ -36,6 +36,15 @@ def check_whole(name: str, value: Any, expected: str = "a whole number") -> None
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """
+    Raises:
+        TypeError: neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def check_number(name: str, value: Any, expected: str = "a number") -> None:
     """
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.functional.split import GRANULARITIES, MAX_EXPERTS
 from mosa_kernels.nn.adapter import MERGE_RULES, SPARSE
-from mosa_kernels.nn.options import check_choice, check_count, check_number, check_probability, check_whole
+from mosa_kernels.nn.options import check_choice, check_count, check_flag, check_number, check_probability, check_whole
 from mosa_kernels.nn.sampler import EXPERT_PER
 from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site, Style
 
@@ -101,8 +101,7 @@ class MoSAConfig:
             check_count("num_experts", count, MAX_EXPERTS)
         check_whole("seed", self.seed)
         for name in ("expert_bias", "anchored", "learnable_scale"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         if self.norm is not None and not isinstance(self.norm, bool):
             raise TypeError(f"norm: expected True, False or None, got {self.norm!r}")
         if self.scale is not None:

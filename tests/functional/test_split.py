@@ -228,10 +228,15 @@ def test_seeds_differ() -> None:
         ({"num_experts": 256}, "num_experts: expected 1 to 255, got 256"),
         ({"granularity": "rows"}, "granularity: expected one of element, .*got 'rows'"),
         ({"granularity": "block", "block_size": 0}, "block_size: expected at least 1, got 0"),
+        ({"shape": 8}, "shape: expected two whole numbers, got 8"),
+        ({"shape": (8, 4.0)}, r"shape: expected two whole numbers, got \(8, 4.0\)"),
+        ({"num_experts": "4"}, "num_experts: expected a whole number, got '4'"),
+        ({"granularity": "block", "block_size": 1.5}, "block_size: expected a whole number, got 1.5"),
+        ({"generator": 0}, "generator: expected a torch.Generator or None, got 0"),
     ],
 )
 def test_bad_input(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         mk.split(**{"shape": (8, 8), **arguments})
 
 
