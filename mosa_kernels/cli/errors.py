@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
+from safetensors import SafetensorError
 
-MENDABLE = (
-    ValueError,
-    OSError,
-    ModuleNotFoundError,
-)  # an OSError: files missing or in the way, no network, a full disk
+# An OSError: files missing or in the way, no network, a full disk; of the last, safetensors has an error of its own.
+MENDABLE = (ValueError, OSError, ModuleNotFoundError, SafetensorError)
 
 
 class MendableError(Exception):
@@ -27,5 +25,12 @@ def plain_errors() -> Iterator[None]:
     except (MendableError, *MENDABLE) as error:
         if os.environ.get("MOSA_TRACEBACK"):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_message(error)}", err=True)
         raise typer.Exit(1) from error
+
+
+def _message(error: BaseException) -> str:
+    """What an error says; of one in a DataLoader's worker, PyTorch gives the traceback, whose last line says it."""
+    text = str(error).rstrip()
+    first, _, rest = text.partition("\n")
+    return rest.rpartition("\n")[2].partition(": ")[2] if "DataLoader worker process" in first and rest else text

@@ -18,7 +18,7 @@ from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
 from mosa_kernels.train.methods import METHODS, AdapterOptions, find_method
 from mosa_kernels.train.progress import make_reporter
-from mosa_kernels.train.recipe import RECIPES, Recipe, make_recipe, regularised
+from mosa_kernels.train.recipe import RECIPES, Recipe, changed, make_recipe
 from mosa_kernels.train.relevance import meaningless, refuse_meaningless
 from mosa_kernels.train.settings import Settings
 
@@ -156,18 +156,16 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
             recipe=make_recipe(given.get("recipe", "paper"), rest.get("model"), **numbers),
         )
     before = Settings.from_dict(stored)
-    recipe = before.recipe if "recipe" not in given else make_recipe(given["recipe"], before.model)
-    numbers = regularised(numbers, recipe)
-    if "lr" in numbers:
-        if numbers["lr"] == recipe.lr:
-            del numbers["lr"]
-        else:
-            numbers |= {"base_lr": numbers.pop("lr"), "lr_scaled": False}
+    recipe = before.recipe
+    if given.get("recipe", recipe.name) != recipe.name:
+        recipe = make_recipe(given["recipe"], before.model)
+    if numbers.get("lr") == recipe.lr:
+        del numbers["lr"]
     return dataclasses.replace(
         before,
         **rest,
         adapter=dataclasses.replace(before.adapter, **adapter),
-        recipe=dataclasses.replace(recipe, **numbers),
+        recipe=changed(recipe, **numbers),
     )
 
 

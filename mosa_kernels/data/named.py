@@ -62,7 +62,7 @@ def open_torchvision(
     fixed: dict[str, Any] = {}
     if "root" in accepted:
         if root is None:
-            raise ValueError(f"root: expected the folder of torchvision:{name}, got None")
+            raise ValueError(f"root: expected the folder of torchvision:{name} (--data-root), got None")
         fixed["root"] = str(Path(root).expanduser())
     if "download" in accepted:
         fixed["download"] = download

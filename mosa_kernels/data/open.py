@@ -82,7 +82,7 @@ def open_data(
         )
         splits = train_on_all(splits) if kind == "torchvision-all" else splits
         splits = compared(splits, find_published(GICD, name) if kind != "timm" else None)
-    elif Path(text).expanduser().is_dir():
+    elif text and Path(text).expanduser().is_dir():  # an empty text would be the current folder
         splits = open_folder(text, seed=seed, validation_share=validation_share, test_share=test_share, verify=verify)
     else:
         raise FileNotFoundError(

@@ -16,7 +16,7 @@ import torch
 
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.train.comparison import Contender, Outcome, demo_splits, run_contender
-from mosa_kernels.train.orphans import end_with_parent
+from mosa_kernels.train.orphans import end_children, end_with_parent
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import Settings
 
@@ -137,8 +137,10 @@ def _run_in_processes(
                     number = waiting.pop(future)
                     found[number] = future.result()
                     on_done(number, found[number])
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                end_children()
             raise
     return [found[number] for number in range(len(tasks))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def takes_any_batch(program: ExportedProgram) -> bool:
 def write_program(program: ExportedProgram, path: Path, card: dict[str, Any]) -> None:
     """Writes the program, and beside it a JSON file that says what it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial.{path.name}")
-    torch.export.save(program, partial)
+    saved = io.BytesIO()  # on a full disk, PyTorch's own writing ends the process
+    torch.export.save(program, saved)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(saved.getbuffer())
     os.replace(partial, path)
     write_json(path.with_suffix(".json"), {**card, "batch": "any" if takes_any_batch(program) else 1})

@@ -6,10 +6,13 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 CONFIG, METRICS, RESULT, CURVE = "config.json", "metrics.jsonl", "result.json", "curve.png"
+LOCK = ".lock"
 TRANSFORMS = "transforms"  # the entry of a config whose "normalisation" says what test images really go through
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "safetensors")
 
@@ -138,8 +141,30 @@ class RunFolder:
         """Raises a RunExistsError where there is a run, or something else, in the folder."""
         if self.config.exists():
             raise RunExistsError(f"output {self.path}: it holds a run; go on with --resume, or choose another folder")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir())):
             raise RunExistsError(f"output {self.path}: expected a new or empty folder, it holds other things")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context, no other process may enter it; where there are no locks, all may.
+
+        Raises:
+            RunExistsError: another process is in the folder.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+            except (BlockingIOError, PermissionError) as error:
+                raise RunExistsError(f"output {self.path}: another process is at work on this run") from error
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def begin(self, config: dict[str, Any]) -> None:
         """Makes a new folder with its config; see `require_new`."""

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Job:
         reporter: shows what happens.
 
     Raises:
-        RunExistsError: the folder holds a run and `resume` is False.
+        RunExistsError: the folder holds a run and `resume` is False, or another process is at work in it.
         SettingsDifferError: `resume` with other settings, data or weights than the run began with.
     """
 
@@ -93,25 +94,33 @@ class Job:
             before, now = ({"processes": record["processes"]} for record in (stored, config))
             require_same(before, now, "number of processes")
             self._warn_of_versions(stored["versions"], config["versions"])
-            self._restore()
+            with self._alone():
+                self._restore()
         elif self.accelerator.is_main_process:
-            self.folder.begin(config)
+            with self._alone():
+                self.folder.begin(config)
 
     def run(self) -> dict[str, Any]:
         """Trains what is left, tests once, and returns the content of result.json.
 
         Raises:
+            RunExistsError: another process is at work in the folder.
             NonFiniteError: the loss is not finite any more; the state of the last good epoch stays in the folder.
             KeyboardInterrupt: as the user wished; the state of the last complete epoch stays in the folder.
         """
         if self.folder.result.is_file():
             return read_json(self.folder.result)
-        if self.trainer.progress.epochs_done < self.settings.recipe.epochs:
-            try:
-                self.trainer.fit(self._save_epoch)
-            finally:
-                self._plot()
-        return self._test()
+        with self._alone():
+            if self.trainer.progress.epochs_done < self.settings.recipe.epochs:
+                try:
+                    self.trainer.fit(self._save_epoch)
+                finally:
+                    self._plot()
+            return self._test()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """The main process keeps other runs out; the others write only when it waits for them."""
+        return self.folder.alone() if self.accelerator.is_main_process else nullcontext()
 
     def _config(self) -> dict[str, Any]:
         settings = self.settings

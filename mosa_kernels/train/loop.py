@@ -130,13 +130,18 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         right = torch.zeros((), device=accelerator.device)
         images_seen, update = 0, epoch * self.updates_per_epoch
+        gathered: list[int] = []  # sizes of the batches of this update
         began = time.perf_counter()
         for batch, (images, labels) in enumerate(self.train_loader):
             with accelerator.accumulate(self.runner):
                 self.schedule.set(update)
                 images, labels = images.to(accelerator.device), labels.to(accelerator.device)
                 parts, logits = self.objective(self.runner, images, labels)
-                accelerator.backward(parts["loss"])
+                gathered.append(len(labels))
+                accelerator.backward(parts["loss"] * (len(labels) / gathered[0]))
+                if accelerator.sync_gradients:
+                    self._average_over_images(gathered)
+                    gathered = []
                 if accelerator.sync_gradients and self.recipe.clip_norm is not None:
                     accelerator.clip_grad_norm_(self.runner.parameters(), self.recipe.clip_norm)
                 optimizer.step()
@@ -152,6 +157,15 @@ class Trainer:
         self._report(epoch, update, totals["loss"], right, images_seen, time.perf_counter() - began)
         seconds = time.perf_counter() - began
         return self._row(epoch, totals, right, images_seen, seconds)
+
+    def _average_over_images(self, sizes: list[int]) -> None:
+        """Makes the gradient of an update the mean over its images, though the last has fewer or smaller batches.
+
+        Each batch counted by its share of the first one, and accelerate divides by the number of whole batches.
+        """
+        factor = sizes[0] * self.accelerator.gradient_accumulation_steps / sum(sizes)
+        if factor != 1:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], factor)
 
     def _report(self, epoch: int, update: int, loss: Tensor, right: Tensor, images_seen: int, seconds: float) -> None:
         mean = loss.item() / images_seen

@@ -93,6 +93,8 @@ class Recipe:
             raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: expected a positive number or None, got {self.clip_norm}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a whole number of 64 bits, got {self.seed}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs: expected at least 0 and less than the {self.epochs} epochs, got {self.warmup_epochs}"
@@ -168,20 +170,31 @@ def make_recipe(name: str = "paper", model: str | None = None, **overrides: Any)
     """
     if name not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+    base = RECIPES[name]
+    if model is not None and "_large_" in model:
+        base = dataclasses.replace(base, **LARGE)
+    return changed(base, **overrides)
+
+
+def changed(base: Recipe, **overrides: Any) -> Recipe:
+    """A recipe with some numbers replaced, as `make_recipe` does.
+
+    Raises:
+        ValueError: an unknown number, two that exclude each other, or a value out of range.
+    """
     given = {key: value for key, value in overrides.items() if value is not None}
     if "lr" in given:
         if "base_lr" in given:
             raise ValueError("lr, base_lr: expected one of them, got both")
+        if given.get("lr_scaled"):
+            raise ValueError("lr_scaled: it is for base_lr; lr is the peak learning rate itself")
         given |= {"base_lr": given.pop("lr"), "lr_scaled": False}
     known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
     unknown = sorted(set(given) - known - {"regularisation"})
     if unknown:
         raise ValueError(f"recipe: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    base = RECIPES[name]
-    if model is not None and "_large_" in model:
-        base = dataclasses.replace(base, **LARGE)
     given = regularised(given, base)
-    if "epochs" in given and "warmup_epochs" not in given:
+    if given.get("epochs", base.epochs) != base.epochs and "warmup_epochs" not in given:
         given["warmup_epochs"] = base.warmup_epochs * given["epochs"] / base.epochs
     return dataclasses.replace(base, **given)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,24 @@ def test_merging_does_not_overwrite_the_run(name: str, trained: tuple[Path, str]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     for _ in range(2):  # an earlier merge may be written again
         assert command("merge", run, "--output", run / "merged.safetensors").exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of file sizes")
+@pytest.mark.parametrize("name", ["merged.safetensors", "merged.pt2"])
+def test_a_full_disk_is_one_line(name: str, trained: tuple[Path, str], command: Any, tmp_path: Path):
+    """Stood in for by a limit on the size of files, which writing runs into in the same way."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        result = command("merge", trained[0], "--output", tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("words", [("evaluate", "RUN"), ("train", "--resume", "--output", "RUN")])

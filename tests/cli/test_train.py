@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mosa_kernels.cli.train import settings_of
+from mosa_kernels.train.folder import require_same
 from mosa_kernels.train.relevance import refuse_meaningless
 from mosa_kernels.train.settings import Settings
 
@@ -85,12 +86,31 @@ def test_official_recipe_and_its_overrides_are_stored():
     assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
 
 
-def test_options_given_again_on_resuming_are_no_difference():
-    given = {"data": "x", "lr": 0.01, "batch_size": 64, "method": "sparseadapter", "dropout": 0.1}
-    settings = settings_of(given, None)
-    assert settings_of(given, settings.as_dict()) == settings
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lr": 0.01, "batch_size": 64, "method": "sparseadapter", "dropout": 0.1},
+        {"recipe": "paper", "epochs": 5},
+        {"recipe": "paper", "lr": 0.0005},
+        {"recipe": "official", "epochs": 7, "warmup_epochs": 0.0},
+        {"recipe": "official", "regularisation": "consistency+alignment", "base_lr": 0.01, "lr_scaled": True},
+    ],
+)
+def test_options_given_again_on_resuming_are_no_difference(given: dict[str, Any]):
+    settings = settings_of({"data": "x", **given}, None)
+    assert settings_of({"data": "x", **given}, settings.as_dict()) == settings
     assert settings_of({}, settings.as_dict()) == settings
+    assert settings_of({"recipe": settings.recipe.name}, settings.as_dict()) == settings
     assert settings_of({"lr": 0.02}, settings.as_dict()) != settings
+
+
+def test_another_length_on_resuming_is_named_not_a_warm_up_that_nobody_gave():
+    before = settings_of({"data": "x"}, None)
+    for given in ({"epochs": 5}, {"epochs": 5, "recipe": "official"}):
+        now = settings_of(given, before.as_dict())
+        assert now.recipe.epochs == 5
+        with pytest.raises(ValueError, match=r"recipe.epochs: the run has 100, now 5"):
+            require_same(before.flat(), now.flat(), "settings")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +192,8 @@ def test_lists_are_read() -> None:
         (("--data", "offline:digits", "--method", "adaptfromer"), "did you mean adaptformer?"),
         (("--data", "offline:digits", "--recipe", "papper"), "recipe: expected one of paper, official, got 'papper'"),
         (("--data", "offline:digits", "--lr", "1", "--base-lr", "1"), "lr, base_lr: expected one of them, got both"),
+        (("--data", "offline:digits", "--lr", "1", "--lr-scaled"), "lr_scaled: it is for base_lr"),
+        (("--data", "offline:digits", "--seed", str(2**64)), "seed: expected a whole number of 64 bits"),
         (("--data", "offline:digits", "--passes", "3"), "passes: expected 1 or 2, got 3"),
         (("--data", "offline:digits", "--mixed-precision", "fp8"), "mixed_precision: expected one of no, bf16, fp16"),
         (("--data", "offline:digits", "--mixed-precision", "fp16", "--cpu"), "fp16 needs a GPU"),
@@ -191,6 +213,18 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_line_wherever_it_is_read(workers: int, command: Any, pictures: Path, tmp_path: Path):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    broken = tmp_path / "pictures" / "train" / "disc" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    words = ("--data", tmp_path / "pictures", "--method", "linear", "--epochs", 1, "--batch-size", 5, "--cpu")
+    result = command("train", "--output", tmp_path / "run", "--workers", workers, *words)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: cannot read the image {broken}: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_an_existing_run_is_not_overwritten(trained: tuple[Path, str], command: Any, pictures: Path):

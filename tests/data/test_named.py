@@ -180,7 +180,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         open_data("torchvision:Cifar100", root=tmp_path)
     with pytest.raises(ValueError, match=r"torchvision has no data set 'folder'"):
         open_data("torchvision:folder", root=tmp_path)
-    with pytest.raises(ValueError, match=r"root: expected the folder of torchvision:CIFAR10, got None"):
+    with pytest.raises(ValueError, match=r"root: expected the folder of torchvision:CIFAR10 \(--data-root\), got None"):
         open_data("torchvision:CIFAR10")
     for name in ("torchvision:CIFAR10", "timm:torch/cifar10"):
         with pytest.raises(

@@ -106,6 +106,8 @@ def test_bad_requests_are_named() -> None:
         open_data("offline:count", image_size=8)
     with pytest.raises(FileNotFoundError, match=r"'no/such/place' is neither a folder nor a name.*offline:digits"):
         open_data("no/such/place")
+    with pytest.raises(FileNotFoundError, match=r"data: '' is neither a folder nor a name"):
+        open_data("")  # an unset variable, and not the current folder
     with pytest.raises(ValueError, match=r"label_preserving: expected some of .*, got \['rotate'\]"):
         open_data("offline:digits", label_preserving=("rotate",))
 

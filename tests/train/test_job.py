@@ -232,6 +232,32 @@ def test_a_folder_in_use_is_refused(whole: Path, tiny: Any, tmp_path: Path):
         Job(tiny(), tmp_path / "nothing", True, Reporter())
 
 
+LOCKING = """
+import fcntl, sys
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fcntl")
+def test_two_processes_do_not_work_on_one_run(tiny: Any, tmp_path: Path):
+    folder = tmp_path / "run"
+    begun = Job(tiny(), folder, False, Reporter())
+    arguments = [sys.executable, "-c", LOCKING, str(folder / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        for work in (lambda: Job(tiny(), folder, True, Reporter()), begun.run):
+            with pytest.raises(RunExistsError, match="another process is at work on this run"):
+                work()
+        other.kill()
+    assert not (folder / "metrics.jsonl").exists()
+    run(tiny(), folder, resume=True)
+    assert len(rows_of(folder)) == 3
+
+
 def test_a_finished_run_is_not_tested_again(whole: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch):
     before = result_of(whole)
     monkeypatch.setattr(job_module, "evaluate", None)  # test images are touched once
@@ -260,11 +286,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert all(bool(torch.isfinite(p).all()) for p in kept.parameters())
 
 
-def test_accumulated_batches_make_the_updates_of_whole_ones(tiny: Any, tmp_path: Path):
-    """Cross-entropy of a linear probe is a mean over images, so halves of a batch add up to it."""
-    options = {"method": "linear", "batch_size": 10, "augment": "none", "epochs": 2}
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(10, 2), (8, 2), (8, 4)])
+def test_accumulated_batches_make_the_updates_of_whole_ones(
+    batch_size: int, accumulate: int, tiny: Any, tmp_path: Path
+):
+    """A loss without experts and dropout is a mean over images, so parts of a batch add up to it.
+
+    Of 15 images the last update has fewer batches than the others, or batches of two sizes; the large eps has a step
+    grow with its gradient.
+    """
+    options = {"method": "adaptformer", "dropout": 0.0, "batch_size": batch_size, "epochs": 2, "eps": 1.0}
     run(tiny(**options), tmp_path / "whole")
-    run(tiny(**options, accumulate=2), tmp_path / "halves")
-    for one, other in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "halves"), strict=True):
+    run(tiny(**options, accumulate=accumulate), tmp_path / "parts")
+    for one, other in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts"), strict=True):
         assert one["lr"] == pytest.approx(other["lr"])
-    assert len(rows_of(tmp_path / "halves")) == 2
+    whole, parts = (
+        load_file(tmp_path / name / "adapter" / "last" / "adapter_model.safetensors") for name in ("whole", "parts")
+    )
+    assert whole["head.head.bias"].abs().max() > 1e-4
+    for name, values in whole.items():
+        torch.testing.assert_close(parts[name], values, rtol=1e-4, atol=1e-6)

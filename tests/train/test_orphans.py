@@ -52,3 +52,39 @@ def test_workers_end_with_a_killed_parent(how: signal.Signals, tmp_path: Path) -
         if left:
             os.kill(worker, signal.SIGKILL)
         assert not left
+
+
+INTERRUPTED = """
+import os, sys, time
+from pathlib import Path
+from mosa_kernels.train.table_runs import run_side_by_side
+
+def work(number):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_side_by_side(list(range(8)), work, 2, lambda *_: None)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interruption_does_not_wait_for_what_runs(tmp_path: Path) -> None:
+    """Ctrl-C of a terminal goes to the parent and its workers, whose runs may take hours."""
+    script, begun = tmp_path / "parent.py", tmp_path / "begun"
+    script.write_text(INTERRUPTED)
+    begun.mkdir()
+    words = [sys.executable, str(script), str(begun)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        deadline = time.monotonic() + 240
+        while len(list(begun.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(parent.pid, signal.SIGINT)
+        try:
+            errors = parent.communicate(timeout=60)[1]
+        finally:
+            if parent.poll() is None:
+                os.killpg(parent.pid, signal.SIGKILL)
+    assert errors.count("Traceback") == 1  # the parent's
+    assert "KeyboardInterrupt" in errors
+    assert len(list(begun.iterdir())) == 2
