@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from reports import record, report, row
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from mosa_kernels.cli.main import app
 from mosa_kernels.train.folder import write_json

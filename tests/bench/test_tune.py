@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mosa_kernels.bench.shapes import Axes
 from mosa_kernels.bench.tune import KERNELS, ROWS, grid, list_tuning, tune, tuning_points
 
 INTERPRETED = """
+import interpreter
 import torch
 from mosa_kernels.backends.triton.configs import Config
 from mosa_kernels.bench.shapes import MODELS, Point
@@ -28,8 +30,8 @@ print("\\n".join(said))
 
 
 def test_a_row_in_the_interpreter() -> None:
-    code = "import os; os.environ['TRITON_INTERPRET'] = '1'\n" + INTERPRETED
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     if "No module named 'triton'" in done.stderr:
         pytest.skip("triton is not installed")
     assert done.returncode == 0, done.stderr
