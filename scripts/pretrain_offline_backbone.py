@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -26,8 +25,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from mosa_kernels._files import write_whole
 from mosa_kernels.data.backbone import ASSETS, OFFLINE_BACKBONE, OFFLINE_BACKBONES, file_hash
 from mosa_kernels.data.procedural import DRAWN_TASKS
+from mosa_kernels.train.folder import write_json
 
 SOURCE = DRAWN_TASKS["source"]
 
@@ -90,10 +91,8 @@ def accuracy(model: nn.Module, seed: int, stream: str, count: int) -> float:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-    os.replace(unfinished, path)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda partial: save_file(contiguous, partial, metadata))
 
 
 def save_checkpoint(path: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
@@ -199,10 +198,7 @@ def ship(model: nn.Module, options: argparse.Namespace, seconds: float) -> dict[
         "source_test_images": options.test_images,
         "made_with": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
-    path = weights.with_suffix(".json")
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(card, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_json(weights.with_suffix(".json"), card)
     return card
 
 

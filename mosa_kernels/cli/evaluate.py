@@ -13,6 +13,7 @@ from rich.table import Table
 from mosa_kernels.cli.errors import plain_errors
 from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader
 from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.nn.options import check_seed
 from mosa_kernels.train.evaluate import MECHANISMS, warn_of_merge_loss
 from mosa_kernels.train.evaluate import evaluate as measure
 from mosa_kernels.train.folder import require_writable, versions, write_json
@@ -45,6 +46,7 @@ def evaluate(
     with plain_errors():
         rules = _rules(rule)
         mechanisms = _mechanisms(inference)
+        check_seed("seed", seed)
         if output is not None:
             require_writable(output)
         saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)

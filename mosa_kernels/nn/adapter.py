@@ -19,6 +19,7 @@ from mosa_kernels.nn.options import (
     check_flag,
     check_number,
     check_probability,
+    check_seed,
     check_whole,
 )
 from mosa_kernels.nn.projection import Projection
@@ -91,7 +92,7 @@ class FusedMoSAAdapter(nn.Module):
         sizes = (("dim", dim), ("bottleneck", bottleneck), ("num_experts", num_experts), ("out_dim", out_dim))
         for name, size in sizes:
             check_count(name, size)
-        check_whole("seed", seed)
+        check_seed("seed", seed)
         flags = (
             ("norm", norm),
             ("expert_bias", expert_bias),

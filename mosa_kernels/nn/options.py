@@ -36,6 +36,17 @@ def check_whole(name: str, value: Any, expected: str = "a whole number") -> None
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """
+    Raises:
+        TypeError: no whole number.
+        ValueError: PyTorch's generators do not take it.
+    """
+    check_whole(name, value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a whole number of 64 bits, got {value}")
+
+
 def check_flag(name: str, value: Any) -> None:
     """
     Raises:

@@ -10,7 +10,15 @@ from typing import Any
 from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.functional.split import GRANULARITIES, MAX_EXPERTS
 from mosa_kernels.nn.adapter import MERGE_RULES, SPARSE
-from mosa_kernels.nn.options import check_choice, check_count, check_flag, check_number, check_probability, check_whole
+from mosa_kernels.nn.options import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_probability,
+    check_seed,
+    check_whole,
+)
 from mosa_kernels.nn.sampler import EXPERT_PER
 from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site, Style
 
@@ -99,7 +107,7 @@ class MoSAConfig:
             raise ValueError("num_experts: expected a number or one for each block, got an empty list")
         for count in self._experts:
             check_count("num_experts", count, MAX_EXPERTS)
-        check_whole("seed", self.seed)
+        check_seed("seed", self.seed)
         for name in ("expert_bias", "anchored", "learnable_scale"):
             check_flag(name, getattr(self, name))
         if self.norm is not None and not isinstance(self.norm, bool):

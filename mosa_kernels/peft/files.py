@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mosa_kernels._files import write_whole
 from mosa_kernels.shards import whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -45,8 +43,8 @@ def write_adapter(directory: Path, description: dict[str, Any], tensors: dict[st
     description = {**description, _DIGEST: tensors_digest(tensors)}
     description[_SAVE] = hashlib.sha256(json.dumps(description).encode()).hexdigest()
     text = json.dumps(description, indent=2) + "\n"
-    _replace(directory / CONFIG_FILE, lambda path: path.write_text(text))
-    _replace(
+    write_whole(directory / CONFIG_FILE, lambda path: path.write_text(text))
+    write_whole(
         directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={_EMBEDDED: text, "format": "pt"})
     )
 
@@ -109,24 +107,3 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(description, dict):
         raise AdapterFileError(f"{path}: expected a JSON object, got {type(description).__name__}")
     return description
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o666 & ~_umask())
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

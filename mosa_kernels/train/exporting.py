@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from mosa_kernels._files import write_whole
 from mosa_kernels.train.folder import write_json
 
 SUFFIX = ".pt2"
@@ -58,10 +58,7 @@ def takes_any_batch(program: ExportedProgram) -> bool:
 
 def write_program(program: ExportedProgram, path: Path, card: dict[str, Any]) -> None:
     """Writes the program, and beside it a JSON file that says what it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     saved = io.BytesIO()  # on a full disk, PyTorch's own writing ends the process
     torch.export.save(program, saved)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(saved.getbuffer())
-    os.replace(partial, path)
+    write_whole(path, lambda partial: partial.write_bytes(saved.getbuffer()))
     write_json(path.with_suffix(".json"), {**card, "batch": "any" if takes_any_batch(program) else 1})

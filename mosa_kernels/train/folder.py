@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels._files import write_whole
+
 CONFIG, METRICS, RESULT, CURVE = "config.json", "metrics.jsonl", "result.json", "curve.png"
 LOCK = ".lock"
 TRANSFORMS = "transforms"  # the entry of a config whose "normalisation" says what test images really go through
@@ -27,10 +29,7 @@ class SettingsDifferError(ValueError):
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def require_writable(path: Path, *, folder: bool = False) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mosa_kernels._files import write_whole
 from mosa_kernels.peft import load_adapter, save_adapter
 from mosa_kernels.peft.backbone import describe_backbone
 from mosa_kernels.peft.book import find_book
@@ -31,11 +32,9 @@ def save_trained(model: nn.Module, directory: Path, class_names: Sequence[str]) 
     if find_book(model) is not None:
         save_adapter(model, directory)
         return
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
-    partial = directory / f".{HEAD_WEIGHTS}.partial"
-    save_file(tensors, partial, {BACKBONE: backbone_hash(model), "format": "pt"})
-    os.replace(partial, directory / HEAD_WEIGHTS)
+    metadata = {BACKBONE: backbone_hash(model), "format": "pt"}
+    write_whole(directory / HEAD_WEIGHTS, lambda unfinished: save_file(tensors, unfinished, metadata))
 
 
 def load_trained(model: nn.Module, directory: Path) -> None:
@@ -75,9 +74,7 @@ def copy_trained(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.name.startswith("."):
             continue
-        partial = target / f".{path.name}.partial"
-        shutil.copyfile(path, partial)
-        os.replace(partial, target / path.name)
+        write_whole(target / path.name, partial(shutil.copyfile, path))
 
 
 def backbone_hash(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mosa_kernels._files import write_whole
 from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload
 from mosa_kernels.peft.book import book_of
 from mosa_kernels.train.backbones import create_backbone
@@ -181,9 +182,7 @@ def write_merged(model: nn.Module, path: Path, card: dict[str, Any]) -> None:
         ValueError: that JSON file belongs to a program of the same name.
     """
     _require_own_card(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, partial, {"format": "pt", "mosa_kernels": json.dumps({"rule": card.get("rule")})})
-    os.replace(partial, path)
+    metadata = {"format": "pt", "mosa_kernels": json.dumps({"rule": card.get("rule")})}
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata))
     write_json(path.with_suffix(".json"), card)

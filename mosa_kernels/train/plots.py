@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from mosa_kernels._files import write_whole
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     """Writes a figure under a temporary name and renames it."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=dpi)
-    os.replace(partial, path)
+    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=dpi))
 
 
 def plot_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from mosa_kernels.nn.options import check_seed
+
 OPTIMIZERS = ("mosa", "adamw")
 ALIGNMENTS = ("none", "shallow", "deep", "all", "first-six")
 SELECTIONS = ("best", "last")
@@ -93,8 +95,7 @@ class Recipe:
             raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: expected a positive number or None, got {self.clip_norm}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed: expected a whole number of 64 bits, got {self.seed}")
+        check_seed("seed", self.seed)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs: expected at least 0 and less than the {self.epochs} epochs, got {self.warmup_epochs}"

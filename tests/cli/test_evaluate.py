@@ -60,6 +60,7 @@ def test_an_adapter_on_its_own(trained: tuple[Path, str], command: Any, pictures
         (("--inference", "best"), "inference: expected all, or some of merged, stochastic, fixed, ensemble, got best"),
         (("--rule", "sum"), "rule: expected one of mean, jigsaw, got 'sum'"),
         (("--split", "train"), "split: expected one of validation, test, got 'train'"),
+        (("--seed", str(2**64)), "seed: expected a whole number of 64 bits, got 18446744073709551616"),
         (("--weights", "first"), "weights: expected best or last, got 'first'"),
         (("--data", "offline:digits"), "data: offline:digits has 10 classes, the model 3"),
         (("--model", "vit_tiny_patch16_24"), "did you mean vit_tiny_patch16_224"),

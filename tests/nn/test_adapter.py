@@ -215,6 +215,7 @@ def test_compiled_layer_is_one_graph_and_draws_anew() -> None:
         ({"bottleneck": 2.5}, "bottleneck: expected a whole number, got 2.5"),
         ({"num_experts": True}, "num_experts: expected a whole number, got True"),
         ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
+        ({"seed": 2**63}, "seed: expected a whole number of 64 bits, got 9223372036854775808"),
         ({"scale": float("nan")}, "scale: expected a number that is finite, got nan"),
         ({"scale": "1"}, "scale: expected a number, got '1'"),
         ({"expert_scale": float("inf")}, "expert_scale: expected a number or 'N' that is finite, got inf"),

@@ -83,6 +83,7 @@ def test_json_refuses_what_it_does_not_know() -> None:
         ("layers", [1, 1], "each block once"),
         ("layers", [1.5], "whole numbers"),
         ("seed", 1.5, "whole number"),
+        ("seed", 2**80, "whole number of 64 bits"),
     ],
 )
 def test_each_error_names_field_expected_and_got(field: str, value: object, expected: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
 from mosa_kernels.backends.tickets import ticket
-from mosa_kernels.backends.triton.backend import available, on_old_device
+from mosa_kernels.backends.triton.backend import available, misplaced
 from mosa_kernels.backends.triton.launch import ALIGNMENT, Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
     arrives_last,
@@ -153,11 +153,9 @@ def alignment_backward_kernel(
 
 def supports_feature_alignment(features1: Sequence[Tensor], features2: Sequence[Tensor]) -> tuple[bool, str]:
     """Whether the kernels take these features, and if not, why."""
+    if reason := misplaced("features1[0]", features1[0], interpreted(alignment_forward_kernel)):
+        return False, reason
     device = features1[0].device
-    if device.type != "cuda" and not interpreted(alignment_forward_kernel):
-        return False, f"features1[0] is on {device}, not on a CUDA device"
-    if on_old_device(features1[0]):
-        return False, f"features1[0] is on {device}, whose compute capability is below 8.0"
     for layer, (one, two) in enumerate(zip(features1, features2, strict=True)):
         if type(one) not in PLAIN or type(two) not in PLAIN:
             return False, f"features1[{layer}] or features2[{layer}] is a subclass of Tensor; plain ones are taken"

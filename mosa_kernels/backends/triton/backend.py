@@ -48,17 +48,18 @@ def _look() -> tuple[bool, str]:
     return True, ""
 
 
-def on_old_device(tensor: Tensor) -> bool:
-    """Whether a tensor lies on the one GPU among several that is too old for the kernels."""
-    return bool(_too_old) and tensor.get_device() in _too_old
+def misplaced(name: str, tensor: Tensor, interpreting: bool) -> str | None:
+    """Why the kernels do not run where a tensor lies: not on a GPU, or on the one among several that is too old."""
+    if not tensor.is_cuda and not interpreting:
+        return f"{name} is on {tensor.device}, not on a CUDA device"
+    if _too_old and tensor.get_device() in _too_old:
+        return f"{name} is on {tensor.device}, whose compute capability is below 8.0"
+    return None
 
 
 def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
-    x = args.x
-    if not x.is_cuda and not _INTERPRETING:
-        return False, f"x is on {x.device}, not on a CUDA device"
-    if on_old_device(x):
-        return False, f"x is on {x.device}, whose compute capability is below 8.0"
+    if reason := misplaced("x", args.x, _INTERPRETING):
+        return False, reason
     if args.b_up is not None and args.b_up.dim() == 2 and args.b_up.shape[0] > _MAX_BIAS_ROWS:
         return False, f"b_up has {args.b_up.shape[0]} rows, at most {_MAX_BIAS_ROWS} are taken"
     return takes(args)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mosa_kernels.backends.consistency import ConsistencyArguments
 from mosa_kernels.backends.element_types import DTYPE_CODES, PLAIN, dtype_names
 from mosa_kernels.backends.tickets import ticket
-from mosa_kernels.backends.triton.backend import available, on_old_device
+from mosa_kernels.backends.triton.backend import available, misplaced
 from mosa_kernels.backends.triton.launch import Launch, interpreted
 from mosa_kernels.backends.triton.pointers import arrives_last, on_device
 
@@ -184,10 +184,8 @@ def backward_kernel(
 def supports_consistency(args: ConsistencyArguments) -> tuple[bool, str]:
     """Whether the kernels take these predictions, and if not, why."""
     logits1, logits2, target = args.logits1, args.logits2, args.target
-    if not logits1.is_cuda and not interpreted(forward_kernel):
-        return False, f"logits1 is on {logits1.device}, not on a CUDA device"
-    if on_old_device(logits1):
-        return False, f"logits1 is on {logits1.device}, whose compute capability is below 8.0"
+    if reason := misplaced("logits1", logits1, interpreted(forward_kernel)):
+        return False, reason
     for name, tensor in (("logits1", logits1), ("logits2", logits2), ("target", target)):
         if type(tensor) not in PLAIN:
             return False, f"{name} is a {type(tensor).__name__}; the kernels take plain tensors"

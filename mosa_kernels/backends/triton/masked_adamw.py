@@ -21,7 +21,7 @@ from mosa_kernels.backends.element_types import DTYPE_CODES
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors, log_of
 from mosa_kernels.backends.masked_adamw_kernels import takes
 from mosa_kernels.backends.tickets import capturing
-from mosa_kernels.backends.triton.backend import available, on_old_device
+from mosa_kernels.backends.triton.backend import available, misplaced
 from mosa_kernels.backends.triton.launch import ALIGNMENT, Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
     arrives_last,
@@ -157,11 +157,8 @@ _LARGEST = 2**31 - BLOCK
 
 def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:
     """Whether the kernel takes this step, and if not, why."""
-    device = tensors.params[0].device
-    if device.type != "cuda" and not interpreted(masked_adamw_kernel):
-        return False, f"params[0] is on {device}, not on a CUDA device"
-    if on_old_device(tensors.params[0]):
-        return False, f"params[0] is on {device}, whose compute capability is below 8.0"
+    if reason := misplaced("params[0]", tensors.params[0], interpreted(masked_adamw_kernel)):
+        return False, reason
     for index, p in enumerate(tensors.params):
         if p.numel() > _LARGEST:
             return False, f"params[{index}] has {p.numel()} entries, at most {_LARGEST} are taken"

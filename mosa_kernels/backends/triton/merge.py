@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.backends.merge_kernels import Description, describe, empty_outputs, takes
-from mosa_kernels.backends.triton.backend import available, on_old_device
+from mosa_kernels.backends.triton.backend import available, misplaced
 from mosa_kernels.backends.triton.launch import Launch, interpreted
 from mosa_kernels.backends.triton.pointers import (
     bits_of,
@@ -133,9 +133,11 @@ def merge_kernel(
 
 def supports_merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | None) -> tuple[bool, str]:
     """Whether the kernel takes these adapters, and if not, why."""
-    if any(on_old_device(adapter.w_down) for adapter in adapters):
-        return False, f"adapters are on {adapters[0].w_down.device}, whose compute capability is below 8.0"
-    return takes(adapters, dtype, "cpu" if interpreted(merge_kernel) else "cuda")
+    interpreting = interpreted(merge_kernel)
+    for adapter in adapters:
+        if reason := misplaced("w_down", adapter.w_down, interpreting):
+            return False, reason
+    return takes(adapters, dtype, "cpu" if interpreting else "cuda")
 
 
 def merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | None) -> list[MergedWeights]:
