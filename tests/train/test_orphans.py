@@ -55,7 +55,7 @@ def test_workers_end_with_a_killed_parent(how: signal.Signals, tmp_path: Path) -
 
 
 INTERRUPTED = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from mosa_kernels.train.table_runs import run_side_by_side
 
@@ -64,6 +64,7 @@ def work(number):
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
     run_side_by_side(list(range(8)), work, 2, lambda *_: None)
 """
 
