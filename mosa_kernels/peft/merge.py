@@ -118,7 +118,7 @@ def _take_branch(block: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
     for name in names:
         part = getattr(block, name)
         if isinstance(part, nn.Parameter):
-            scale = LayerScale(part.shape[0], device=part.device, dtype=part.dtype)
+            scale = LayerScale(part.shape[0])
             scale.gamma = part
             branch[name] = scale
             delattr(block, name)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 from mosa_kernels.peft.book import book_of
+
+ALL = ("adaptformer", "pfeiffer", "houlsby", "lora")
+ONLY = ("adaptformer",)
 
 
 class Family(NamedTuple):
@@ -16,20 +20,24 @@ class Family(NamedTuple):
 
     Attributes:
         styles: the styles that its blocks take.
+        since: the version of timm that can make it, where that is not the first one allowed.
     """
 
     name: str
     kwargs: dict[str, Any]
-    styles: tuple[str, ...] = ("adaptformer", "pfeiffer", "houlsby", "lora")
+    styles: tuple[str, ...] = ALL
+    since: tuple[int, ...] = ()
 
     @property
     def image_size(self) -> int:
         return int(self.kwargs.get("img_size", 32))
 
 
-def _vit(name: str, size: int = 32, *, styles: tuple[str, ...] | None = None, **kwargs: Any) -> Family:
+def _vit(
+    name: str, size: int = 32, *, styles: tuple[str, ...] = ALL, since: tuple[int, ...] = (), **kwargs: Any
+) -> Family:
     small = {"img_size": size, "depth": 2, "embed_dim": 48, "num_heads": 3, **kwargs}
-    return Family(name, small) if styles is None else Family(name, small, styles)
+    return Family(name, small, styles, since)
 
 
 def _swin(name: str) -> Family:
@@ -37,7 +45,6 @@ def _swin(name: str) -> Family:
     return Family(name, small)
 
 
-ONLY = ("adaptformer",)
 FAMILIES = (
     _vit("vit_tiny_patch16_224"),
     _vit("vit_base_patch16_siglip_224"),
@@ -46,7 +53,7 @@ FAMILIES = (
     _vit("vit_small_patch14_reg4_dinov2", 28),
     _vit("vit_small_patch16_dinov3"),
     _vit("vit_base_patch16_xp_224", styles=ONLY),
-    _vit("vit_dpwee_patch16_reg1_gap_256", styles=ONLY),
+    _vit("vit_dpwee_patch16_reg1_gap_256", styles=ONLY, since=(1, 0, 23)),
     _vit("vit_small_patch16_18x2_224", styles=ONLY),
     _vit("vit_base_patch16_rpn_224"),
     _vit("vit_relpos_base_patch16_224"),
@@ -60,7 +67,7 @@ FAMILIES = (
     _vit("beit_base_patch16_224"),
     _vit("beitv2_base_patch16_224"),
     _vit("eva02_tiny_patch14_224", 28),
-    _vit("eva02_enormous_patch14_clip_224", 28),
+    _vit("eva02_enormous_patch14_clip_224", 28, since=(1, 0, 21)),
     Family("naflexvit_base_patch16_gap", {"depth": 2, "embed_dim": 48, "num_heads": 3}),
     _swin("swin_tiny_patch4_window7_224"),
     _swin("swinv2_tiny_window8_256"),
@@ -72,6 +79,8 @@ VIT, SWIN = FAMILIES[0], FAMILIES[-4]
 
 def make(family: Family = VIT, num_classes: int = 10, **kwargs: Any) -> nn.Module:
     """A model in evaluation mode; its seed is fixed, and no weight is zero or negligible."""
+    if tuple(int(part) for part in timm.__version__.split(".")[:3]) < family.since:
+        pytest.skip(f"timm {timm.__version__} cannot make {family.name}")
     torch.manual_seed(1)
     model = timm.create_model(family.name, pretrained=False, num_classes=num_classes, **{**family.kwargs, **kwargs})
     with torch.no_grad():
