@@ -23,7 +23,7 @@ NATIVE := $(wildcard csrc/*) CMakeLists.txt setup.py mosa_kernels/version.py
 USABLE := $(VENV)/$(if $(shell nvidia-smi -L 2>/dev/null),.built,.built-for-cpu)
 NVRTC := build/nvrtc12
 NVRTC_WHEELS := nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12
-CLANG_FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*/*)
+CLANG_FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu) $(filter-out tests/csrc/__pycache__/%,$(wildcard tests/csrc/*/*))
 
 .PHONY: demo bench test lint build unit-tests clean distclean
 
