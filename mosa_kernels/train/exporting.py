@@ -60,5 +60,6 @@ def write_program(program: ExportedProgram, path: Path, card: dict[str, Any]) ->
     """Writes the program, and beside it a JSON file that says what it is."""
     saved = io.BytesIO()  # on a full disk, PyTorch's own writing ends the process
     torch.export.save(program, saved)
-    write_whole(path, lambda partial: partial.write_bytes(saved.getbuffer()))
+    content = saved.getvalue()  # a view that an error keeps would crash the garbage collector of Python 3.12
+    write_whole(path, lambda partial: partial.write_bytes(content))
     write_json(path.with_suffix(".json"), {**card, "batch": "any" if takes_any_batch(program) else 1})
