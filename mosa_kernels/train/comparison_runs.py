@@ -16,7 +16,7 @@ import torch
 
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.train.comparison import Contender, Outcome, demo_splits, run_contender
-from mosa_kernels.train.orphans import end_children, end_with_parent
+from mosa_kernels.train.orphans import end_with_parent, ending_early
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import Settings
 
@@ -129,7 +129,7 @@ def _run_in_processes(
         # The longest first, so that no worker is left alone with a long run at the end.
         order = sorted(range(len(tasks)), key=lambda number: -(tasks[number].settings.passes or 1))
         waiting: dict[Future[Outcome], int] = {pool.submit(_run_in_worker, n, tasks[n]): n for n in order}
-        try:
+        with ending_early(pool):
             while waiting:
                 with suppress(queue.Empty):
                     on_step(news.get(timeout=0.2))
@@ -137,11 +137,6 @@ def _run_in_processes(
                     number = waiting.pop(future)
                     found[number] = future.result()
                     on_done(number, found[number])
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                end_children()
-            raise
     return [found[number] for number in range(len(tasks))]
 
 

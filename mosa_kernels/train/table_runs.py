@@ -14,7 +14,7 @@ import torch
 
 from mosa_kernels._machine import available_cores
 from mosa_kernels.train.comparison_runs import one_thread_each
-from mosa_kernels.train.orphans import end_children, end_with_parent
+from mosa_kernels.train.orphans import end_with_parent, ending_early
 from mosa_kernels.train.table_cells import Cell, find_result, run_and_keep
 
 OnDone = Callable[[Cell, dict[str, Any]], None]
@@ -89,15 +89,10 @@ def run_side_by_side(
         ProcessPoolExecutor(min(workers, len(items)), context, _begin_worker, (numbers, gpus)) as pool,
     ):
         waiting: dict[Future[Result], Item] = {pool.submit(run, item): item for item in items}
-        try:
+        with ending_early(pool):
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     on_done(waiting.pop(future), future.result())
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                end_children()
-            raise
 
 
 def _begin_worker(numbers: Any, gpus: int) -> None:
