@@ -26,13 +26,20 @@ if [ $# -ne 1 ]; then
   echo "usage: benchmarks/gpu.sh OUT" >&2
   exit 2
 fi
+PHASES="build tests sanitizers bench"
+for name in ${MOSA_GPU_PHASES:-}; do # a word that names none would leave the time on the GPU unused
+  if [[ " $PHASES " != *" $name "* ]]; then
+    echo "MOSA_GPU_PHASES: expected some of $PHASES, got $name" >&2
+    exit 2
+  fi
+done
 mkdir -p "$1/logs" || exit 2
 OUT=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 DRY=${MOSA_GPU_SH_DRY:-0}
 
-wanted() { [[ " ${MOSA_GPU_PHASES:-build tests sanitizers bench} " == *" $1 "* ]]; }
+wanted() { [[ " ${MOSA_GPU_PHASES:-$PHASES} " == *" $1 "* ]]; }
 
 END=$(($(date +%s) + ${MOSA_GPU_SECONDS:-570}))
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -80,7 +87,10 @@ else
     TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
   fi
   export TORCH_CUDA_ARCH_LIST
-  wanted build && phase build 180 "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
+  # A build that fails with CUDA goes on without, which is a failure here, and pip has to be told to show its output.
+  build='"$1" -m pip install --verbose --no-build-isolation --no-deps --editable . && "$1" -c "$0"'
+  built='import sys; from mosa_kernels._extension import extension; sys.exit(extension().cuda_reason)'
+  wanted build && phase build 180 bash -c "$build" "$built" "$PYTHON"
 fi
 
 [ -e .git ] || [ -n "${MOSA_COMMIT:-}" ] || echo "no report will name a commit: there is no .git, and no MOSA_COMMIT"

@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck python benchmarks/small_calls.py
 
-Exits with 1 where no backend ran or one failed.
+What fails leaves the rest, unless the device takes no calls any more. Exits with 1 where no backend ran or one failed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from mosa_kernels.backends.choice import available_backends
 from mosa_kernels.backends.triton import configs
 from mosa_kernels.bench.case import BACKENDS, Case, Provider, generator
+from mosa_kernels.bench.choose_gate import is_lost
 from mosa_kernels.bench.consistency import ConsistencyCase
 from mosa_kernels.bench.environment import choose_device
 from mosa_kernels.bench.kernels import OPERATOR_NAMES, Effort, cases
@@ -112,10 +113,13 @@ def main() -> None:
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except ValueError as error:
-            if not str(error).startswith("backend:"):  # a backend that declines says so
-                print(f"failed: {name}: {error}")
-                failed += 1
+        except Exception as error:
+            if isinstance(error, ValueError) and str(error).startswith("backend:"):  # it declines
+                continue
+            print(f"failed: {name}: {type(error).__name__}: {error}", flush=True)
+            failed += 1
+            if is_lost(device):
+                break
             continue
         print(f"ran: {name}", flush=True)
         ran += 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mosa_kernels.bench.records import Record, failures, timings
+from mosa_kernels.bench.records import Record, failures, has_failed, timings
 from mosa_kernels.bench.run import JSON, Say, read
 
 ORDER = (0, 1, 1, 0)  # a drift of the machine hits both alike
@@ -74,7 +74,7 @@ def faster(first: Record, second: Record) -> Record:
         if "ms" in row and "ms" in other:
             row["medians"] = [row["ms"]["median"], other["ms"]["median"]]
             row["ms"] = min(row["ms"], other["ms"], key=lambda ms: ms["median"])
-        elif "ms" in row and other.get("status") in ("red", "failed"):
+        elif "ms" in row and has_failed(other):
             del row["ms"]
             row |= {"status": other["status"], "reason": other["reason"]}
     first["broken"] = list(dict.fromkeys([*first.get("broken", []), *second.get("broken", [])]))

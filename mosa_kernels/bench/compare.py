@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from mosa_kernels.bench.records import Record, is_disturbed, timings
+from mosa_kernels.bench.records import Record, has_failed, is_disturbed, timings
 from mosa_kernels.bench.report import table
 
 LEAST_CHANGE = 0.05
@@ -24,7 +24,7 @@ class Difference(NamedTuple):
     name: tuple[str, str, str]  # operator, case, provider
     before: float | None  # median in ms; None: there is none
     after: float | None
-    verdict: str  # "slower", "faster", "same", "undecided", "lost" (there, without a figure), "absent", "new"
+    verdict: str  # "slower", "faster", "same", "undecided", "lost" (there, without a figure), "absent", "new", "wrong"
     ours: bool  # whether it is ours to mend
     reason: str | None = None
 
@@ -34,7 +34,7 @@ class Difference(NamedTuple):
 
 
 def compare(before: Record, after: Record) -> list[Difference]:
-    """Everything that either report has a time for."""
+    """Everything that either report has a time for, and what of ours is wrong or fails in the second alone."""
     old, new = dict(timings(before)), dict(timings(after))
     machine: dict[tuple[str, str], list[float]] = {}  # per case what became of the times that are not ours
     for name in old.keys() & new.keys():
@@ -56,12 +56,14 @@ def compare(before: Record, after: Record) -> list[Difference]:
             found.append(Difference(name, a["ms"]["median"], None, "lost" if b else "absent", ours, reason))
         elif "ms" in b:
             found.append(Difference(name, None, b["ms"]["median"], "new", ours))
+        elif ours and has_failed(b) and not has_failed(a):
+            found.append(Difference(name, None, None, "wrong", ours, b["reason"]))
     return found
 
 
 def regressions(differences: list[Difference]) -> list[Difference]:
-    """What of ours is slower, or has no figure any more. A case that the second report does not have is none."""
-    return [difference for difference in differences if difference.ours and difference.verdict in ("slower", "lost")]
+    """What of ours is slower, wrong, or has no figure any more. A case that the second report does not have is none."""
+    return [each for each in differences if each.ours and each.verdict in ("slower", "lost", "wrong")]
 
 
 def broken(before: Record, after: Record) -> list[str]:

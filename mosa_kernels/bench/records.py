@@ -106,12 +106,17 @@ def timings(report: Record) -> Iterator[tuple[tuple[str, str, str], Record]]:
                 yield (f"model, {part}", name_of(record["case"]), row["variant"]), row
 
 
+def has_failed(row: Record) -> bool:
+    """Whether it was there and gave a wrong result or none."""
+    return row.get("status") in ("red", "failed")
+
+
 def failures(report: Record) -> list[str]:
     """What broke as a whole, and what of ours was there and gave a wrong result or none."""
     return list(report.get("broken", [])) + [
         f"{part}, {case}, {provider}: {row['reason']}"
         for (part, case, provider), row in timings(report)
-        if row["status"] in ("red", "failed") and row["ours"]
+        if has_failed(row) and row["ours"]
     ]
 
 

@@ -53,7 +53,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 class CacheFlush:
-    """Pushes everything out of the last cache by writing a buffer of four times its size."""
+    """Pushes everything out of the last cache by writing a buffer of four times its size (on a CPU twice)."""
 
     def __init__(self, device: torch.device) -> None:
         size = 4 * cache_bytes(device) if device.type == "cuda" else 2 * cache_bytes(device)

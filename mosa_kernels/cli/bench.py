@@ -87,7 +87,8 @@ def bench(
 ) -> None:
     """Measure kernels and whole models on this machine; a report with tables and pictures. Lists take commas.
 
-    Exits with 1 where a kernel is wrong or, with --compare, where something became slower or broke or devices differ.
+    Exits with 1 where a kernel is wrong or, with --compare, where something became slower, wrong or broke or devices
+    differ.
     """
     console = Console(soft_wrap=True, highlight=False)
 

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from mosa_kernels.data.files import some
-from mosa_kernels.data.lists import Listed, assemble, check_trained, dataset_of, locate, read_text
+from mosa_kernels.data.lists import Listed, assemble, check_trained, dataset_of, is_number, locate, read_text
 from mosa_kernels.data.published import FGVC
 from mosa_kernels.data.splits import DataSplits
 
@@ -71,7 +71,7 @@ def open_fgvc(address: str, *, root: str | Path | None = None, verify: bool = Fa
 
 def _order(label: str) -> tuple[int, int, str]:
     """Numbers by value, then words."""
-    return (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)
+    return (0, int(label), "") if is_number(label) else (1, 0, label)
 
 
 class _Pairs(list[tuple[str, object]]):

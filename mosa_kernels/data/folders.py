@@ -54,8 +54,8 @@ def open_folder(
 
     Raises:
         FileNotFoundError: the folder is missing.
-        ValueError: no classes, empty classes, classes that differ between the sets, no test set, images in two of the
-            sets, unreadable images.
+        ValueError: no classes or a single one, empty classes, classes that differ between the sets, no test set,
+            images in two of the sets, unreadable images.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -93,6 +93,19 @@ def refuse_sets_as_classes(source: object, classes: Sequence[str]) -> None:
         raise ValueError(
             f"{source}: expected classes, got folders that look like sets: {some(classes)}; give a folder with "
             "train/ and test/, each with one subfolder a class"
+        )
+
+
+def refuse_one_class(source: object, classes: Sequence[str]) -> None:
+    """Refuses a single class, which everybody would have right: what was read holds the data set, or has no classes.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if len(classes) == 1:
+        raise ValueError(
+            f"{source}: expected at least 2 classes, one subfolder each, got {classes[0]} alone; where the data set "
+            "lies in it, give that folder"
         )
 
 
@@ -138,6 +151,7 @@ def _from_split_folders(
     classes = _class_folders(folders["train"])
     for split, folder in folders.items():
         _check_same_classes(root, split, _class_folders(folder), classes)
+    refuse_one_class(folders["train"], classes)
     files = {split: _files_of(folder, classes) for split, folder in folders.items()}
     pairs = [("train", "test"), ("validation", "test"), ("train", "validation")]
     check_disjoint({split: dataset.paths for split, dataset in files.items()}, pairs)
@@ -160,6 +174,7 @@ def _from_split_folders(
 def _from_flat_folder(root: Path, seed: int, validation_share: float, test_share: float, verify: bool) -> DataSplits:
     classes = _class_folders(root)
     refuse_sets_as_classes(root, classes)
+    refuse_one_class(root, classes)
     files = _files_of(root, classes)
     if verify:
         check_readable(root, [files])

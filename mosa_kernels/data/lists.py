@@ -98,6 +98,11 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8, got the byte {got:#x} at position {error.start}") from error
 
 
+def is_number(label: str) -> bool:
+    """Whether a label in a list is an integer: `str.isdigit` takes a superscript for one."""
+    return re.fullmatch(r"-?\d+", label) is not None
+
+
 def dataset_of(listed: Listed, images: Path, obtained: str) -> FileDataset:
     """The files of a list.
 

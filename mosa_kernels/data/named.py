@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
 from mosa_kernels.data.files import FileDataset, check_disjoint, check_readable, file_sizes, files_fingerprint
-from mosa_kernels.data.folders import refuse_sets_as_classes
+from mosa_kernels.data.folders import refuse_one_class, refuse_sets_as_classes
 from mosa_kernels.data.images import read_image
 from mosa_kernels.data.splits import DataSplits, ImageDataset, SubsetDataset, stratified_parts
 from mosa_kernels.data.wrapped import RGBDataset, labels_of
@@ -253,6 +253,8 @@ def _class_names(train: RGBDataset, labels: dict[str, NDArray[np.int64]]) -> tup
     count = int(every.max()) + 1
     named = getattr(train.dataset, "classes", None)
     if named is not None and len(named) >= count:
-        refuse_sets_as_classes(train.name, [str(entry) for entry in named])
-        return tuple(str(entry) for entry in named)
+        classes = tuple(str(entry) for entry in named)
+        refuse_sets_as_classes(train.name, classes)
+        refuse_one_class(train.name, classes)
+        return classes
     return tuple(str(number) for number in range(count))

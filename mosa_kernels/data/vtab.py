@@ -20,7 +20,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mosa_kernels.data.files import placed, some
-from mosa_kernels.data.lists import Listed, assemble, check_trained, count_classes, dataset_of, locate, read_text
+from mosa_kernels.data.lists import (
+    Listed,
+    assemble,
+    check_trained,
+    count_classes,
+    dataset_of,
+    is_number,
+    locate,
+    read_text,
+)
 from mosa_kernels.data.published import VTAB
 from mosa_kernels.data.splits import DataSplits
 
@@ -117,7 +126,7 @@ def read_list(path: Path) -> Listed:
         if not line.strip():
             continue
         name, *label = line.strip().rsplit(maxsplit=1)
-        if not label or not label[0].lstrip("-").isdigit():
+        if not label or not is_number(label[0]):
             raise ValueError(f"{path}, line {number}: expected 'path label', got {line!r}")
         paths.append(name)
         labels.append(int(label[0]))

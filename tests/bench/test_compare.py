@@ -44,6 +44,22 @@ def test_what_turned_red_is_a_regression_and_what_was_not_asked_for_is_none() ->
     assert "lost: error gate red: x" in text
 
 
+@pytest.mark.parametrize("status", ["red", "failed"])
+def test_what_came_in_wrong_is_a_regression_though_it_never_had_a_time(status: str) -> None:
+    wrong = {"provider": "triton", "ours": True, "status": status, "reason": "error gate red: x"}
+    right = row("cpu", 1.0, True)
+    after = report(record("adapter", [right, wrong]))
+    for before in (report(record("adapter", [right])), report(record("adapter", [right, row("triton", None, True)]))):
+        found = compare(before, after)
+        assert [(d.name[2], d.verdict) for d in regressions(found)] == [("triton", "wrong")]
+        text = markdown(before, after, ("a", "b"), found)
+        assert "1 regression(s)" in text
+        assert "| triton | - | - | - | wrong: error gate red: x |" in text
+    assert regressions(compare(after, after)) == []  # it is as it was
+    theirs = report(record("adapter", [right, {**wrong, "ours": False}]))
+    assert regressions(compare(report(record("adapter", [right])), theirs)) == []
+
+
 def test_a_slower_baseline_is_no_regression_of_ours_but_said() -> None:
     before, after = (report(record("adapter", [row("eager", value)])) for value in (1.0, 2.0))
     differences = compare(before, after)

@@ -81,6 +81,30 @@ def test_small_calls_have_dropout_with_a_seed_for_each_sample(monkeypatch: pytes
     assert found["seed"].shape == found["residual"].shape[:1]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_small_call_that_fails_leaves_the_others_unless_the_device_is_lost(
+    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = load_script("benchmarks/small_calls.py")
+
+    def call(error: Exception | None = None) -> None:
+        if error is not None:
+            raise error
+
+    out_of_resources, declined = RuntimeError("out of resource: shared memory"), ValueError("backend: not this one")
+    found = [("first", call), ("second", lambda: call(out_of_resources)), ("third", lambda: call(declined))]
+    monkeypatch.setattr(module, "calls", lambda device: iter([*found, ("last", call)]))
+    monkeypatch.setattr(module, "is_lost", lambda device: lost)
+    monkeypatch.setattr(sys, "argv", ["small_calls.py", "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "failed: second: RuntimeError: out of resource: shared memory" in said
+    assert "third" not in said
+    assert said.endswith(f"{1 if lost else 2} calls ran, 1 failed\n")
+
+
 def phases_of(output: Path) -> dict[str, dict[str, Any]]:
     """How each phase of gpu.sh ended."""
     with tarfile.open(output / "logs.tar.gz") as archive:
@@ -149,6 +173,16 @@ def test_the_gpu_script_wants_a_folder() -> None:
     done = subprocess.run([BENCHMARKS / "gpu.sh"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage: benchmarks/gpu.sh OUT" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["build test", "build,bench"])
+def test_the_gpu_script_refuses_phases_that_it_does_not_have(words: str, tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "MOSA_GPU_SH_DRY": "1", "MOSA_GPU_PHASES": words, "PYTHON": "false"}
+    done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path / "out"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    wrong = words.split()[-1]
+    assert f"MOSA_GPU_PHASES: expected some of build tests sanitizers bench, got {wrong}" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -260,6 +294,24 @@ def test_the_gpu_script_gives_every_phase_its_time(
         assert said[name].startswith(f"cached {units} ")
         for words in ("--only adapter_backward", "--bottlenecks 16", "--providers eager,triton"):
             assert words in said[name]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs coreutils' timeout")
+def test_a_build_that_went_on_without_cuda_failed_on_a_gpu(tmp_path: Path) -> None:
+    """setup.py falls back, and pip shows nothing of a build that ends well: neither may pass for kernels that ran."""
+    stub = tmp_path / "python"
+    reason = "the CUDA kernels were not built: the build failed"
+    lacking = f'[[ "$*" == *cuda_reason* ]] && {{ echo "{reason}" >&2; exit 1; }}'
+    stub.write_text(f"{NOTING.format(python=sys.executable)}{lacking}\nexit 0\n")
+    stub.chmod(0o755)
+    environment = {**ENVIRONMENT, "PYTHON": str(stub), "MOSA_GPU_PHASES": "build"}
+    done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path / "out"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = phases_of(tmp_path / "out")
+    assert {name: phase["ended"] for name, phase in found.items()} == {"build": "failed", "doctor": "passed"}
+    assert found["build"]["said"] == reason
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
+        assert b"-m pip install --verbose " in archive.extractfile("logs/build.log").read()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("profile", "most"), [("ci", 40), ("gpu", 10)])

@@ -114,6 +114,18 @@ def test_sets_are_not_taken_for_classes(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_one_class_is_none(tmp_path: Path) -> None:
+    """Everybody would have all of it right: the data lie a folder deeper, or without folders of classes."""
+    write(tmp_path / "high" / "pets" / "train", {"a": 5, "b": 5})
+    write(tmp_path / "high" / "pets" / "test", {"a": 5, "b": 5}, start=100)
+    with pytest.raises(ValueError, match=r"high: expected at least 2 classes, .* got pets alone"):
+        open_folder(tmp_path / "high")
+    for name in ("train", "test"):
+        write(tmp_path / "bare" / name, {"images": 5}, start=len(name))
+    with pytest.raises(ValueError, match=r"bare/train: expected at least 2 classes, .* got images alone"):
+        open_folder(tmp_path / "bare")
+
+
 def test_hidden_folders_are_left_out_and_links_followed(tmp_path: Path) -> None:
     write(tmp_path / "data", {"a": 5, "b": 5, "b/.ipynb_checkpoints": 1})
     write(tmp_path / "elsewhere", {"more": 4}, start=100)

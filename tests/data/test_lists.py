@@ -193,6 +193,10 @@ def test_lists_that_are_wrong_are_refused(tmp_path: Path) -> None:
     (root / "train800.txt").write_text(whole + "images/train/000001.jpg\n")
     with pytest.raises(ValueError, match=r"train800\.txt, line 7: expected 'path label', got 'images"):
         open_data(f"vtab:{root}")
+    for label in ("²", "--1"):  # digits that are no number
+        (root / "train800.txt").write_text(f"{whole}images/train/000001.jpg {label}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"train800\.txt, line 7: expected 'path label', got 'images.* {label}'"):
+            open_data(f"vtab:{root}")
     (root / "train800.txt").write_text(whole + "images/test/000009.jpg 0\n")
     with pytest.raises(ValueError, match=r"1 images are in both the train and the test set: .*000009"):
         open_data(f"vtab:{root}")
@@ -309,6 +313,8 @@ def test_fgvc_labels_may_be_names_and_images_lie_elsewhere(tmp_path: Path) -> No
     splits = open_data(f"fgvc:cub={root}")
     assert splits.classes == ("auk", "tit")
     assert "images in its folder" in splits.note
+    write_fgvc(root, ".", "a/{}.png", labels=("m²", "²", "--3", -3, "10"))  # type: ignore[arg-type]
+    assert open_data(f"fgvc:cub={root}").classes == ("-3", "10", "--3", "m²", "²")
 
 
 def test_what_is_missing_from_fgvc_is_named(tmp_path: Path) -> None:

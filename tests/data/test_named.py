@@ -249,6 +249,12 @@ def test_sets_are_not_taken_for_torchvisions_classes(tmp_path: Path) -> None:
         open_data("torchvision:ImageFolder", root=tmp_path)
 
 
+def test_one_class_of_torchvisions_is_none(tmp_path: Path) -> None:
+    picture(tmp_path / "pets" / "train" / "0.png", 0)
+    with pytest.raises(ValueError, match=r"torchvision:ImageFolder: expected at least 2 classes, .* got pets alone"):
+        open_data("torchvision:ImageFolder", root=tmp_path)
+
+
 def test_16_bits_of_another_librarys_image_are_not_white(tmp_path: Path) -> None:
     for kind in ("a", "b"):
         for number in range(3):
