@@ -252,7 +252,8 @@ class _ActivityHistory:
     place since the last pass, what was known is kept only if anything of the gradient is left; if another tensor has
     taken its place, that tells which experts it is from.
 
-    The engine calls the hooks of one pass in any order; the first of them looks.
+    The engine calls the hooks of one pass in any order; the first of them looks. So an optimizer that steps within the
+    pass, as gradients arrive, may be ahead of the report, and then the gradient itself tells.
     """
 
     def __init__(self, parameter: Tensor, projection: Projection, owned: Projection | None) -> None:
@@ -284,11 +285,17 @@ class _ActivityHistory:
 
     def active(self) -> Tensor:
         """float32 [N], nonzero for the experts of the present gradient."""
-        self._settle()
-        if self._parameter.grad is None:
+        grad = self._parameter.grad
+        report_may_come = self._accumulated and not self._reported and _current_pass() == self._pass
+        if not report_may_come:
+            self._settle()
+        if grad is None:
             return torch.zeros(self.num_experts, dtype=torch.float32, device=self._parameter.device)
         if self._replaced():
-            return self._experts_of(self._parameter.grad)
+            return self._experts_of(grad)
+        if report_may_come:
+            found = self._experts_of(grad)
+            return found if self._flags is None else torch.maximum(self._flags.to(grad.device), found)
         return self._all() if self._flags is None else self._flags.to(self._parameter.device)
 
     def _replaced(self) -> bool:
@@ -307,7 +314,7 @@ class _ActivityHistory:
         return flags
 
     def _look(self) -> None:
-        current = torch._C._current_graph_task_id()
+        current = _current_pass()
         if current == self._pass:
             return
         self._settle()
@@ -341,6 +348,11 @@ class _ActivityHistory:
 
     def _all(self) -> Tensor:
         return torch.ones(self.num_experts, dtype=torch.float32, device=self._parameter.device)
+
+
+def _current_pass() -> int:
+    """The number of the backward pass that runs on this thread; -1 outside of any."""
+    return torch._C._current_graph_task_id()
 
 
 def _versions(grad: Tensor) -> tuple[int, int]:

@@ -329,6 +329,34 @@ def test_compiled_layer() -> None:
         assert step_and_see(layer, optimizer) == sorted(set(experts))
 
 
+@pytest.mark.parametrize("options", [{}, {"sparse": "both"}, {"expert_bias": False}])
+def test_a_step_within_the_backward_pass_moves_what_ran(options: dict) -> None:
+    """An optimizer per parameter, stepped as its gradient arrives: the reports of the experts may come later."""
+    together = nn.Sequential(*(adapter(num_experts=3, dtype=torch.float32, **options) for _ in range(3)))
+    apart = copy.deepcopy(together)
+    optimizer = MoSAAdamW(together)
+    each = {parameter: MoSAAdamW([parameter]) for parameter in apart.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        each[parameter].step()
+        each[parameter].zero_grad()
+
+    for parameter in each:
+        parameter.register_post_accumulate_grad_hook(step)
+    torch.manual_seed(0)
+    for expert in (1, 1, 0, 2):
+        x = torch.randn(2, 3, D)
+        for model in (together, apart):
+            out = x
+            for layer in model:
+                out = layer(out, expert=expert)
+            out.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for (name, one), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+            torch.testing.assert_close(one, other, msg=name)
+
+
 def test_two_optimizers_and_a_discarded_one() -> None:
     layer = adapter(num_experts=3)
     discarded = MoSAAdamW(layer)

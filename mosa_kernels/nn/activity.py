@@ -16,7 +16,7 @@ class ExpertActivity:
     Attributes:
         num_experts: N.
         leaf: float32 [N], receives as its gradient 1 for each expert that ran; None until `track` was called. It stays
-            the same tensor, hooks included, when the module moves to another device.
+            the same tensor, hooks included, when the module moves to another device, unless that is the meta device.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -26,14 +26,22 @@ class ExpertActivity:
     def track(self, device: torch.device) -> Tensor:
         """Has each backward pass report from now on, and returns the leaf."""
         if self.leaf is None:
-            self.leaf = torch.zeros(self.num_experts, dtype=torch.float32, device=device, requires_grad=True)
+            self.leaf = self._zeros(device).requires_grad_()
         self.move(device)
         return self.leaf
 
     def move(self, device: torch.device) -> None:
-        if self.leaf is not None and self.leaf.device != device:
+        if self.leaf is None or self.leaf.device == device:
+            return
+        moved = self._zeros(device)
+        if torch._has_compatible_shallow_copy_type(self.leaf, moved):
             self.leaf.grad = None
-            self.leaf.data = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+            self.leaf.data = moved
+        else:  # from or to the meta device; the parameters become others too
+            self.leaf = moved.requires_grad_()
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_experts": self.num_experts, "leaf": None}

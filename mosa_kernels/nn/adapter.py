@@ -117,20 +117,16 @@ class FusedMoSAAdapter(nn.Module):
         if pruned:
             self.expert_scale = 1.0  # the one expert that runs is the adapter; there is nothing to make up for
 
-        generator = torch.Generator().manual_seed(seed)
-        owners: dict[str, Tensor | None] = {"up": None, "down": None}
-        if num_experts > 1:
-            for side, shape in (("up", (out_dim, bottleneck)), ("down", (bottleneck, dim))):
-                if pruned or sparse in (side, "both"):
-                    owners[side] = split(shape, num_experts, granularity, generator)
+        self.seed, self._fresh_scale = seed, scale
+        owners = self._fresh_owners()
         bias_rows = num_experts if expert_bias and num_experts > 1 and not pruned else None
         self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype) if norm else None
         self._activity = ExpertActivity(num_experts) if num_experts > 1 else None
         self.down = Projection(
             dim,
             bottleneck,
-            owners["down"],
-            initial=owners["down"] is not None,
+            owners.get("down"),
+            initial="down" in owners,
             has_bias=bias,
             activity=self._activity,
             device=device,
@@ -139,7 +135,7 @@ class FusedMoSAAdapter(nn.Module):
         self.up = Projection(
             bottleneck,
             out_dim,
-            owners["up"],
+            owners.get("up"),
             bias_rows=bias_rows,
             has_bias=bias,
             activity=self._activity,
@@ -151,10 +147,34 @@ class FusedMoSAAdapter(nn.Module):
             self.scale = nn.Parameter(torch.tensor(scale, device=device, dtype=dtype or torch.get_default_dtype()))
         self.sampler = ExpertSampler(num_experts, expert_per, fixed=0 if pruned and num_experts > 1 else None)
         self.backend: str | None = None
-        self.reset_parameters()
+        self._reset_weights()
 
+    def _fresh_owners(self) -> dict[str, Tensor]:
+        """The split of the seed, of those projections that are split."""
+        if self.num_experts == 1:
+            return {}
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = {"up": (self.out_dim, self.bottleneck), "down": (self.bottleneck, self.dim)}
+        return {
+            side: split(shape, self.num_experts, self.granularity, generator)
+            for side, shape in shapes.items()
+            if self.pruned or self.sparse in (side, "both")
+        }
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Kaiming-uniform down, zero up, zero biases: the layer adds nothing at the start."""
+        """Kaiming-uniform down, zero up, zero biases: the layer adds nothing at the start.
+
+        The split is the seed's again, and a learnable `scale` what it began with: nothing stays of what the memory held
+        before, as after `torch.nn.Module.to_empty`.
+        """
+        for side, owners in self._fresh_owners().items():
+            self.get_submodule(side).get_buffer("assignment").copy_(owners)
+        if isinstance(self.scale, nn.Parameter):
+            self.scale.fill_(self._fresh_scale)
+        self._reset_weights()
+
+    def _reset_weights(self) -> None:
         if self.norm is not None:
             self.norm.reset_parameters()
         self.down.reset_kaiming()

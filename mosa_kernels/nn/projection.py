@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mosa_kernels.nn.activity import ExpertActivity
+from mosa_kernels.shards import whole
 
 _PROJECTIONS = WeakTensorKeyDictionary()
 _MADE: weakref.WeakSet[Projection] = weakref.WeakSet()
@@ -70,7 +73,7 @@ class Projection(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if self.initial is not None:
-            self.initial.copy_(self.weight.detach())
+            self.initial.copy_(whole(self.weight.detach()))
 
     def _register(self) -> None:
         """Lets `projection_of` find this module by its parameters, also after a copy or a move."""
@@ -78,6 +81,18 @@ class Projection(nn.Module):
         for parameter in self._parameters.values():
             if parameter is not None:
                 _PROJECTIONS[parameter] = weakref.ref(self)
+
+    @contextmanager
+    def _refers_to_nothing(self) -> Iterator[None]:
+        """Within the context no reference is left to the parameters: PyTorch swaps only tensors that nothing refers to
+        weakly, and it swaps those that are made of others (sharded ones)."""
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                _PROJECTIONS.pop(parameter, None)
+        try:
+            yield
+        finally:
+            self._register()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -105,13 +120,14 @@ class Projection(nn.Module):
                     f"{prefix}assignment: expected owners for num_experts={expected}, got {found} experts"
                 )
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with self._refers_to_nothing():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Projection:
-        super()._apply(fn, recurse)
-        self._register()
+        with self._refers_to_nothing():
+            super()._apply(fn, recurse)
         if self.activity is not None:
             self.activity.move(self.weight.device)
         return self

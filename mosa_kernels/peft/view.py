@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import BackwardHook
 
 
 class ModuleView:
     """What is set here stands in for what the module has; everything else is the module's.
 
-    Calling it is calling the module: its forward hooks run, with the module as their first argument.
+    Calling it is calling the module: its own hooks run, with the module as their first argument.
     """
 
     def __init__(self, module: nn.Module, forward: Any = None) -> None:
@@ -33,9 +34,19 @@ class ModuleView:
             else:
                 changed = hook(module, args)
                 args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+        backward = _backward_hook(module)
+        if backward is not None:
+            args = backward.setup_input_hook(args)
         out = self._forward(self, *args, **kwargs)
         for key, hook in module._forward_hooks.items():
             given = (args, kwargs, out) if key in module._forward_hooks_with_kwargs else (args, out)
             changed = hook(module, *given)
             out = out if changed is None else changed
-        return out
+        return out if backward is None else backward.setup_output_hook(out)
+
+
+def _backward_hook(module: nn.Module) -> BackwardHook | None:
+    """What runs the module's full backward hooks, if it has any."""
+    if not (module._backward_hooks or module._backward_pre_hooks):
+        return None
+    return BackwardHook(module, module._get_backward_hooks()[0], module._get_backward_pre_hooks())

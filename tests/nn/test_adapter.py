@@ -177,6 +177,52 @@ def test_copies_and_moves_keep_what_the_optimizer_needs() -> None:
     assert torch.equal(loaded.eval()(x), layer.eval()(x))
 
 
+def test_a_layer_that_was_on_the_meta_device_trains_again() -> None:
+    layer = trained_layer()
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    mk.MoSAAdamW(layer)  # watches it
+    layer.to("meta").to_empty(device="cpu")
+    layer.load_state_dict(state)
+    optimizer = mk.MoSAAdamW(layer, lr=0.1)
+    layer.train()(torch.randn(2, 3, D), expert=1).sum().backward()
+    optimizer.step()
+    moved = layer.up.weight != state["up.weight"]
+    assert layer.up.assignment[moved].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse": "both", "granularity": "column"}, {"pruned": True}])
+def test_memory_without_values_is_reset_to_a_fresh_layer(options: dict) -> None:
+    """As models that are too large to make twice are made: shapes on the meta device, memory, then values."""
+    options = {**options, "seed": 3, "scale": 0.5, "learnable_scale": True}
+    layer = mk.FusedMoSAAdapter(D, R, **options, device="meta").to_empty(device="cpu")
+    for tensor in layer.state_dict().values():
+        tensor.fill_(7)
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    fresh = mk.FusedMoSAAdapter(D, R, **options).state_dict()
+    assert layer.state_dict().keys() == fresh.keys()
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, fresh[name]), name
+
+
+def test_a_move_that_swaps_tensors() -> None:
+    """PyTorch's way for tensors made of others, such as sharded ones; it refuses those that have weak references."""
+    layer = trained_layer()
+    optimizer = mk.MoSAAdamW(layer)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double().float()
+        layer.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    before = layer.up.weight.detach().clone()
+    layer.train()(torch.randn(2, 3, D), expert=1).sum().backward()
+    optimizer.step()
+    assert layer.up.assignment[layer.up.weight != before].unique().tolist() == [1]
+    assert projection_of(layer.up.weight) is layer.up
+
+
 def _through_pickle(layer: nn.Module) -> mk.FusedMoSAAdapter:
     buffer = io.BytesIO()
     torch.save(layer, buffer)

@@ -12,6 +12,7 @@ import torch
 from timm_models import images, make, train_a_little
 from torch import nn
 
+from mosa_kernels.optim import MoSAAdamW
 from mosa_kernels.peft import (
     MoSAConfig,
     delete_adapter,
@@ -97,6 +98,29 @@ def check_wrapped_models(folder: Path) -> None:
         set_adapter(wrapped, "default")
 
 
+def check_moves_of_a_sharded_model() -> None:
+    model = sharded(adapted()).train()
+    optimizer = MoSAAdamW(model)
+    weight = model.blocks[0].mosa.default.parallel_ffn.down.weight
+    for _ in range(2):
+        model.to("cpu")
+        before = weight.full_tensor().clone()
+        model(images()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(weight.full_tensor(), before)
+
+
+def check_reset_of_a_sharded_model() -> None:
+    with torch.device("meta"):
+        model = inject_adapter(make(), MoSAConfig(bottleneck=4, sparse="both"))
+    model = sharded(model).to_empty(device="cpu")
+    adapter = model.blocks[0].mosa.default.parallel_ffn
+    adapter.reset_parameters()
+    assert torch.equal(adapter.down.initial, adapter.down.weight.full_tensor())
+    assert adapter.down.assignment.unique().tolist() == adapter.up.assignment.unique().tolist() == [0, 1, 2, 3]
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
@@ -106,6 +130,8 @@ def _rank(rank: int, folder: str) -> None:
             check_saving_and_loading(style, Path(folder))
         check_refusals_of_a_sharded_model(Path(folder))
         check_wrapped_models(Path(folder))
+        check_moves_of_a_sharded_model()
+        check_reset_of_a_sharded_model()
         torch.distributed.barrier()
 
 

@@ -310,6 +310,25 @@ def test_hooks_on_attention_still_run() -> None:
     assert not torch.allclose(changed, model(x))
 
 
+def test_backward_hooks_on_attention_still_run() -> None:
+    model, x, seen = updated().train(), images(), []
+    attention = model.blocks[1].attn
+    attention.register_full_backward_pre_hook(lambda module, grads: seen.append((module is attention, len(grads))))
+    attention.register_full_backward_hook(
+        lambda module, into, out: seen.append((module is attention, into[0].shape == out[0].shape))
+    )
+    model(x).sum().backward()
+    assert seen == [(True, 1), (True, True)]
+
+    for parameter in model.parameters():
+        parameter.grad = None
+    attention.register_full_backward_pre_hook(lambda module, grads: (torch.zeros_like(grads[0]),))
+    model(x).sum().backward()
+    assert all(not parameter.grad.any() for parameter in attention.parameters() if parameter.grad is not None)
+    assert not model.blocks[1].mosa.default.q.up.weight.grad.any()
+    assert model.blocks[0].mosa.default.q.up.weight.grad.any()
+
+
 @pytest.mark.parametrize("family", [VIT, SEPARATE_BIAS, SPLIT], ids=lambda family: family.name)
 @torch.no_grad()
 def test_autocast(family: Family) -> None:
