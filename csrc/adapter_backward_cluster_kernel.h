@@ -208,11 +208,11 @@ __device__ inline float through_activation(const AdapterParams& p, const Cluster
       const Dropout dropout(p, tile.first + row);
       for (int n = 0; n < 2; ++n) {
         pre[n] = shared.rstd[buffer][row] * (z[n] - shared.mean[buffer][row] * shared.units.s[unit + n]);
-        const float input = pre[n] + shared.units.bias[unit + n];
+        const Activated activated = activate(pre[n] + shared.units.bias[unit + n], p.activation);
         const float kept = dropout.factor(unit + n);
-        active[n] = kept == 0.0f ? 0.0f : kept * activate(input, p.activation);
+        active[n] = kept == 0.0f ? 0.0f : kept * activated.value;
         dscale += active[n] * factor * dh[n];
-        da[n] = kept == 0.0f ? 0.0f : kept * scale * (factor * dh[n]) * activation_slope(input, p.activation);
+        da[n] = kept == 0.0f ? 0.0f : kept * scale * (factor * dh[n]) * activated.slope;
       }
     }
     const uint32_t h_bits = pack_pair(active[0], active[1], Element<E>::kDType);
@@ -280,18 +280,6 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
     const int64_t index = static_cast<int64_t>(tile.first + row) * p.width + column + at;
     store_vector(b.x.data, p.x.dtype, b.wide_dx, index, count, value[i]);
   }
-}
-
-// The sum over the rows of a tile of one of its first kSummed columns, of which threads kSummed apart have a share.
-template <int kSummed, typename Tile, int kRows, typename E>
-__device__ inline float share_of_column(const E* tile) {
-  float sum = 0.0f;
-  const int thread = thread_of_block();
-#pragma unroll
-  for (int row = thread / kSummed; row < kRows; row += kThreads / kSummed) {
-    sum += to_float(tile[row * Tile::kRow + thread % kSummed]);
-  }
-  return sum;
 }
 
 #endif

@@ -117,24 +117,31 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
       const float factor = p.assignment != nullptr && e != kNoExpert ? factor_of(p, e) : 1.0f;
       const Dropout dropout(p, tokens.valid(row) ? first + row : 0);
       const float rstd = tokens.rstd[row] * rise;
-      float pre[kVector];
+#pragma unroll 1
+      for (int n = 0; n < kVector; n += kTurn) {
+        float pre[kTurn];
 #pragma unroll
-      for (int n = 0; n < kVector; ++n) {
-        const float normed = rstd * (active[i][n] - tokens.seen[row] * units.s[unit + n]);
-        const float input = normed + units.bias[unit + n];
-        const float kept = dropout.factor(drawn, unit + n);
-        active[i][n] = kept == 0.0f ? 0.0f : kept * activate(input, p.activation);
-        const float dh = factor * slope[i][n];
-        if (take(row)) dscale += active[i][n] * dh;
-        const float da = kept == 0.0f ? 0.0f : kept * scale * dh * activation_slope(input, p.activation);
-        slope[i][n] = da;
-        pre[n] = normed;
+        for (int k = 0; k < kTurn; ++k) {
+          const int at = unit + n + k;
+          const float normed = rstd * (active[i][k] - tokens.seen[row] * units.s[at]);
+          const Activated activated = activate(normed + units.bias[at], p.activation);
+          const float kept = dropout.factor(drawn, at);
+          active[i][k] = kept == 0.0f ? 0.0f : kept * activated.value;
+          const float dh = factor * slope[i][k];
+          if (take(row)) dscale += active[i][k] * dh;
+          slope[i][k] = kept == 0.0f ? 0.0f : kept * scale * dh * activated.slope;
+          pre[k] = normed;
+        }
+        round_pair<E>(slope[i][0], slope[i][1]);
+#pragma unroll
+        for (int k = 0; k < kTurn; ++k) {
+          c1[i] += slope[i][k] * units.s[unit + n + k];
+          c2[i] += slope[i][k] * pre[k];
+        }
+        rotate<kTurn>(active[i]);
+        rotate<kTurn>(slope[i]);
       }
-      put_rounded(shared.da + row * T::kRow + unit, slope[i]);
-      for (int n = 0; n < kVector; ++n) {
-        c1[i] += slope[i][n] * units.s[unit + n];
-        c2[i] += slope[i][n] * pre[n];
-      }
+      put_vector(shared.da + row * T::kRow + unit, slope[i]);
       if (buffers.h != nullptr && take(row)) {
         const int64_t at = (static_cast<int64_t>(first) + row) * stride + unit;
         put_vector(static_cast<E*>(buffers.h) + at, active[i]);
@@ -242,6 +249,7 @@ template <typename E, int kRank, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     adapter_backward_tokens_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterBackward b,
                                    const __grid_constant__ TokenBuffers buffers) {
+  if (!kServed<E>) return __trap();
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   using T = TokensShared<E, kRank, kListed>;
   auto& shared = *reinterpret_cast<T*>(dynamic_shared);

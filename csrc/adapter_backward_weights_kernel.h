@@ -7,20 +7,28 @@
 
 namespace mosa {
 
-__device__ inline bool belongs(const AdapterParams& p, const WeightWork& work, int e, int token) {
-  return token < work.end && (!work.varied || expert_of(p, token) == e);
+// Neighbouring tokens, the step of a product. Within a group, as five in six runs of 32 are where an image has 197
+// tokens, nobody has to look up whose each of them is.
+struct TokenRun {
+  int token;   // the first; work.end or more: none
+  bool mixed;  // whether some may be of another expert
+};
+
+__device__ inline bool belongs(const AdapterParams& p, const WeightWork& work, int e, const TokenRun& run, int row) {
+  return run.token + row < work.end && (!run.mixed || expert_of(p, run.token + row) == e);
 }
 
-// The first run of kTokens tokens from `token` on that has one of expert e; work.end or more where there is none.
+// The first run of kTokens tokens from `token` on that has one of expert e.
 template <int kTokens>
-__device__ inline int next_run(const AdapterParams& p, const WeightWork& work, int e, int token) {
+__device__ inline TokenRun next_run(const AdapterParams& p, const WeightWork& work, int e, int token) {
   for (; work.varied && token < work.end; token += kTokens) {
-    const int last = min(token + kTokens, work.end) - 1;
-    for (int group = token / p.expert.tokens; group <= last / p.expert.tokens; ++group) {
-      if (expert_of(p, group * p.expert.tokens) == e) return token;
+    const int first = token / p.expert.tokens;
+    const int last = (min(token + kTokens, work.end) - 1) / p.expert.tokens;
+    for (int group = first; group <= last; ++group) {
+      if (expert_of(p, group * p.expert.tokens) == e) return {token, first != last};
     }
   }
-  return token;
+  return {token, false};
 }
 
 // The smallest id above `after` among the block's tokens; all threads take part. Ends with a barrier.
@@ -52,7 +60,6 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
   const bool norm = !work.up && p.gamma.data != nullptr;
   const AdapterTensor& from = work.up ? b.grad_out : p.x;
   const bool direct = !norm && from.dtype == Element<E>::kDType && from.wide;
-  const int summed = work.up ? W::kColumns : kRank;
   auto& operands = shared.operands;
 
   AdapterTensor units = work.left;
@@ -60,28 +67,28 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
   typename W::Left left;
   typename W::Right right;
   const typename W::Warp warp;
-  const int thread = thread_of_block();
-  const int summed_column = thread % summed;
   float sum = 0.0f;
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) products[batch].clear();
 
   const int id = kListed ? max(e, kMergedExpert) : e;
-  int next = next_run<kTokens>(p, work, id, work.begin);
+  TokenRun next = next_run<kTokens>(p, work, id, work.begin);
 #pragma unroll 1
   for (int buffer = 0, step = 0;; buffer ^= 1, ++step) {
-    const int token = next;
-    const auto take = [&](int row) { return belongs(p, work, id, token + row); };
+    TokenRun run = next;
+    if (kListed) run.mixed = work.varied;  // with lists there is no register left for it
+    const int token = run.token;
+    const auto take = [&](int row) { return belongs(p, work, id, run, row); };
     if (token < work.end) {
       left.begin(units, true, token, take, 0, kRank, operands.left[buffer]);
       right.begin(from, direct, token, take, work.column, p.width, operands.right[buffer]);
       next = next_run<kTokens>(p, work, id, token + kTokens);
     }
     if (step > 0) {
-      const E* tile = work.up ? operands.right[buffer ^ 1] : operands.left[buffer ^ 1];
-      const int row_size = work.up ? W::Right::kRow : W::Left::kRow;
-      for (int row = thread / summed; row < kTokens; row += kThreads / summed) {
-        sum += to_float(tile[row * row_size + summed_column]);
+      if (work.up) {
+        sum += share_of_column<W::kColumns, typename W::Right, kTokens>(operands.right[buffer ^ 1]);
+      } else {
+        sum += share_of_column<kRank, typename W::Left, kTokens>(operands.left[buffer ^ 1]);
       }
 #pragma unroll
       for (int batch = 0; batch < W::kBatches; ++batch) {
@@ -107,7 +114,7 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
     });
     __syncthreads();
   }
-  add_up_columns(sum, summed, shared);
+  add_up_columns(sum, work.up ? W::kColumns : kRank, shared);
 }
 
 // blockIdx: the columns, the part, and the projection where both are wanted.
@@ -116,6 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     adapter_backward_weights_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterBackward b,
                                     const __grid_constant__ TokenBuffers buffers,
                                     const __grid_constant__ AdapterParts parts, float* all_parts) {
+  if (!kServed<E>) return __trap();
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   using W = WeightsShared<E, kRank>;
   auto& shared = *reinterpret_cast<W*>(dynamic_shared);

@@ -64,11 +64,17 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
       const int unit = warp.column() + tile * kUnit + patch.column(i);
       const Dropout dropout(p, tokens.valid(row) ? first + row : 0);
       const float rstd = tokens.rstd[row] * rise;
-      for (int n = 0; n < kVector; ++n) {
-        const float normed = rstd * (value[i][n] - tokens.seen[row] * shared.units.s[unit + n]);
-        const float kept = dropout.factor(units, unit + n);
-        const float active = activate(normed + shared.units.bias[unit + n], p.activation);
-        value[i][n] = kept == 0.0f ? 0.0f : kept * active;
+#pragma unroll 1
+      for (int n = 0; n < kVector; n += kTurn) {
+#pragma unroll
+        for (int k = 0; k < kTurn; ++k) {
+          const int at = unit + n + k;
+          const float normed = rstd * (value[i][k] - tokens.seen[row] * shared.units.s[at]);
+          const float kept = dropout.factor(units, at);
+          const float active = activate(normed + shared.units.bias[at], p.activation).value;
+          value[i][k] = kept == 0.0f ? 0.0f : kept * active;
+        }
+        rotate<kTurn>(value[i]);
       }
       put_vector(shared.h + row * F::kRow + unit, value[i]);
     }
@@ -153,6 +159,7 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
 template <typename E, int kRank, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     adapter_forward_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterForward out) {
+  if (!kServed<E>) return __trap();
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   auto& shared = *reinterpret_cast<ForwardShared<E, kRank, kListed>*>(dynamic_shared);
   const int first = static_cast<int>(blockIdx.x) * Step<E, kRank>::kTokens;

@@ -12,42 +12,39 @@ namespace mosa {
 
 constexpr int kNoExpert = 1 << 30;  // larger than any id
 
+// Entries of a vector that go through the activation at a time, in a loop that is not unrolled: all five activations,
+// their slopes and the draws of dropout stand in the code for each.
+constexpr int kTurn = 2;
+
 __device__ inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
 // The logistic form of (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2.
 __device__ inline float tanh_gate(float z) { return sigmoid(z * (1.5957691216f + 0.0713548128f * z * z)); }
 
-__device__ inline float activate(float z, uint8_t activation) {
-  switch (activation) {
-    case kAdapterGelu:
-      return 0.5f * z * (1.0f + erff(z * 0.7071067812f));
-    case kAdapterGeluTanh:
-      return z * tanh_gate(z);
-    case kAdapterRelu:
-      return z <= 0.0f ? 0.0f : z;  // a NaN stays one
-    case kAdapterSilu:
-      return z * sigmoid(z);
-    default:
-      return z;
-  }
-}
+struct Activated {
+  float value;
+  float slope;
+};
 
-__device__ inline float activation_slope(float z, uint8_t activation) {
+// The activation and its slope; what the caller does not look at is not computed.
+__device__ inline Activated activate(float z, uint8_t activation) {
   switch (activation) {
-    case kAdapterGelu:
-      return 0.5f * (1.0f + erff(z * 0.7071067812f)) + z * 0.3989422804f * expf(-0.5f * z * z);
+    case kAdapterGelu: {
+      const float share = 0.5f * (1.0f + erff(z * 0.7071067812f));
+      return {z * share, share + z * 0.3989422804f * expf(-0.5f * z * z)};
+    }
     case kAdapterGeluTanh: {
       const float gate = tanh_gate(z);
-      return gate + z * gate * (1.0f - gate) * (1.5957691216f + 0.2140644385f * z * z);
+      return {z * gate, gate + z * gate * (1.0f - gate) * (1.5957691216f + 0.2140644385f * z * z)};
     }
-    case kAdapterRelu:
-      return z > 0.0f ? 1.0f : 0.0f;
+    case kAdapterRelu:  // a NaN stays one
+      return {z <= 0.0f ? 0.0f : z, z > 0.0f ? 1.0f : 0.0f};
     case kAdapterSilu: {
       const float gate = sigmoid(z);
-      return gate * (1.0f + z * (1.0f - gate));
+      return {z * gate, gate * (1.0f + z * (1.0f - gate))};
     }
     default:
-      return 1.0f;
+      return {z, 1.0f};
   }
 }
 

@@ -177,27 +177,39 @@ __device__ inline void store_vector(void* data, uint8_t dtype, bool wide, int64_
   }
 }
 
+// Moves the first kBy values behind the others. A loop over a vector that is not unrolled reaches all of it so, at
+// places that are known when it is compiled: values in registers have no other index.
+template <int kBy, int kCount>
+__device__ inline void rotate(float (&value)[kCount]) {
+  float first[kBy];
+#pragma unroll
+  for (int i = 0; i < kBy; ++i) first[i] = value[i];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) value[i] = i + kBy < kCount ? value[(i + kBy) % kCount] : first[(i + kBy) % kCount];
+}
+
 // A vector of a tile in shared memory, whose address is a multiple of 16 bytes.
 template <typename E>
 __device__ inline void put_vector(E* to, const float (&value)[kVector]) {
   store_vector(to, Element<E>::kDType, true, 0, kVector, value);
 }
 
+// Two numbers as a product takes them.
+template <typename E>
+__device__ inline void round_pair(float& low, float& high) {
+  if constexpr (sizeof(E) != sizeof(float)) {
+    const uint32_t bits = pack_pair(low, high, Element<E>::kDType);
+    low = from_bits(bits & 0xffffu, Element<E>::kDType);
+    high = from_bits(bits >> 16, Element<E>::kDType);
+  }
+}
+
 // Leaves in `value` what was put, rounded.
 template <typename E>
 __device__ inline void put_rounded(E* to, float (&value)[kVector]) {
-  if constexpr (sizeof(E) == sizeof(float)) {
-    put_vector(to, value);
-  } else {
-    Wide bits;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      bits.word[i] = pack_pair(value[2 * i], value[2 * i + 1], Element<E>::kDType);
-      value[2 * i] = from_bits(bits.word[i] & 0xffffu, Element<E>::kDType);
-      value[2 * i + 1] = from_bits(bits.word[i] >> 16, Element<E>::kDType);
-    }
-    *reinterpret_cast<Wide*>(to) = bits;
-  }
+  for (int i = 0; i < kVector; i += 2) round_pair<E>(value[i], value[i + 1]);
+  put_vector(to, value);
 }
 
 template <typename E>

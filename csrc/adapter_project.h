@@ -57,13 +57,14 @@ struct TokenTable {
     __syncthreads();
   }
 
-  // The smallest id above `after`; kNoExpert where there is none.
+  // The smallest id above `after`; kNoExpert where there is none. The whole warp takes part.
   __device__ int next_expert(int after) const {
     int next = kNoExpert;
-    for (int row = 0; row < kTokens; ++row) {
-      if (expert[row] > after && expert[row] < next) next = expert[row];
+#pragma unroll
+    for (int row = thread_of_block() % kWarp; row < kTokens; row += kWarp) {
+      if (expert[row] > after) next = min(next, expert[row]);
     }
-    return next;
+    return least_of_lanes(next);
   }
 };
 

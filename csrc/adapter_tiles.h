@@ -45,6 +45,13 @@ __device__ inline float sum_lanes(float value) {
   return value;
 }
 
+// The smallest value of a warp, in every lane.
+__device__ inline int least_of_lanes(int value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = min(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+
 // How the vectors of a tile are spread over the threads of a block: kCount each, in rows `kRowStep` apart.
 template <int kRows, int kColumns>
 struct Spread {

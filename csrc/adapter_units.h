@@ -1,5 +1,5 @@
 // Products of 16 x 16 tiles in the registers of a warp: on the matrix units where the architecture has them for the
-// element type (fp16 from sm_70, bf16 and TF32 from sm_80), with plain fused multiply-adds elsewhere.
+// element type (fp16 from sm_70, bf16 and TF32 from sm_80), with plain fused multiply-adds for float32 elsewhere.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -45,6 +45,11 @@ struct Element<__nv_bfloat16> {
   static constexpr bool kOnUnits = kHasBFloat16Units;
 };
 
+// Whether there are kernels for an element type. Where nothing multiplies bf16, products of bf16 tensors are float32's:
+// as many multiply-adds, without a conversion of every operand, and 97 s less to build for sm_75 (of one slow core).
+template <typename E>
+constexpr bool kServed = Element<E>::kOnUnits || Element<E>::kDType == kFloat32;
+
 // How an operand lies in memory: as the product reads it, or with rows and columns exchanged.
 template <bool kTransposed>
 struct Layout {
@@ -54,6 +59,52 @@ template <>
 struct Layout<true> {
   using Type = nvcuda::wmma::col_major;
 };
+
+// A tile of 16 rows and columns, or of 8 one way for TF32, from shared memory; the whole warp takes part.
+//
+// Of fp16 the compiler sees that the address is one of shared memory. Of bf16 and TF32 it does not (CUDA 12.9
+// and 13.0), loads word by word from generic addresses, and exchanges rows and columns by moves: on sm_90 a step of
+// dout^T h with four tiles takes 69 instructions so, and 27 as it is here.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define MOSA_LOAD_TILE(use, layout, shape_and_type)                                                         \
+  asm volatile("wmma.load." use ".sync.aligned." layout "." shape_and_type " {%0, %1, %2, %3}, [%4], %5;"   \
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])                                 \
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))), "r"(static_cast<uint32_t>(ld)) \
+               : "memory")
+#define MOSA_LOAD_TILE_OF(use, layout)                    \
+  if constexpr (sizeof(E) == sizeof(float)) {             \
+    MOSA_LOAD_TILE(use, layout, "m16n16k8.shared.tf32");  \
+  } else {                                                \
+    MOSA_LOAD_TILE(use, layout, "m16n16k16.shared.bf16"); \
+  }
+
+template <bool kLeft, bool kTransposed, typename E, typename Fragment>
+__device__ inline void load_tile(Fragment& to, const E* from, int ld) {
+  if constexpr (Element<E>::kDType == kFloat16) {
+    nvcuda::wmma::load_matrix_sync(to, from, static_cast<unsigned>(ld));
+  } else {
+    uint32_t word[4];
+    static_assert(sizeof(word) == sizeof(to.x), "the fragment of a lane");
+    if constexpr (kLeft && kTransposed) {
+      MOSA_LOAD_TILE_OF("a", "col")
+    } else if constexpr (kLeft) {
+      MOSA_LOAD_TILE_OF("a", "row")
+    } else if constexpr (kTransposed) {
+      MOSA_LOAD_TILE_OF("b", "col")
+    } else {
+      MOSA_LOAD_TILE_OF("b", "row")
+    }
+    memcpy(to.x, word, sizeof(word));
+  }
+}
+#undef MOSA_LOAD_TILE_OF
+#undef MOSA_LOAD_TILE
+#else
+template <bool kLeft, bool kTransposed, typename E, typename Fragment>
+__device__ inline void load_tile(Fragment& to, const E* from, int ld) {
+  nvcuda::wmma::load_matrix_sync(to, from, static_cast<unsigned>(ld));
+}
+#endif
 
 // Which tiles of B a product has to look at: bit j of of(k) for the tile at depth 16 k of B_j. The same in every lane.
 struct AllTiles {
@@ -84,13 +135,13 @@ struct Accumulator<E, kTiles, true> {
       const uint32_t marked = tiles.of(k / kUnit);
       if (Tiles::kSome && marked == 0) continue;
       nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, kUnit, kUnit, kUnit, E, typename Layout<kTransposedA>::Type> left;
-      nvcuda::wmma::load_matrix_sync(left, a + k * (kTransposedA ? lda : 1), static_cast<unsigned>(lda));
+      load_tile<true, kTransposedA>(left, a + k * (kTransposedA ? lda : 1), lda);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (Tiles::kSome && (marked >> j & 1u) == 0) continue;
         nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, kUnit, kUnit, kUnit, E, typename Layout<kTransposedB>::Type>
             right;
-        nvcuda::wmma::load_matrix_sync(right, b + j * step + k * (kTransposedB ? 1 : ldb), static_cast<unsigned>(ldb));
+        load_tile<false, kTransposedB>(right, b + j * step + k * (kTransposedB ? 1 : ldb), ldb);
         nvcuda::wmma::mma_sync(tile[j], left, right, tile[j]);
       }
     }
@@ -135,14 +186,14 @@ struct Accumulator<float, kTiles, true> {
       if (Tiles::kSome && marked == 0) continue;
       nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, kUnit, kUnit, kDepth, TF32, typename Layout<kTransposedA>::Type>
           left, left_rest;
-      nvcuda::wmma::load_matrix_sync(left, a + k * (kTransposedA ? lda : 1), static_cast<unsigned>(lda));
+      load_tile<true, kTransposedA>(left, a + k * (kTransposedA ? lda : 1), lda);
       split(left, left_rest);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (Tiles::kSome && (marked >> j & 1u) == 0) continue;
         nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, kUnit, kUnit, kDepth, TF32, typename Layout<kTransposedB>::Type>
             right, right_rest;
-        nvcuda::wmma::load_matrix_sync(right, b + j * step + k * (kTransposedB ? 1 : ldb), static_cast<unsigned>(ldb));
+        load_tile<false, kTransposedB>(right, b + j * step + k * (kTransposedB ? 1 : ldb), ldb);
         split(right, right_rest);
         if (tf32) {
           nvcuda::wmma::mma_sync(tile[j], left, right, tile[j]);
@@ -165,7 +216,7 @@ struct Accumulator<float, kTiles, true> {
 };
 #endif
 
-// Without matrix units: two lanes share a row.
+// float32 without matrix units, the only type that comes so: two lanes share a row.
 template <typename E, int kTiles>
 struct Accumulator<E, kTiles, false> {
   static constexpr int kColumns = kUnit / 2;

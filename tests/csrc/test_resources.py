@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import re
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,21 +89,49 @@ def nvrtc_sources() -> list[Path]:
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 @pytest.mark.parametrize("source", nvrtc_sources(), ids=lambda path: path.name)
 def test_v100_takes_every_kernel(source: Path, tmp_path: Path) -> None:
-    """Compiled for sm_70 by NVRTC 12, which the nvcc of CUDA 13 no longer does, and within the same allowances.
-
-    bf16 works on V100 and is slow, with whatever registers: that it compiles is enough, 3 s in place of 69 s.
-    """
-    cubin, quick = tmp_path / "kernels.cubin", "bf16" in source.name
-    what = (source.read_text(encoding="utf-8"), source.name, "sm_70", cubins.CSRC)
-    if quick:  # in a process of its own: what NVRTC compiles afterwards is optimised less, too
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            cubin.write_bytes(process.submit(nvrtc.compile_source, *what, ["--Ofast-compile=max"]).result())
-    else:
-        cubin.write_bytes(nvrtc.compile_source(*what))
+    """Compiled for sm_70 by NVRTC 12, which the nvcc of CUDA 13 no longer does, and within the same allowances."""
+    cubin = tmp_path / "kernels.cubin"
+    text = source.read_text(encoding="utf-8")
+    cubin.write_bytes(nvrtc.compile_source(text, source.name, "sm_70", cubins.CSRC))
     usages = [usage._replace(architecture="sm_70") for usage in cubins.resource_usage(cubin)]
     defined = cubins.kernels_of(source)
     assert defined <= {usage.kernel for usage in usages}
-    assert quick or not [line for usage in usages for line in excess(usage)]
+    assert not [line for usage in usages for line in excess(usage)]
+
+
+PRODUCTS = """
+#include "adapter_units.h"
+template <bool kTransposedA, bool kTransposedB>
+__global__ void products(float* to, int row) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  ELEMENT* const tiles = reinterpret_cast<ELEMENT*>(memory);
+  mosa::Accumulator<ELEMENT, 2> sum;
+  sum.clear();
+  sum.multiply<kTransposedA, kTransposedB>(tiles, row, tiles + 4096, row, 16 * row, 64, false);
+  for (int j = 0; j < 2; ++j) sum.store(j, to + 256 * j, 16);
+}
+template __global__ void products<false, true>(float*, int);
+template __global__ void products<false, false>(float*, int);
+template __global__ void products<true, false>(float*, int);
+"""
+
+
+@needs_cuobjdump
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+@pytest.mark.parametrize(
+    ("element", "architecture"),
+    [("__half", "sm_75"), ("__nv_bfloat16", "sm_80"), ("__nv_bfloat16", "sm_90"), ("float", "sm_80")],
+)
+def test_products_read_tiles_by_addresses_of_shared_memory(element: str, architecture: str, tmp_path: Path) -> None:
+    """Generic addresses take four loads for one of a 16-bit tile, and moves that exchange its rows and columns."""
+    cubin = tmp_path / "products.cubin"
+    cubin.write_bytes(
+        nvrtc.compile_source(PRODUCTS.replace("ELEMENT", element), "products.cu", architecture, cubins.CSRC)
+    )
+    command = [str(cubins.find_cuobjdump()), "-sass", str(cubin)]
+    instructions = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    loads = set(re.findall(r"\b(LDSM?|LD|MOVM)(?=[. ])", instructions))
+    assert loads == {"LDS" if element == "float" else "LDSM"}
 
 
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))

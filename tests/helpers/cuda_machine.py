@@ -47,13 +47,13 @@ TWO_RANKS: Changes = {
 class Machine:
     """Where the kernels run."""
 
-    def __init__(self, device: str, changes: Changes | None = None) -> None:
-        self.device, self.changes = device, changes
+    def __init__(self, device: str, changes: Changes | None = None, has_bfloat16: bool = True) -> None:
+        self.device, self.changes, self.has_bfloat16 = device, changes, has_bfloat16
 
     def launch(self) -> adapter.Launch:
         if self.device == "cuda":
             return backend._launch_on(torch.device("cuda", torch.cuda.current_device()))
-        return adapter.Launch(self._built, 0, 0, MULTIPROCESSORS)
+        return adapter.Launch(self._built, 0, 0, MULTIPROCESSORS, self.has_bfloat16)
 
     @functools.cached_property
     def _built(self) -> ModuleType:

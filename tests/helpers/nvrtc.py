@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_size_t, c_void_p, create_string_buffer
 from functools import cache
 from pathlib import Path
@@ -32,11 +31,8 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(next(folder().glob("cuda_nvrtc/lib/libnvrtc.so.12*"))))
 
 
-def compile_source(text: str, name: str, architecture: str, include: Path, options: Sequence[str] = ()) -> bytes:
+def compile_source(text: str, name: str, architecture: str, include: Path) -> bytes:
     """The machine code (for an architecture such as sm_70) of all kernels that a .cu file launches.
-
-    Args:
-        options: of NVRTC, beside those that the sources need.
 
     Raises:
         RuntimeError: the compiler refused it; the message is its output.
@@ -46,7 +42,7 @@ def compile_source(text: str, name: str, architecture: str, include: Path, optio
     all_options = [
         *(f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space"),
         *("--include-path=" + str(path) for path in includes),
-        *("--pre-include=host.h", "--display-error-number", *options),
+        *("--pre-include=host.h", "--display-error-number"),
     ]
     status = library.nvrtcCreateProgram(byref(program), text.encode(), name.encode(), 0, None, None)
     assert status == 0, f"nvrtcCreateProgram: {status}"

@@ -31,12 +31,18 @@ class Launch(NamedTuple):
     device: int
     stream: int  # address of a cudaStream_t
     multiprocessors: int
+    has_bfloat16: bool = True  # whether the GPU multiplies matrices of bf16
+
+    def product_dtype(self, args: AdapterArguments) -> torch.dtype:
+        """What the operands of the products are: as autocast has it, or float32 where the GPU does not know bf16."""
+        lacking = args.matmul_dtype == torch.bfloat16 and not self.has_bfloat16
+        return torch.float32 if lacking else args.matmul_dtype
 
 
 class _Call:
     """One call as the launchers take it. Copies that it points to live as long as it does."""
 
-    def __init__(self, args: AdapterArguments) -> None:
+    def __init__(self, args: AdapterArguments, launch: Launch) -> None:
         self.args = args
         self.tokens = args.x.numel() // args.width
         self.kept: list[Tensor] = []
@@ -67,7 +73,7 @@ class _Call:
             args.bottleneck,
             b_up.shape[0] if b_up is not None and b_up.dim() == 2 else 0,
             _ACTIVATION_CODES[args.activation],
-            DTYPE_CODES[args.matmul_dtype],
+            DTYPE_CODES[launch.product_dtype(args)],
             int(args.add_input),
             int(tf32),
         )
@@ -116,7 +122,7 @@ def adapter_forward(args: AdapterArguments, launch: Launch) -> tuple[Tensor, Ten
 
     One launch; with lists of units and ids on the device two, of which the second is for merged tokens.
     """
-    call = _Call(args)
+    call = _Call(args, launch)
     device = args.x.device
     out = torch.empty(args.x.shape, dtype=args.x.dtype, device=device)
     statistics = call.tokens if args.norm_weight is not None else 0
@@ -135,7 +141,7 @@ def adapter_backward(
     One launch where only x's is, else three, or two with `ONE_LAUNCH`; with lists of units and ids on the device one
     more, for merged tokens. The bits are the same on every run.
     """
-    call = _Call(args)
+    call = _Call(args, launch)
     device = args.x.device
     dx = torch.empty(args.x.shape, dtype=args.x.dtype, device=device) if needs.x else None
     weights = (

@@ -1,7 +1,7 @@
 """The CUDA C++ backend of the adapter: fused kernels for NVIDIA GPUs from compute capability 7.0 (V100) on.
 
-Half precision products run on the matrix units of every such GPU, bf16 and float32 ones (three TF32 products) from 8.0
-on. Below that they are plain fused multiply-adds.
+Products of fp16 run on the matrix units of every such GPU, those of bf16 and float32 (three TF32 products) from 8.0 on.
+Below that both are plain fused multiply-adds in float32.
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ def _launch_on(device: torch.device) -> adapter.Launch:
     module = extension().module
     assert module is not None
     stream = torch.cuda.current_stream(device)
-    return adapter.Launch(module, stream.device_index, stream.cuda_stream, _multiprocessors(stream.device_index))
+    return adapter.Launch(module, stream.device_index, stream.cuda_stream, *_properties(stream.device_index))
 
 
 @cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _properties(device: int) -> tuple[int, bool]:
+    """Multiprocessors, and whether there are matrix units for bf16."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.major >= 8

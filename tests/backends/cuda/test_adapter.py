@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import cuda_on_host
 import pytest
@@ -35,12 +36,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 pytestmark = pytest.mark.filterwarnings("ignore:mosa_kernels, CUDA backend")
 
 FMA_UNITS: Changes = {
-    f"adapter_{direction}_{dtype}.cu": (
+    f"adapter_{direction}_fp32.cu": (
         f'#include "adapter_{direction}_launch.h"',
         f'#define __CUDA_ARCH__ 750\n#include "adapter_{direction}_launch.h"',
     )
     for direction in ("forward", "backward")
-    for dtype in ("fp32", "bf16")
 }
 """The products of a GPU whose matrix units take neither TF32 nor bf16."""
 
@@ -272,10 +272,24 @@ def test_the_bits_do_not_depend_on_what_memory_held(machine: Machine) -> None:
 
 @needs_compiler
 def test_products_without_matrix_units() -> None:
-    machine = Machine("cpu", FMA_UNITS)
+    machine = Machine("cpu", FMA_UNITS, has_bfloat16=False)
     for dtype in (torch.float32, torch.bfloat16):
         machine.check(full_call(2, 37, 72, 40, dtype, expert=torch.tensor([1, -1])))
         machine.check(full_call(1, 20, 40, 200, dtype, **sparse_down(40, 200)))
+    machine.check(full_call(2, 37, 72, 40, compute_dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("major", "bf16_products"), [(7, torch.float32), (8, torch.bfloat16), (12, torch.bfloat16)])
+def test_products_of_bf16_are_float32s_where_no_unit_multiplies_it(
+    major: int, bf16_products: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(multi_processor_count=40, major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    launch = adapter.Launch(ModuleType("none"), 0, 0, *backend._properties.__wrapped__(0))
+    assert launch.multiprocessors == 40
+    for dtype, expected in ((torch.bfloat16, bf16_products), (torch.float16, torch.float16)):
+        assert launch.product_dtype(full_call(2, 5, 24, 6, dtype)) == expected
+        assert launch.product_dtype(full_call(2, 5, 24, 6, compute_dtype=dtype)) == expected
 
 
 @needs_compiler
@@ -366,7 +380,7 @@ def test_hardly_a_call_is_declined(args: AdapterArguments) -> None:
 def test_launch_errors_name_launch_shape_and_cause() -> None:
     launch = Machine("cpu").launch()
     args = full_call(2, 5, 24, 6)
-    call = adapter._Call(args)
+    call = adapter._Call(args, launch)
     with pytest.raises(
         RuntimeError, match=r"adapter_forward on device 0 of x \[10, 24\], w_down \[6, 24\], failed: a r"
     ):

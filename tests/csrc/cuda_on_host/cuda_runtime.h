@@ -377,6 +377,8 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return cudaSuccess;
 }
 
+[[noreturn]] inline void __trap() { std::abort(); }
+
 inline void __syncthreads() {
   cuda_on_host::Block& own = *cuda_on_host::block;
   cuda_on_host::wait(0, own.fibers.size(), own.barrier, &cuda_on_host::Fiber::block_barriers, "__syncthreads");
