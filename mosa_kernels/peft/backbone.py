@@ -57,7 +57,7 @@ def unfrozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe_backbone(model: nn.Module, unfrozen: Collection[str] = ()) -> dict[str, Any]:
-    """Name, pre-training tag, shapes and SHA-256 of the backbone's weights, as JSON takes them.
+    """Name, pre-training tag, pooling, shapes and SHA-256 of the backbone's weights, as JSON takes them.
 
     Args:
         model: with adapters or without.
@@ -78,11 +78,22 @@ def describe_backbone(model: nn.Module, unfrozen: Collection[str] = ()) -> dict[
         "architecture": cfg.get("architecture") or kind,
         "tag": cfg.get("tag") or "",
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "global_pool": _pooling(model),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "shapes": _shapes(model, tensors),
         "unfrozen": sorted(unfrozen),
         "sha256": tensors_digest({name: tensor for name, tensor in tensors.items() if name not in unfrozen}),
     }
+
+
+def _pooling(model: nn.Module) -> str | None:
+    """How timm pools the tokens before the classifier, which no weight shows; None where it is not said."""
+    for holder in (model, getattr(model, "head", None)):
+        pooling = getattr(holder, "global_pool", None)
+        pooling = getattr(pooling, "pool_type", pooling)
+        if isinstance(pooling, str):
+            return pooling
+    return None
 
 
 def _shapes(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -107,6 +118,11 @@ def check_backbone(saved: dict[str, Any], model: nn.Module, ignore_hash: bool) -
         if saved.get(key) != here[key]:
             differences.append(f"{key}: saved with {saved.get(key)!r}, the model is {here[key]!r}")
     differences += _shape_differences(saved.get("shapes") or {}, here["shapes"])
+    if saved.get("global_pool", here["global_pool"]) != here["global_pool"] and not ignore_hash:
+        differences.append(
+            f"global_pool: saved with {saved['global_pool']!r}, the model has {here['global_pool']!r} "
+            "(ignore_backbone_hash=True loads it all the same)"
+        )
     if not differences and saved.get("sha256") != here["sha256"] and not ignore_hash:
         differences.append(f"hash of the weights: saved with {saved.get('sha256')}, the model has {here['sha256']}")
         for key in ("tag", "dtype"):

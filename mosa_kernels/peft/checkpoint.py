@@ -99,7 +99,7 @@ def load_adapter(
         model: the backbone that the adapter was trained on, with as many classes.
         directory: where both files are.
         adapter_name: a name for it; None: the one that it was saved under.
-        ignore_backbone_hash: accepts a backbone of the same name and shapes with other weights.
+        ignore_backbone_hash: accepts a backbone of the same name and shapes with other weights, or another pooling.
         new_head: gives the adapter a head of its own where the model has another number of classes.
 
     Returns:

@@ -129,6 +129,24 @@ def test_another_backbone_is_refused_with_the_difference_named(tmp_path: Path) -
         assert f"head: the adapter was saved with 10 classes, the model has {classes}" in refused(other, tmp_path)
 
 
+@pytest.mark.parametrize(("family", "before", "pooling"), [(VIT, "token", "avg"), (SWIN, "avg", "max")])
+@torch.no_grad()
+def test_another_pooling_is_refused(family: Family, before: str, pooling: str, tmp_path: Path) -> None:
+    """No weight shows it, and the logits would be others."""
+    model, same = make(family), make(family)
+    for each in (model, same):
+        each.reset_classifier(10, pooling)
+    save_adapter(inject_adapter(model, MoSAConfig(bottleneck=4)), tmp_path)
+    said = refused(make(family), tmp_path)
+    assert f"global_pool: saved with '{pooling}', the model has '{before}'" in said
+    assert torch.equal(load_adapter(same, tmp_path).eval()(images(family)), model.eval()(images(family)))
+    load_adapter(make(family), tmp_path, ignore_backbone_hash=True)
+    description = json.loads((tmp_path / CONFIG).read_text())
+    del description["backbone"]["global_pool"]
+    (tmp_path / CONFIG).write_text(json.dumps(description))
+    load_adapter(make(family), tmp_path)  # as files of earlier versions
+
+
 @torch.no_grad()
 def test_another_precision_is_named(tmp_path: Path) -> None:
     save_adapter(trained(), tmp_path)
