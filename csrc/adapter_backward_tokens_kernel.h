@@ -132,6 +132,7 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
           slope[i][k] = kept == 0.0f ? 0.0f : kept * scale * dh * activated.slope;
           pre[k] = normed;
         }
+        static_assert(kTurn == 2, "a pair");
         round_pair<E>(slope[i][0], slope[i][1]);
 #pragma unroll
         for (int k = 0; k < kTurn; ++k) {

@@ -60,11 +60,17 @@ def extension() -> Extension:
     return Extension(module, None, f"the CUDA kernels were not built: {recorded}")
 
 
-def has_code_for(capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability runs the CUDA kernels that were built."""
+def has_code_for(capability: tuple[int, int], made_for: int = 0) -> bool:
+    """Whether a GPU of this compute capability runs the CUDA kernels that were built.
+
+    Args:
+        capability: major and minor version.
+        made_for: only code for this architecture (such as 80) and later ones counts.
+    """
     module = extension().module
     built_for = "" if module is None else module.build_info["cuda_architectures"]
-    return runs_on(capability, built_for.split())
+    later = [entry for entry in built_for.split() if int(re.match(r"\d*", entry)[0] or 0) >= made_for]  # type: ignore[index]
+    return runs_on(capability, later)
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension
+from mosa_kernels._extension import extension, has_code_for
 from mosa_kernels.backends.adapter_kernels import takes
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter
@@ -74,6 +74,6 @@ def _launch_on(device: torch.device) -> adapter.Launch:
 
 @cache
 def _properties(device: int) -> tuple[int, bool]:
-    """Multiprocessors, and whether there are matrix units for bf16."""
+    """Multiprocessors, and whether there are matrix units for bf16, and code that uses them: PTX of 7.5 has none."""
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.major >= 8
+    return found.multi_processor_count, has_code_for((found.major, found.minor), made_for=80)

@@ -27,6 +27,8 @@ from cuda_machine import (
 from hypothesis import Phase, assume, given, settings
 from torch import Tensor
 
+from mosa_kernels import _extension
+from mosa_kernels._extension import Extension
 from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter, backend
@@ -279,11 +281,22 @@ def test_products_without_matrix_units() -> None:
     machine.check(full_call(2, 37, 72, 40, compute_dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize(("major", "bf16_products"), [(7, torch.float32), (8, torch.bfloat16), (12, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("major", "built_for", "bf16_products"),
+    [
+        (7, "75-real 80-real 90-virtual", torch.float32),
+        (8, "75-real 80-real 90-virtual", torch.bfloat16),
+        (12, "75-real 80-real 90-virtual", torch.bfloat16),
+        (8, "75-real 75-virtual", torch.float32),  # whose kernels have no code for it
+        (8, "75-virtual 80-virtual", torch.bfloat16),
+    ],
+)
 def test_products_of_bf16_are_float32s_where_no_unit_multiplies_it(
-    major: int, bf16_products: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    major: int, built_for: str, bf16_products: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = SimpleNamespace(multi_processor_count=40, major=major)
+    module = SimpleNamespace(build_info={"cuda_architectures": built_for})
+    monkeypatch.setattr(_extension, "extension", lambda: Extension(module, None, None))
+    found = SimpleNamespace(multi_processor_count=40, major=major, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     launch = adapter.Launch(ModuleType("none"), 0, 0, *backend._properties.__wrapped__(0))
     assert launch.multiprocessors == 40
