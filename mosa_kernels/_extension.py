@@ -60,20 +60,19 @@ def extension() -> Extension:
     return Extension(module, None, f"the CUDA kernels were not built: {recorded}")
 
 
-def has_code_for(capability: tuple[int, int], made_for: int = 0) -> bool:
+def has_code_for(capability: tuple[int, int], made_for: tuple[int, int] = (0, 0)) -> bool:
     """Whether a GPU of this compute capability runs the CUDA kernels that were built.
 
     Args:
         capability: major and minor version.
-        made_for: only code for this architecture (such as 80) and later ones counts.
+        made_for: only code for this compute capability and later ones counts.
     """
     module = extension().module
     built_for = "" if module is None else module.build_info["cuda_architectures"]
-    later = [entry for entry in built_for.split() if int(re.match(r"\d*", entry)[0] or 0) >= made_for]  # type: ignore[index]
-    return runs_on(capability, later)
+    return runs_on(capability, built_for.split(), made_for)
 
 
-def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
+def runs_on(capability: tuple[int, int], architectures: list[str], made_for: tuple[int, int] = (0, 0)) -> bool:
     """Whether a GPU runs code built for these architectures, spelled as CMake does (80-real, 120-virtual).
 
     Machine code runs on the same major version from its minor version on; PTX runs on everything newer.
@@ -83,6 +82,8 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
         if match is None:
             continue
         built, specific = (int(match[1]), int(match[2])), match[3]
+        if built < made_for:
+            continue
         same_family = built[0] == capability[0] and built[1] <= capability[1]
         if specific == "a":
             runs = built == capability

@@ -76,4 +76,4 @@ def _launch_on(device: torch.device) -> adapter.Launch:
 def _properties(device: int) -> tuple[int, bool]:
     """Multiprocessors, and whether there are matrix units for bf16, and code that uses them: PTX of 7.5 has none."""
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, has_code_for((found.major, found.minor), made_for=80)
+    return found.multi_processor_count, has_code_for((found.major, found.minor), made_for=(8, 0))
