@@ -68,18 +68,39 @@ def test_arch_list_of_pytorch_is_respected(arch_list: str, expected: list[str]) 
 
 
 def test_code_for_gpus_between_the_steps_of_the_sources_comes_from_the_step_below() -> None:
-    flags = build.code_flags(["75-real", "86-real", "90-real", "90a-real", "120-real", "120-virtual"])
-    assert [flag.removeprefix("--generate-code=arch=compute_") for flag in flags] == [
-        "75,code=sm_75",
-        "80,code=sm_86",
+    architectures = ["75-real", "86-real", "90-real", "90a-real", "120-real", "90-virtual", "120-virtual"]
+
+    def code_for(steps: tuple[int, ...]) -> list[str]:
+        return [flag.removeprefix("--generate-code=arch=compute_") for flag in build.code_flags(architectures, steps)]
+
+    before = ["75,code=sm_75", "80,code=sm_86"]
+    assert code_for(build.STEPS) == [
+        *before,
+        "80,code=sm_90",
+        "90a,code=sm_90a",
+        "80,code=sm_120",
+        "80,code=compute_80",
+    ]
+    assert code_for(build.CLUSTER_STEPS) == [
+        *before,
         "90,code=sm_90",
         "90a,code=sm_90a",
         "90,code=sm_120",
-        "120,code=compute_120",
+        "90,code=compute_90",
     ]
-    named = re.findall(r"__CUDA_ARCH__ [<>=]+ (\d+)0\b", "\n".join(path.read_text() for path in csrc()))
-    assert named
-    assert {int(number) for number in named} <= set(build.STEPS)
+
+
+def test_the_steps_are_those_that_the_sources_name() -> None:
+    def named(paths: list[Path]) -> set[int]:
+        return {
+            int(number) for path in paths for number in re.findall(r"__CUDA_ARCH__ [<>=]+ (\d+)0\b", path.read_text())
+        }
+
+    clusters = [path for path in csrc() if "_cluster" in path.name]
+    assert named(clusters) == {90}
+    assert named([path for path in csrc() if path not in clusters])
+    assert named([path for path in csrc() if path not in clusters]) <= set(build.STEPS)
+    assert set(build.CLUSTER_STEPS) == {*build.STEPS, 90}
 
 
 @pytest.mark.parametrize("arch_list", ["Ampere", "80", "8.0+ptx", "8"])
