@@ -1,7 +1,8 @@
-"""The kernels on the host again, under the address and undefined behaviour sanitizers, where every access is watched.
+"""The kernels on the host again, under the address sanitizer, where every access is watched.
 
 Their tests run in a process of their own, since the sanitizer's runtime has to be there before Python is. All memory of
-tensors is then fenced in, and so are shared memory and the variables of threads.
+tensors is then fenced in, and so are the variables of threads and shared memory whose size a launch names. Arrays of
+shared memory are watched wherever kernels run on the host, by the sanitizer of undefined behaviour.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def test_no_access_out_of_bounds(pattern: str) -> None:
 
 SPLIT = """
 import cuda_on_host, torch
-module = cuda_on_host.build("split", {changes!r})
+module = cuda_on_host.build("split", {changes!r}, sanitize={sanitize})
 owners = torch.empty({size}, dtype=torch.uint8)
 module.split_cuda(owners.data_ptr(), 0, 5, (6, 10, 4, 60, 1, 0, 0, 10, 1), 0, 0)
 print("the kernel came to its end")
@@ -80,20 +81,21 @@ SHARED = "__shared__ int all[9]; (&all[0])[threadIdx.x % 12] = 1; uint32_t place
 
 
 @pytest.mark.parametrize(
-    ("changes", "size", "complaint"),
+    ("changes", "size", "sanitize", "complaint"),
     [
-        ({}, 60, None),
-        ({"split.cu": ("if (entry >= ", "if (entry > ")}, 60, "heap-buffer-overflow"),
-        ({}, 59, "heap-buffer-overflow"),
-        ({"split.cu": ("uint32_t place =", SHARED)}, 60, "insufficient space"),
+        ({}, 60, True, None),
+        ({"split.cu": ("if (entry >= ", "if (entry > ")}, 60, True, "heap-buffer-overflow"),
+        ({}, 59, True, "heap-buffer-overflow"),
+        ({}, 60, False, None),
+        ({"split.cu": ("uint32_t place =", SHARED)}, 60, False, "insufficient space"),
     ],
-    ids=["right", "one entry too many", "a tensor too small", "shared memory"],
+    ids=["right", "one entry too many", "a tensor too small", "right shared memory", "shared memory"],
 )  # fmt: skip
 def test_an_access_out_of_bounds_is_found(
-    changes: dict[str, tuple[str, str]], size: int, complaint: str | None
+    changes: dict[str, tuple[str, str]], size: int, sanitize: bool, complaint: str | None
 ) -> None:
     """A test of these tests."""
-    answer = run("-c", SPLIT.format(changes=changes, size=size))
+    answer = run("-c", SPLIT.format(changes=changes, size=size, sanitize=sanitize))
     if complaint is None:
         assert answer.returncode == 0, answer.stderr[-4000:]
         assert "came to its end" in answer.stdout
