@@ -37,7 +37,7 @@ from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, run_a
 from mosa_kernels.train.table_grid import Choice, Measured
 from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_spec import Changes, Row, Table, Task, cell_settings, read_table
-from mosa_kernels.train.variant_report import Variant, write_variants
+from mosa_kernels.train.variant_report import Variant, command_of, write_variants
 
 SHARE = 0.25  # of the epochs, for what happens in the beginning or the end
 Choose = Callable[[Tensor, Trainer], "Tensor | int | None"]  # labels of a batch, trainer -> experts; None: at random
@@ -279,8 +279,10 @@ def keep(run: Run, folder: Path) -> dict[str, Any]:
     return result
 
 
-def report(table: Table, ideas: Sequence[Idea], lr: float, results: Mapping[Run, Any], output: Path) -> str:
-    """Writes table, picture and record; returns the Markdown."""
+def report(
+    table: Table, ideas: Sequence[Idea], lr: float, results: Mapping[Run, Any], command: str, output: Path
+) -> str:
+    """Writes table, picture and record, which name the command; returns the Markdown."""
     measured: dict[str, dict[str, Measured]] = {}
     for idea, task in itertools.product(ideas, table.tasks):
         found = [result for run, result in results.items() if (run.idea, run.task) == (idea.key, task.name)]
@@ -302,7 +304,6 @@ def report(table: Table, ideas: Sequence[Idea], lr: float, results: Mapping[Run,
     ]
     seeds = len(next(iter(measured.values()))[table.tasks[0].name].accuracies)
     spent = sum(result["seconds"] for result in results.values())
-    tasks = "".join(f' --task "{task.name}"' for task in table.tasks)
     return write_variants(
         output / "ideas",
         f"What else experts could do: {table.model}, r = {table.bottleneck}, {seeds} seed(s)",
@@ -311,8 +312,8 @@ def report(table: Table, ideas: Sequence[Idea], lr: float, results: Mapping[Run,
         measured,
         note=f"Test accuracy in percent, ± over seeds; learning rate {lr:g} for every row, as validation chose it for "
         "the first.",
-        how=f"`python benchmarks/expert_ideas.py OUTPUT{tasks}`, {spent:.0f} s of one thread",
-        record={"lr": lr},
+        how=f"`{command}`, {spent:.0f} s of one thread",
+        record={"lr": lr, "command": command},
     )
 
 
@@ -327,6 +328,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes of one thread each; 1: this one.", min=1)] = 2,
 ) -> None:
     """Compares ways to use experts."""
+    command = command_of("benchmarks/expert_ideas.py", main, locals())
     console, began = Console(), time.perf_counter()
     ideas, table = (
         chosen_ideas(idea),
@@ -346,7 +348,7 @@ def main(
         )
 
     run_side_by_side(missing, functools.partial(keep, folder=folder), workers, tell)
-    markdown = report(table, ideas, lr, {run: keep(run, folder) for run in runs}, output)
+    markdown = report(table, ideas, lr, {run: keep(run, folder) for run in runs}, command, output)
     console.print(markdown, highlight=False, markup=False)
     console.print(f"{time.perf_counter() - began:.0f} s; written to {output}/", highlight=False)
 

@@ -33,7 +33,7 @@ from mosa_kernels.train.table_cells import Cell, run_cell
 from mosa_kernels.train.table_grid import Choice, Measured
 from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_spec import Changes, Table, cell_settings, read_table
-from mosa_kernels.train.variant_report import Variant, write_variants
+from mosa_kernels.train.variant_report import Variant, command_of, write_variants
 
 TRAINED = {"sample": ("ours-1", "mosa-sample", "as it is"), "scaled": ("ours-2", "mosa-scaled", "x N")}
 WAYS = {"mean": "the mean", "weights": "a weight for each expert", "factor": "a factor for all"}
@@ -167,8 +167,8 @@ def keep(run: Run, folder: Path) -> dict[str, Any]:
     return result
 
 
-def report(table: Table, results: Mapping[Run, Any], output: Path) -> str:
-    """Writes table, picture and record; returns the Markdown."""
+def report(table: Table, results: Mapping[Run, Any], command: str, output: Path) -> str:
+    """Writes table, picture and record, which name the command; returns the Markdown."""
     variants, measured = [], {}
     for (key, (_, _, scaled)), (way, by) in itertools.product(TRAINED.items(), WAYS.items()):
         name = f"{key}-{way}"
@@ -190,7 +190,6 @@ def report(table: Table, results: Mapping[Run, Any], output: Path) -> str:
     }
     chosen = [each["factor"] for each in results.values()]
     spent = sum(each["seconds"] for each in results.values())
-    tasks = "".join(f' --task "{task.name}"' for task in table.tasks)
     seeds = len(chosen) // len(fitted) // len(table.tasks)
     grid = ", ".join(f"{factor:g}" for factor in FACTORS)
     return write_variants(
@@ -202,8 +201,8 @@ def report(table: Table, results: Mapping[Run, Any], output: Path) -> str:
         note=f"Test accuracy in percent, ± over seeds; learning rate {RATE:g}. Weights and factors (1: the mean) are "
         f"those that make the labels of the validation images likeliest; of the factors {grid}, 1 was chosen in "
         f"{chosen.count(1.0)} of {len(chosen)} runs.",
-        how=f"`python benchmarks/merge_weights.py OUTPUT{tasks}`, {spent:.0f} s of one thread",
-        record={"lr": RATE, "fitted": fitted},
+        how=f"`{command}`, {spent:.0f} s of one thread",
+        record={"lr": RATE, "fitted": fitted, "command": command},
     )
 
 
@@ -225,6 +224,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes of one thread each; 1: this one.", min=1)] = 2,
 ) -> None:
     """Compares ways to weigh the experts that are merged."""
+    command = command_of("benchmarks/merge_weights.py", main, locals())
     console = Console()
     tasks = task or TASKS
     table = table_with("ours-2", tasks, bottleneck)
@@ -239,7 +239,8 @@ def main(
     run_side_by_side(
         [run for run in runs if not run.path(folder).is_file()], functools.partial(keep, folder=folder), workers, tell
     )
-    console.print(report(table, {run: keep(run, folder) for run in runs}, output), highlight=False, markup=False)
+    results = {run: keep(run, folder) for run in runs}
+    console.print(report(table, results, command, output), highlight=False, markup=False)
 
 
 if __name__ == "__main__":

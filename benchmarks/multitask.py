@@ -46,6 +46,7 @@ from mosa_kernels.train.setup import seed_everything
 from mosa_kernels.train.table_figure import COLOURS
 from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_summary import Difference
+from mosa_kernels.train.variant_report import command_of
 
 TASKS = ("offline:digits", "offline:count", "offline:location", "offline:orientation")
 TUNING_SEEDS = (100, 101, 102, 103)
@@ -324,6 +325,7 @@ class Comparison:
         base: a run whose variant, learning rate, seed and split are still to be set.
         rates, scales: what to choose from.
         seeds, tuning_seeds: of the tests, and of the runs that choose.
+        command: what repeats it.
     """
 
     compared: tuple[Variant, ...]
@@ -332,6 +334,7 @@ class Comparison:
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     scales: tuple[float | None, ...] = (None,)
+    command: str = ""
 
     def tuning(self) -> list[Run]:
         """The runs that choose."""
@@ -408,7 +411,7 @@ def report(comparison: Comparison, tried: Accuracies, runs: Sequence[Run], resul
         markdown_table(rows),
         "Seed by seed:",
         "\n".join(f"- {each}" for each in differences),
-        f"`python benchmarks/multitask.py OUTPUT`, {spent:.0f} s of one thread for the tests, {results[0]['machine']}.",
+        f"`{comparison.command}`, {spent:.0f} s of one thread for the tests, {results[0]['machine']}.",
     ]
     markdown = "\n\n".join(parts) + "\n"
     record = {
@@ -418,6 +421,7 @@ def report(comparison: Comparison, tried: Accuracies, runs: Sequence[Run], resul
         "tried": {key: {str(numbers): values for numbers, values in found.items()} for key, found in tried.items()},
         "chosen": chosen,
         "differences": [{**asdict(each), "mean": each.mean, "verdict": each.verdict} for each in differences],
+        "command": comparison.command,
         "data": results[0]["data"],
         "machine": results[0]["machine"],
         "versions": results[0]["versions"],
@@ -443,6 +447,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes of one thread each; 1: this one.", min=1)] = 2,
 ) -> None:
     """Compares ways to keep several tasks in adapters of one backbone."""
+    command = command_of("benchmarks/multitask.py", main, locals())
     console = Console()
     began = time.perf_counter()
     tasks, rates = tuple(task or TASKS), tuple(rate or RATES)
@@ -451,7 +456,7 @@ def main(
     compared = selected(variant, len(tasks))
     base = Run(compared[0], model, tasks, bottleneck, updates, rates[0], 0, test=False)
     comparison = Comparison(
-        compared, base, rates, tuple(range(seeds)), TUNING_SEEDS[:tuning_seeds], tuple(scale or (None,))
+        compared, base, rates, tuple(range(seeds)), TUNING_SEEDS[:tuning_seeds], tuple(scale or (None,)), command
     )
     tuning = comparison.tuning()
     tried = accuracies_of(tuning, do_all(tuning, output / "cells", workers, console))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mosa_kernels.backends.consistency import cross_entropy
 from mosa_kernels.functional.alignment import feature_alignment
-from mosa_kernels.functional.consistency import OPERATOR, check_target, consistency
+from mosa_kernels.functional.consistency import OPERATOR, check_smoothing, check_target, consistency
 from mosa_kernels.nn.options import check_flag
 
 ALIGNMENTS = ("none", "shallow", "deep", "all")
@@ -83,8 +83,7 @@ class MoSALoss(nn.Module):
             align = tuple(align)
             if len(set(align)) != len(align) or any(not isinstance(block, int) or block < 0 for block in align):
                 raise ValueError(f"align: expected different block indices of at least 0, got {list(align)}")
-        if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing!r}")
+        check_smoothing(label_smoothing)
         check_flag("detach_targets", detach_targets)
         OPERATOR.check_name(backend)
         self.alpha, self.beta, self.align, self.backend = alpha, beta, align, backend

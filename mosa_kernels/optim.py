@@ -274,5 +274,5 @@ def _check_options(options: dict[str, Any]) -> None:
     check_flag("maximize", options["maximize"])
     betas = options["betas"]
     pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
-    if not pair or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas}")
+    if not pair or not all(isinstance(beta, (int, float, Tensor)) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas!r}")

@@ -609,6 +609,7 @@ def test_grad_scaler_skips_a_step_whole() -> None:
         ({"weight_decay": -0.1}, "weight_decay: expected .* got -0.1"),
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers from 0 to below 1, got \(0.9, 1.0\)"),
         ({"betas": (0.9,)}, r"betas: expected two numbers .* got \(0.9,\)"),
+        ({"betas": ("high", 0.9)}, r"betas: expected two numbers .* got \('high', 0.9\)"),
         ({"betas": 0.9}, "betas: expected two numbers .* got 0.9"),
         ({"lr": torch.ones(2)}, r"lr: expected .* got tensor\(\[1., 1.\]\)"),
         ({"maximize": "yes"}, "maximize: expected True or False, got 'yes'"),

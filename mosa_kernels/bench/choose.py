@@ -96,8 +96,8 @@ def choose(request: Request, output: Path | None, say: Say) -> tuple[Record, Pat
         DeviceLostError: a call left the device unusable. What was measured until then is in the file.
         ValueError: the device is not there, or the request asks for what is no part of this.
     """
-    for name in ("only", "providers", "models", "batch"):
-        if getattr(request, name):
+    for name in ("preset", "only", "providers", "models", "batch"):
+        if getattr(request, name) != getattr(Request(), name):
             raise ValueError(f"{name}: expected without --choose, which measures all that it needs")
     began = time.perf_counter()
     device = choose_device(request.device)

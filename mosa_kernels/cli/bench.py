@@ -116,7 +116,11 @@ def bench(
             processor_time,
             deadline,
         )
+        asked = [name for name, is_so in (("tune", tuning), ("choose", choosing), ("compare", against)) if is_so]
+        if len(asked) > 1:
+            raise ValueError(f"{', '.join(asked)}: expected one of them, got {'both' if len(asked) == 2 else 'all'}")
         if tuning:
+            _refuse_without_effect_on_tuning(request, output)
             console.print(list_tuning(request.axes) if dry_run else tune(request.axes, say), markup=False)
             return
         if dry_run:
@@ -155,6 +159,15 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         return None if words is None else tuple(map(int, words))
     except ValueError as error:
         raise ValueError(f"{name}: expected whole numbers with commas, got {text!r}") from error
+
+
+def _refuse_without_effect_on_tuning(request: Request, output: Path | None) -> None:
+    usual = Request(device=request.device, axes=request.axes)
+    given = [name for name, value in vars(request).items() if value != getattr(usual, name)]
+    if output is not None:
+        given.append("output")
+    if given:
+        raise ValueError(f"{', '.join(given)}: expected without --tune, which takes the shapes of kernels alone")
 
 
 def _refuse_output(path: Path) -> None:

@@ -17,6 +17,11 @@ from mosa_kernels.data.published import GICD, find_published
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.data.vtab import open_vtab
 
+# Kinds of address: of data sets whose lists say which files are for what, whatever the seed; of libraries that look for
+# the files themselves.
+LISTED = ("vtab", "vtab1000", "fgvc")
+NAMED = ("torchvision", "torchvision-all", "timm")
+
 
 def open_data(
     name_or_path: str | os.PathLike[str],
@@ -68,7 +73,7 @@ def open_data(
         splits = open_vtab(name, root=root, final=kind == "vtab1000", verify=verify)
     elif kind == "fgvc" and name:
         splits = open_fgvc(name, root=root, verify=verify)
-    elif kind in ("torchvision", "torchvision-all", "timm") and name:
+    elif kind in NAMED and name:
         opener = open_timm if kind == "timm" else open_torchvision
         splits = opener(
             name,

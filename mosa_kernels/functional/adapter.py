@@ -119,7 +119,22 @@ def _nobody_watches(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+def _is_transformed(args: AdapterArguments) -> bool:
+    """Whether torch.func or forward-mode differentiation follows the call: there are rules for PyTorch's operators, and
+    none for a kernel or for the report of the experts."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (tensor for tensor in args[:TENSORS] if isinstance(tensor, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
 def _definition(args: AdapterArguments) -> Tensor:
+    if _is_transformed(args):
+        args = args._replace(activity=None)
     if args.x.device.type == "meta":  # PyTorch raises where it is asked about autocast there
         return reference.adapter(args)
     with torch.autocast(args.x.device.type, enabled=False):
@@ -164,7 +179,7 @@ class AdapterFunction(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if ctx.needs_input_grad[_RESIDUAL]:
             found[_RESIDUAL] = grad_out.to(ctx.residual_dtype)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_out):
             needed = [need and position != _RESIDUAL for position, need in enumerate(ctx.needs_input_grad[:TENSORS])]
             graph = definition_gradients(partial(_by_definition, ctx.options), tensors, needed, [grad_out])
             for position, gradient in enumerate(graph):
@@ -274,9 +289,11 @@ def mosa_adapter(
         expert_scale: factor on the active expert's entries (not on its bias); of a sparse down-projection on what they
             differ from `w_down_init` by.
         merged_scale: the same for the merged projection: 1/N is the mean of the experts, 1 Eq. 7.
-        activity: float32 [N] that requires grad: its gradient is 1 for each expert that ran.
+        activity: float32 [N] that requires grad: its gradient is 1 for each expert that ran (none within
+            transforms of torch.func and in forward-mode differentiation).
         backend: None for the automatic choice, or "reference", "cpu", ... (see `available_backends`). Within transforms
-            of torch.func that is "reference", and whatever it is torch.jit.trace records the definition.
+            of torch.func and in forward-mode differentiation that is "reference", and whatever it is torch.jit.trace
+            records the definition.
 
     Returns:
         Tensor with the shape and dtype of x, differentiable any number of times; where a graph of the backward pass is
@@ -324,10 +341,11 @@ def mosa_adapter(
     )
     check_adapter(args)
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if _is_transformed(args):
             if backend not in (None, "reference"):
                 raise ValueError(
-                    f"backend: expected None or 'reference' within transforms of torch.func, got {backend!r}"
+                    "backend: expected None or 'reference' within transforms of torch.func and in forward-mode "
+                    f"differentiation, got {backend!r}"
                 )
             backend = "reference"
         elif torch.jit.is_tracing():
@@ -345,4 +363,4 @@ def mosa_adapter(
 
 def _is_followed(args: AdapterArguments) -> bool:
     """Whether anything differentiates the call; without autograd's bookkeeping it takes the host 8 us less."""
-    return (torch.is_grad_enabled() and has_gradients(args)) or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() and has_gradients(args)

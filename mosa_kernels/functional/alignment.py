@@ -136,10 +136,13 @@ def feature_alignment(
         Tensor [], float32, or float64 for float64 features.
 
     Raises:
-        TypeError: a feature is not floating point.
+        TypeError: an argument is no list or tuple, or a feature is not floating point.
         ValueError: the lists are empty or differ in length, the shapes of a layer differ, or the backend asked for
             does not take these features.
     """
+    for name, features in (("features1", features1), ("features2", features2)):
+        if not isinstance(features, Sequence):  # a tensor would be taken for a list of its rows
+            raise TypeError(f"{name}: expected a list of tensors, one a layer, got {type(features).__name__}")
     if len(features1) != len(features2) or len(features1) == 0:
         raise ValueError(
             f"features2: expected as many layers as features1, at least one, got {len(features2)} and {len(features1)}"

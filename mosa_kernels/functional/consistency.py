@@ -166,10 +166,11 @@ def consistency(
     Raises:
         TypeError: logits are not floating point, or the target has a dtype that names neither classes nor
             probabilities.
-        ValueError: a shape is wrong, or the backend asked for does not take this call.
+        ValueError: a shape or `label_smoothing` is wrong, or the backend asked for does not take this call.
     """
     _check_logits(logits1, logits2)
     check_target(logits1, target)
+    check_smoothing(label_smoothing)
     args = ConsistencyArguments(logits1, logits2, target, label_smoothing, detach_targets)
     name = OPERATOR.choose(logits1.device.type, backend, args)
     if name == "reference":
@@ -203,6 +204,15 @@ def _check_logits(logits1: Tensor, logits2: Tensor) -> None:
         raise ValueError(
             f"logits2: expected the shape [B, C] of logits1, got {list(logits2.shape)} and {list(logits1.shape)}"
         )
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """
+    Raises:
+        ValueError: it is no number from 0 to 1.
+    """
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing!r}")
 
 
 def check_target(logits: Tensor, target: Tensor) -> None:

@@ -19,7 +19,8 @@ def definition_gradients(
     """The gradients of an operator by its PyTorch definition, as part of the graph.
 
     A kernel's gradients are numbers without a history. Where the engine builds a graph of the backward pass
-    (`create_graph=True`), these take their place: slower, and right in every further derivative.
+    (`create_graph=True`), these take their place: slower, and right in every further derivative. So they do where
+    `grad_outputs` are many at a time (`is_grads_batched=True`), for which PyTorch's operators alone have rules.
 
     Args:
         definition: computes the operator's outputs from its tensors.
@@ -40,5 +41,5 @@ def definition_gradients(
     if not wanted or not pairs:
         return [None] * len(seen)
     kept, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(kept, wanted, grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(kept, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [next(found) if need and tensor is not None else None for tensor, need in zip(seen, needs, strict=True)]

@@ -16,6 +16,7 @@ from mosa_kernels.nn.options import (
     check_count,
     check_eps,
     check_expert,
+    check_expert_scale,
     check_flag,
     check_number,
     check_probability,
@@ -108,8 +109,7 @@ class FusedMoSAAdapter(nn.Module):
         check_probability("dropout", dropout)
         check_number("scale", scale)
         check_eps("norm_eps", norm_eps)
-        if expert_scale != "N":
-            check_number("expert_scale", expert_scale, "a number or 'N'")
+        check_expert_scale(expert_scale)
         self.dim, self.out_dim, self.bottleneck, self.num_experts = dim, out_dim, bottleneck, num_experts
         self.activation, self.dropout, self.sparse, self.granularity = activation, dropout, sparse, granularity
         self.merge_rule, self.pruned = merge_rule, pruned

@@ -103,7 +103,7 @@ class FusedMoSALoRA(FusedMoSAAdapter):
             Tensor [B, ..., out_features] of x's dtype.
 
         Raises:
-            ValueError: `samples` does not divide B, or `add_input` with different widths.
+            ValueError: `samples` does not divide B, `residual` has another shape, or `add_input` with different widths.
         """
         if samples not in (None, x.shape[0]) and (samples < 1 or x.shape[0] % samples):
             raise ValueError(f"samples: expected a divisor of x.shape[0] = {x.shape[0]}, got {samples}")
@@ -112,6 +112,11 @@ class FusedMoSALoRA(FusedMoSAAdapter):
             return self._run(x, draw, self.up.weight, None, self.up.assignment, residual, add_input)
         if add_input:
             raise ValueError(f"add_input: expected False for widths {self.dim} and {self.out_dim}, got True")
+        if residual is not None and residual.shape != (*x.shape[:-1], self.out_dim):
+            raise ValueError(
+                f"residual: expected shape {[*x.shape[:-1], self.out_dim]} for x {list(x.shape)}, "
+                f"got {list(residual.shape)}"
+            )
         # The operator is square: the output comes in pieces as wide as the input, the last one filled with zeros.
         pieces = []
         for start in range(0, self.out_dim, self.dim):

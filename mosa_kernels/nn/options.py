@@ -68,6 +68,19 @@ def check_number(name: str, value: Any, expected: str = "a number") -> None:
         raise ValueError(f"{name}: expected {expected} that is finite, got {value!r}")
 
 
+def check_expert_scale(value: Any) -> None:
+    """
+    Raises:
+        TypeError: neither a number nor "N".
+        ValueError: infinite, or not above 0.
+    """
+    if value == "N":
+        return
+    check_number("expert_scale", value, "a number or 'N'")
+    if value <= 0:
+        raise ValueError(f"expert_scale: expected a positive number or 'N', got {value!r}")
+
+
 def check_probability(name: str, value: Any) -> None:
     """
     Raises:

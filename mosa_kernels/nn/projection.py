@@ -64,7 +64,7 @@ class Projection(nn.Module):
         bias_shape = (out_features,) if bias_rows is None else (bias_rows, out_features)
         bias = nn.Parameter(torch.zeros(bias_shape, device=device, dtype=dtype)) if has_bias else None
         self.register_parameter("bias", bias)
-        self.register_buffer("assignment", None if assignment is None else assignment.to(device))
+        self.register_buffer("assignment", None if assignment is None else assignment.to(self.weight.device))
         self.register_buffer("initial", torch.zeros_like(self.weight) if initial else None)
 
     def reset_kaiming(self) -> None:

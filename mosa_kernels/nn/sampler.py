@@ -140,6 +140,7 @@ class Alternatives(nn.ModuleDict):
 
 def samplers(model: nn.Module) -> list[ExpertSampler]:
     """The samplers of all adapters that run in a model, in module order; not of those at rest in `Alternatives`."""
+    found = _all_samplers(model)
     resting = {
         module
         for choice in model.modules()
@@ -147,10 +148,12 @@ def samplers(model: nn.Module) -> list[ExpertSampler]:
         for name in choice.keys() - set(choice.running())
         for module in choice[name].modules()
     }
-    return [sampler for sampler in _all_samplers(model) if sampler not in resting]
+    return [sampler for sampler in found if sampler not in resting]
 
 
 def _all_samplers(model: nn.Module) -> list[ExpertSampler]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [module for module in model.modules() if isinstance(module, ExpertSampler)]
 
 
@@ -164,7 +167,7 @@ def inference_experts(model: nn.Module, inference: str | int | None) -> Iterator
     experts too. Threads that choose for themselves need a copy of the model each.
 
     Raises:
-        TypeError: neither None, nor a string, nor a whole number.
+        TypeError: neither None, nor a string, nor a whole number, or `model` is no module.
         ValueError: another string, an adapter that runs has no such expert, or none runs.
     """
     found = samplers(model)
@@ -196,7 +199,7 @@ def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) 
         experts: the number of an expert for each sample, integers [B], or one for all; -1 is the merged adapter.
 
     Raises:
-        TypeError: `experts` holds no integers.
+        TypeError: `experts` holds no integers, or `model` is no module.
         ValueError: an expert does not exist, `experts` is not one-dimensional, or the model has no adapters with
             experts. In the context: the batch has another size.
     """
@@ -206,7 +209,11 @@ def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) 
     given: Any = experts
     if not isinstance(given, (Tensor, int, Sequence)) or isinstance(given, str):
         raise TypeError(f"experts: expected integers, got {experts!r}")
-    given = given if isinstance(given, Tensor) else torch.tensor(given)
+    if not isinstance(given, Tensor):
+        try:
+            given = torch.tensor(given, device="cpu")
+        except (TypeError, ValueError) as error:  # words, or rows of different lengths
+            raise TypeError(f"experts: expected integers, got {experts!r}") from error
     if given.dtype not in (torch.int64, torch.int32) and given.numel():
         raise TypeError(f"experts: expected integers, got {experts!r}")
     if given.dim() > 1:

@@ -157,7 +157,11 @@ def check_unrouted(book: AdapterBook) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile` and data-parallel wrappers."""
+    """The model inside `torch.compile` and data-parallel wrappers.
+
+    Raises:
+        TypeError: it is no module at all.
+    """
     return _layers(model)[-1]
 
 
@@ -168,6 +172,8 @@ def is_kept_in_step(model: nn.Module) -> bool:
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The wrappers, from the outermost, and the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = [model]
     while True:
         inner = getattr(found[-1], "_orig_mod", None)

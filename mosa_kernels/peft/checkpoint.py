@@ -19,7 +19,14 @@ from mosa_kernels.peft.backbone import (
 )
 from mosa_kernels.peft.book import book_of, check_known, check_settled, check_unrouted, find_book, unwrap
 from mosa_kernels.peft.config import MoSAConfig
-from mosa_kernels.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFileError, read_adapter, write_adapter
+from mosa_kernels.peft.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFileError,
+    as_directory,
+    read_adapter,
+    write_adapter,
+)
 from mosa_kernels.peft.head import current_head, head_paths
 from mosa_kernels.peft.inject import delete_adapter, inject_adapter
 from mosa_kernels.peft.switch import set_adapter
@@ -49,9 +56,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         adapter_name: which adapter; None: the active one.
 
     Raises:
+        TypeError: `directory` is no path.
         ValueError: the model has no adapters, or none of this name.
         NotADirectoryError: the directory, or one above it, is a file.
     """
+    folder = as_directory(directory)
     book = book_of(model)
     check_unrouted(book)
     model = unwrap(model)
@@ -76,7 +85,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     }
     if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return
-    write_adapter(Path(directory), description, tensors)
+    write_adapter(folder, description, tensors)
 
 
 def load_adapter(
@@ -106,14 +115,16 @@ def load_adapter(
         The model.
 
     Raises:
+        TypeError: `directory` is no path.
         FileNotFoundError, NotADirectoryError: the directory or a file in it is missing, or it is a file itself.
         AdapterFileError: a file is damaged, or not what `save_adapter` writes.
         BackboneMismatchError: the backbone is another; the message says in what.
         ValueError: the head has another size, the name is taken by an adapter with another configuration, or an
             adapter is merged into the frozen weights.
     """
-    description, tensors = read_adapter(Path(directory))
-    config, saved_name, num_classes = _read_description(description, Path(directory) / CONFIG_FILE)
+    folder = as_directory(directory)
+    description, tensors = read_adapter(folder)
+    config, saved_name, num_classes = _read_description(description, folder / CONFIG_FILE)
     name = saved_name if adapter_name is None else adapter_name
     inner = unwrap(model)
     if find_book(inner) is not None:
@@ -137,9 +148,7 @@ def load_adapter(
     if not known:
         inject_adapter(model, config, name, num_classes=num_classes if here != num_classes else None)
     try:
-        _load_tensors(
-            inner, name, tensors, Path(directory) / WEIGHTS_FILE, description["backbone"].get("unfrozen", []), known
-        )
+        _load_tensors(inner, name, tensors, folder / WEIGHTS_FILE, description["backbone"].get("unfrozen", []), known)
     except Exception:
         if not known:
             delete_adapter(inner, name)

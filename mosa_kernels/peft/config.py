@@ -13,6 +13,7 @@ from mosa_kernels.nn.adapter import MERGE_RULES, SPARSE
 from mosa_kernels.nn.options import (
     check_choice,
     check_count,
+    check_expert_scale,
     check_flag,
     check_number,
     check_probability,
@@ -115,8 +116,7 @@ class MoSAConfig:
         if self.scale is not None:
             check_number("scale", self.scale)
         check_probability("dropout", self.dropout)
-        if self.expert_scale != "N":
-            check_number("expert_scale", self.expert_scale, "a number or 'N'")
+        check_expert_scale(self.expert_scale)
         if self.mode == "pruned" and min(self._experts) < 2:
             raise ValueError(f"num_experts: expected at least 2 for mode 'pruned', got {self.num_experts}")
         if self.mode == "pruned" and self.sparse == "none":

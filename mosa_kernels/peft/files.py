@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,16 @@ _EMBEDDED, _DIGEST, _SAVE = "adapter_config", "tensors_sha256", "save_sha256"
 
 class AdapterFileError(ValueError):
     """A saved adapter is damaged, or not one."""
+
+
+def as_directory(directory: str | os.PathLike[str]) -> Path:
+    """
+    Raises:
+        TypeError: it is no path.
+    """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")
+    return Path(directory)
 
 
 def write_adapter(directory: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:

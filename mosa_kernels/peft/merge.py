@@ -123,7 +123,7 @@ def _take_branch(block: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
             branch[name] = scale
             delattr(block, name)
             setattr(block, name, 1.0)
-        elif part is not None and not isinstance(part, nn.Identity):
+        elif isinstance(part, nn.Module) and not isinstance(part, nn.Identity):  # 1.0 after an earlier merge
             branch[name] = part
             setattr(block, name, nn.Identity())
     return nn.Sequential(branch)

@@ -84,7 +84,7 @@ def block_kind(block: nn.Module) -> BlockKind | None:
 
 def block_width(block: nn.Module) -> int:
     """The number of channels of a known block's tokens."""
-    norm: Any = next(block.get_submodule(name) for name in ("norm1", "in_norm", "ffns.0.norm") if _has(block, name))
+    norm: Any = next(block.get_submodule(name) for name in ("norm1", "in_norm", "attns.0.norm") if _has(block, name))
     return int(norm.normalized_shape[-1] if norm.weight is None else norm.weight.shape[0])
 
 

@@ -89,7 +89,7 @@ def two_pass(
         sampler.index = index
     for index, slot in enumerate(slots):
         slot.index = index
-    stream = int(torch.randint(2**STREAM_BITS, ()))
+    stream = int(torch.randint(2**STREAM_BITS, (), device="cpu"))
     run = _Run(model, book, slots, blocks, stream)
     if mode == "sequential":
         logits1, features1 = run(images, (0,))

@@ -87,13 +87,13 @@ class Recipe:
             if getattr(self, name) < at_least:
                 raise ValueError(f"{name}: expected at least {at_least}, got {getattr(self, name)}")
         for name in ("base_lr", "weight_decay", "alpha", "beta", "eps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
         if not 0 < self.expert_lr < math.inf:
             raise ValueError(f"expert_lr: expected a positive number, got {self.expert_lr}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"clip_norm: expected a positive number or None, got {self.clip_norm}")
         check_seed("seed", self.seed)
         if not 0 <= self.warmup_epochs < self.epochs:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from mosa_kernels.data.offline import FEW_LABEL_TASKS
+from mosa_kernels.data.open import LISTED, NAMED
 from mosa_kernels.train.methods import AdapterOptions, find_method
 from mosa_kernels.train.settings import Settings
 
@@ -26,12 +27,21 @@ def meaningless(settings: Settings) -> dict[str, str]:
         for name in names:
             found.setdefault(name, why)
 
-    if settings.data.startswith("offline:"):
+    kind = settings.data.partition(":")[0]
+    if kind == "offline":
         leave({"data_root", "download"}, "the images are drawn in memory")
+    elif kind in LISTED:
+        leave({"download"}, "the files that the lists name have to be there")
+        if not settings.label_noise:
+            leave({"data_seed"}, "the lists say which images are for what")
+    elif kind not in NAMED:
+        leave({"data_root", "download"}, "the data are a folder of images")
     if settings.data not in FEW_LABELS:
         leave({"labels_per_class"}, f"it is for {', '.join(FEW_LABELS)}")
     if settings.passes == 1:
         leave(_TWO_PASSES, "a run of one pass a batch has cross-entropy alone")
+    else:
+        _leave_terms(settings, leave)
     if method.has_adapters:
         leave({"prompt_length"}, f"method {method.name!r} has no prompts")
         if settings.adapter.style == "lora":
@@ -42,6 +52,9 @@ def meaningless(settings: Settings) -> dict[str, str]:
             leave(_OF_EXPERTS | _TURNS | {"num_experts", "granularity"}, f"method {method.name!r} has no experts")
         if method.mode == "pruned":
             leave(_OF_EXPERTS | _TURNS, f"method {method.name!r} has one fixed mask for both projections, no experts")
+        if method.mode == "mosa" and not _has_turns(settings.adapter):
+            same = "num_experts" if settings.adapter.sparse == "none" else "sparse"
+            leave((_OF_EXPERTS - {"sparse"}) | _TURNS | {"granularity", same}, "there is one expert, which owns all")
         return found
     prompts = (method.baseline or "").startswith("vpt")
     leave(_ADAPTER - _PROMPTS if prompts else _ADAPTER, f"method {method.name!r} has no adapters")
@@ -49,6 +62,25 @@ def meaningless(settings: Settings) -> dict[str, str]:
     if not prompts:
         leave({"dropout"}, f"method {method.name!r} has no bottleneck that it acts on")
     return found
+
+
+def _leave_terms(settings: Settings, leave: Callable[[Iterable[str], str], None]) -> None:
+    """What the loss of two passes has no term for."""
+    recipe = settings.recipe
+    if not recipe.dropout and not (find_method(settings.method).mode == "mosa" and _has_turns(settings.adapter)):
+        leave(_TWO_PASSES | {"passes"}, "two passes of a batch are alike without experts in turns and dropout")
+    if recipe.align == "none":
+        leave({"beta", "beta_over_depth"}, "no blocks are aligned (align is none)")
+    elif not recipe.beta:
+        leave({"align", "beta_over_depth"}, "the alignment has no weight (beta is 0)")
+    if not recipe.alpha:
+        leave({"detach"}, "the consistency has no weight (alpha is 0)")
+
+
+def _has_turns(options: AdapterOptions) -> bool:
+    """Whether there is more than one expert in any block."""
+    counts = options.num_experts if isinstance(options.num_experts, tuple) else (options.num_experts,)
+    return options.sparse != "none" and max(counts) > 1
 
 
 def refuse_meaningless(settings: Settings, given: Iterable[str]) -> None:

@@ -9,14 +9,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from mosa_kernels.data.open import LISTED
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.folder import read_json
 from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.setup import native_size, open_splits
 from mosa_kernels.train.table_cells import Cell, data_settings
-
-SEEDLESS = ("vtab", "vtab1000", "fgvc")  # kinds of address whose lists say everything, whatever the seed
 
 
 class Sources:
@@ -33,7 +32,7 @@ class Sources:
             ValueError, FileNotFoundError, RuntimeError: the data cannot be opened.
         """
         data = data_settings(settings)
-        if data.data.partition(":")[0] in SEEDLESS and not data.label_noise:
+        if data.data.partition(":")[0] in LISTED and not data.label_noise:
             data = dataclasses.replace(data, data_seed=0)
         key = (data, native_size(settings))
         if key not in self._fingerprints:

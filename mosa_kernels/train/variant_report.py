@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import inspect
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,23 @@ class Variant:
     title: str
     against: Sequence[str] = ()
     origin: str = "ours"
+
+
+def command_of(script: str, main: Callable[..., None], given: Mapping[str, Any]) -> str:
+    """The command that repeats a comparison: with the options that decide what comes out and are not the usual ones.
+
+    Args:
+        script: its file.
+        main: its function, whose defaults are usual.
+        given: the arguments of this call.
+    """
+    usual = inspect.signature(main).parameters
+    words = ["python", script, "OUTPUT"]
+    for name, value in given.items():
+        if name not in ("output", "workers") and value != usual[name].default:
+            for each in value if isinstance(value, list) else [value]:
+                words += [f"--{name.replace('_', '-')}", str(each)]
+    return shlex.join(words)
 
 
 def write_variants(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import check_nans
-from calls import call_with_nan
+from calls import call_with_nan, full_call
 from cases import adapter_calls
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -302,6 +302,17 @@ def test_strided_inputs(path: str) -> None:
         torch.testing.assert_close(grads, expected[1])
     constant = torch.ones((), dtype=grad_out.dtype).expand(grad_out.shape)  # as sum().backward() gives it
     torch.testing.assert_close(run_cpu(path, args, constant)[1], run_cpu(path, args, constant.contiguous())[1])
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_the_default_device_of_whatever_else_runs_changes_nothing(path: str, groups: int) -> None:
+    args = full_call(8, 4, expert=torch.arange(groups) % 3)._replace(dropout_p=0.5, seed_id=3)
+    grad_out = torch.randn(args.x.shape)
+    expected = run_cpu(path, args, grad_out)
+    with torch.device("meta"):
+        out, grads = run_cpu(path, args, grad_out)
+    assert torch.equal(out, expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected[1], strict=True) if b is not None)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0,), (1,), (1, 1), ()])

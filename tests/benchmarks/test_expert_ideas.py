@@ -93,6 +93,9 @@ def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) ->
     expert_ideas.main(tmp_path, lr=0.01, **options)
     record = json.loads((tmp_path / "ideas.json").read_text())
     assert set(record["measured"]) == {"anchored", "anchored-learned"}
+    repeats = f"expert_ideas.py OUTPUT --idea anchored-learned --task '{TASK}' --lr 0.01 --bottleneck 4 --epochs 4"
+    assert record["command"] == f"python benchmarks/{repeats} --seeds 1"
+    assert f"`{record['command']}`, " in (tmp_path / "ideas.md").read_text()
     (difference,) = record["differences"]
     learned, random = (record["measured"][key][TASK][0] for key in ("anchored-learned", "anchored"))
     assert difference["points"] == pytest.approx([learned - random])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path, mo
     record = json.loads((tmp_path / "merge_weights.json").read_text())
     assert list(record["measured"]) == [f"{a}-{b}" for a in ("sample", "scaled") for b in ("mean", "weights", "factor")]
     assert len(record["fitted"]["sample"][0]["weights"]) == 4
+    repeats = f"merge_weights.py OUTPUT --task {shlex.quote(TASK)} --bottleneck 4 --epochs 1 --seeds 1"
+    assert record["command"] == f"python benchmarks/{repeats}"
+    assert f"`{record['command']}`, " in (tmp_path / "merge_weights.md").read_text()
     pairs = {(each["better"], each["worse"]) for each in record["differences"]}
     assert len(pairs) == 4
     assert (tmp_path / "merge_weights.png").stat().st_size > 1000

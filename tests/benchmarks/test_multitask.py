@@ -67,7 +67,14 @@ def test_a_scale_is_chosen_beside_the_learning_rate(tmp_path: Path) -> None:
         assert list(tried) == labels
         assert tried[labels[0]] != tried[labels[1]]  # it reaches the adapters
         assert record["chosen"][key] == max(labels, key=lambda label: tried[label][0])
-    assert "and the scale of the adapters from 0.1, 3 by" in (tmp_path / "multitask.md").read_text()
+    page = (tmp_path / "multitask.md").read_text()
+    assert "and the scale of the adapters from 0.1, 3 by" in page
+    repeats = (
+        "python benchmarks/multitask.py OUTPUT --task offline:count --task offline:location --variant shared "
+        "--bottleneck 4 --updates 10 --rate 0.01 --scale 0.1 --scale 3.0 --seeds 1 --tuning-seeds 1"
+    )
+    assert f"`{repeats}`, " in page
+    assert record["command"] == repeats
     run = multitask.Run(multitask.variants(2)[0], "model", ("a", "b"), 4, 10, 0.01, 0, False)
     assert run.path(tmp_path) != multitask.replace(run, scale=0.1).path(tmp_path)
 

@@ -292,5 +292,5 @@ def test_augmentation_and_weight_decay_can_be_given(tmp_path: Path, monkeypatch:
     assert (
         "weight_decay: expected numbers separated by commas, got 'much'" in plan("9", "--weight-decay", "much").output
     )
-    assert "weight_decay: expected a number of at least 0" in plan("9", "--weight-decay", "-1").output
+    assert "weight_decay: expected a finite number of at least 0" in plan("9", "--weight-decay", "-1").output
     assert "augment: expected one of none, light" in plan("9", "--augment", "heavy").output

@@ -12,6 +12,7 @@ from cases import adapter_calls
 from hypothesis import assume, given, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -240,6 +241,45 @@ def test_transforms_of_torch_func_run_the_definition() -> None:
         torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, tokens), leaf)[0])
     with pytest.raises(ValueError, match="backend: expected None or 'reference' within transforms"):
         torch.func.grad(loss)(w["w_up"], x[0], "cpu")
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_forward_mode_runs_the_definition(reports: bool) -> None:
+    """Also of a layer in training, whose optimizer asks which experts ran."""
+    w = {name: value.detach() for name, value in _weights().items()}
+    x, direction, assignment = torch.randn(3, 5, D), torch.randn(3, 5, D), _assignment()
+    activity = torch.zeros(N, requires_grad=True) if reports else None
+
+    def adapted(tokens: Tensor, backend: str | None = None) -> Tensor:
+        return mk.mosa_adapter(tokens, assignment=assignment, expert=1, activity=activity, backend=backend, **w)
+
+    exact = {name: value.double() for name, value in w.items()}
+    leaf = x.double().requires_grad_()
+    exact_out = mk.mosa_adapter(leaf, assignment=assignment, expert=1, **exact)
+    weight = torch.ones_like(exact_out).requires_grad_()  # twice reverse is forward
+    (pulled,) = torch.autograd.grad(exact_out, leaf, weight, create_graph=True)
+    (expected,) = torch.autograd.grad(pulled, weight, direction.double())
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(adapted(forward_ad.make_dual(x, direction))).tangent
+        torch.testing.assert_close(adapted(x, "cpu"), adapted(x))  # nothing of it is differentiated
+        with pytest.raises(ValueError, match=r"backend: expected None or 'reference' .* forward-mode"):
+            adapted(forward_ad.make_dual(x, direction), "cpu")
+    torch.testing.assert_close(tangent.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.jvp(adapted, (x,), (direction,))[1], tangent)
+
+
+def test_many_gradients_of_one_output_at_once() -> None:
+    """As `is_grads_batched` and a vectorised Jacobian ask for them."""
+    w, x, assignment = _weights(), torch.randn(3, 5, D, requires_grad=True), _assignment()
+    activity = torch.zeros(N, requires_grad=True)
+    out = mk.mosa_adapter(x, assignment=assignment, expert=1, residual=x, activity=activity, backend="cpu", **w)
+    grads, leaves = torch.randn(4, *out.shape), [x, *w.values()]
+    together = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+    assert not any(found.requires_grad for found in together)
+    for number, grad in enumerate(grads):
+        alone = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        torch.testing.assert_close([found[number] for found in together], list(alone), rtol=1e-4, atol=1e-4)
+    assert not together[3][:, assignment != 1].any()  # of w_up
 
 
 def test_vmap_takes_experts_along() -> None:

@@ -51,3 +51,6 @@ def test_errors_name_the_argument() -> None:
         feature_alignment([a, a], [a, torch.zeros(2, 4)])
     with pytest.raises(ValueError, match="backend: expected one of reference, triton or None, got 'cpu'"):
         feature_alignment([a], [a], backend="cpu")
+    for features, wrong in (((a, [a]), "features1"), (([a], a), "features2"), (([a], None), "features2")):
+        with pytest.raises(TypeError, match=f"{wrong}: expected a list of tensors, one a layer, got"):
+            feature_alignment(*features)

@@ -102,6 +102,9 @@ def test_errors_name_the_argument() -> None:
             call(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="backend: expected one of reference, triton or None, got 'cpu'"):
         consistency(a, a, target, backend="cpu")
+    for smoothing in (-0.1, 1.5, "much"):
+        with pytest.raises(ValueError, match=f"label_smoothing: expected 0 to 1, got {smoothing!r}"):
+            consistency(a, a, target, label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (6,), (1, 4), (4, 3), (2, 5)], ids=str)

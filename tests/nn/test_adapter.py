@@ -206,6 +206,27 @@ def test_memory_without_values_is_reset_to_a_fresh_layer(options: dict) -> None:
         assert torch.equal(tensor, fresh[name]), name
 
 
+def test_the_split_is_where_the_weights_are() -> None:
+    with torch.device("meta"):
+        layer = mk.FusedMoSAAdapter(D, R)
+        assert layer(torch.randn(2, 3, D)).is_meta
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+
+
+def test_gradients_of_each_sample_while_an_optimizer_watches() -> None:
+    layer = trained_layer(dropout=0.3).train()
+    mk.MoSAAdamW(layer)  # watches it
+    assert layer.activity is not None
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (tokens[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")
+    found = per_sample(parameters, torch.randn(5, 3, D))
+    assert all(len(layer.up.assignment[grad != 0].unique()) == 1 for grad in found["up.weight"])
+
+
 def test_a_move_that_swaps_tensors() -> None:
     """PyTorch's way for tensors made of others, such as sharded ones; it refuses those that have weak references."""
     layer = trained_layer()
@@ -265,6 +286,7 @@ def test_compiled_layer_is_one_graph_and_draws_anew() -> None:
         ({"scale": float("nan")}, "scale: expected a number that is finite, got nan"),
         ({"scale": "1"}, "scale: expected a number, got '1'"),
         ({"expert_scale": float("inf")}, "expert_scale: expected a number or 'N' that is finite, got inf"),
+        ({"expert_scale": 0.0}, "expert_scale: expected a positive number or 'N', got 0.0"),
         ({"dropout": None}, "dropout: expected 0 <= p < 1, got None"),
         ({"norm": None}, "norm: expected True or False, got None"),
         ({"expert_bias": "shared"}, "expert_bias: expected True or False, got 'shared'"),

@@ -31,6 +31,16 @@ def test_each_sample_runs_its_expert(options: dict, training: bool) -> None:
         torch.testing.assert_close(out[n : n + 1].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_numbers_are_checked_whatever_the_default_device() -> None:
+    layer = trained_layer()
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="experts: expected numbers from 0"),
+        mk.experts_per_sample(layer, [4]),
+    ):
+        pass
+
+
 def test_only_the_entries_of_experts_that_ran_get_a_gradient() -> None:
     layer = trained_layer()
     with mk.experts_per_sample(layer, torch.tensor([1, 3, 1])):
@@ -88,7 +98,7 @@ def test_what_cannot_be() -> None:
     for experts, message in cases:
         with pytest.raises(ValueError, match=message), mk.experts_per_sample(layer, experts):
             pass
-    for wrong in ([0.5], [True], "0", None):
+    for wrong in ([0.5], [True], "0", None, ["0"], [[0], [1, 2]]):
         with pytest.raises(TypeError, match="experts: expected integers"), mk.experts_per_sample(layer, wrong):
             pass
     with (
@@ -98,6 +108,12 @@ def test_what_cannot_be() -> None:
         layer(x)
     for plain in (torch.nn.Linear(2, 2), trained_layer(num_experts=1), trained_layer(pruned=True)):
         with pytest.raises(ValueError, match="adapters with more than one"), mk.experts_per_sample(plain, 0):
+            pass
+
+
+def test_what_is_no_model_is_named() -> None:
+    for context in (mk.experts_per_sample, mk.inference_experts):
+        with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"), context("layer", 0):
             pass
 
 

@@ -166,6 +166,9 @@ def test_what_it_refuses() -> None:
         layer(tokens(6, 2, 12), samples=4)
     with pytest.raises(ValueError, match="add_input: expected False for widths 12 and 5"):
         layer(tokens(6, 2, 12), add_input=True)
+    for shape in ((6, 2, 12), (1, 2, 5), (6, 2, 1)):
+        with pytest.raises(ValueError, match=r"residual: expected shape \[6, 2, 5\] for x \[6, 2, 12\], got"):
+            layer(tokens(6, 2, 12), torch.zeros(shape))
     with pytest.raises(ValueError, match="rule: expected one of mean, jigsaw, got 'sum'"):
         layer.delta("sum")
     with pytest.raises(TypeError, match="expert: expected a number from 0 to 3, got True"):

@@ -6,9 +6,12 @@ import copy
 import gc
 import io
 import weakref
+from collections.abc import Callable
 
+import pytest
 import timm
 import torch
+from timm_models import images
 from torch import nn
 
 import mosa_kernels as mk
@@ -34,6 +37,22 @@ def test_a_dropped_model_is_free_at_once() -> None:
         assert weight() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        mk.trainable_parameters,
+        mk.merge_and_unload,
+        mk.merge_adapter,
+        mk.unmerge_adapter,
+        lambda model: mk.set_adapter(model, "default"),
+        lambda model: mk.two_pass(model, images()),
+    ],
+)
+def test_what_is_no_model_is_named(function: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got NoneType"):
+        function(None)
 
 
 def test_copies_and_pickles_know_themselves() -> None:

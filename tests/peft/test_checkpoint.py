@@ -234,6 +234,13 @@ def test_an_edited_number_of_experts_is_named(options: dict, tmp_path: Path) -> 
     assert message.endswith("assignment names expert 3")
 
 
+def test_what_is_no_path_is_named() -> None:
+    for wrong in (None, 3):
+        for function in (save_adapter, load_adapter):
+            with pytest.raises(TypeError, match=f"directory: expected a path, got {type(wrong).__name__}"):
+                function(trained(), wrong)  # type: ignore[arg-type]
+
+
 def test_a_path_that_is_no_directory_is_named(tmp_path: Path) -> None:
     model, path = inject_adapter(make(), MoSAConfig(bottleneck=4)), tmp_path / "file"
     path.write_text("mine")

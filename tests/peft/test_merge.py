@@ -10,6 +10,7 @@ from torch import nn
 from mosa_kernels.nn.dense import DenseAdapter
 from mosa_kernels.peft import MoSAConfig, adapter_names, inject_adapter, merge_and_unload, set_adapter
 from mosa_kernels.peft.book import book_of
+from mosa_kernels.peft.placement import find_blocks
 from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
 
 OURS = (DenseAdapter, ParallelAdapter, SequentialAdapter)
@@ -109,6 +110,25 @@ def test_one_of_several_is_merged_with_its_head() -> None:
     assert adapter_names(model) == ["a", "b"]
     merge_and_unload(model, adapter_name="a")
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@torch.no_grad()
+def test_a_merged_model_takes_adapters_and_merges_again(family: Family) -> None:
+    model, x = make(family), images(family)
+    if merge_keeps_no_block(model):
+        pytest.skip("the adapter stands beside the whole block, whose place it takes as it merges")
+    for _ in range(3):
+        before = model(x)
+        inject_adapter(model, MoSAConfig(bottleneck=4))
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+        train_a_little(model)
+        before = model(x)
+        torch.testing.assert_close(merge_and_unload(model)(x), before, rtol=1e-5, atol=1e-5)
+
+
+def merge_keeps_no_block(model: nn.Module) -> bool:
+    return find_blocks(model)[0].kind.branch == ("",)
 
 
 @torch.no_grad()

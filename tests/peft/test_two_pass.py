@@ -95,6 +95,16 @@ def test_draws_are_fresh_and_seeded() -> None:
     assert not torch.equal(first.logits1, first.logits2)
 
 
+def test_the_default_device_of_whatever_else_runs_changes_no_draw() -> None:
+    model, x = trained(), images()
+    torch.manual_seed(0)
+    expected = tensors(two_pass(model, x))
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        found = tensors(two_pass(model, x))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_adapters_draw_independently_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Tensor] = []
     draw_passes = ExpertSampler.draw_passes

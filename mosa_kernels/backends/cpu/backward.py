@@ -158,7 +158,7 @@ class _Backward:
                 self.b_up = _plus(self.b_up, columns)
             else:
                 if self.b_up is None:
-                    self.b_up = torch.zeros(args.b_up.shape, dtype=torch.float32)
+                    self.b_up = torch.zeros(args.b_up.shape, dtype=torch.float32, device=args.b_up.device)
                 if expert == MERGED:
                     self.b_up += columns / args.b_up.shape[0]
                 else:

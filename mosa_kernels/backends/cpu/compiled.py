@@ -39,7 +39,7 @@ def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_contiguous(args.x)
     statistics = call.tokens if args.norm_weight is not None else 0
     mean, rstd = (
-        torch.empty(statistics, dtype=torch.float32) for _ in range(2)
+        torch.empty(statistics, dtype=torch.float32, device=args.x.device) for _ in range(2)
     )  # an operator's outputs may not share memory
     if call.tokens:
         call.run("adapter_cpu_forward", (out, mean, rstd))
@@ -64,7 +64,7 @@ def adapter_backward(
         if argument is not None and getattr(needs, name)
     }
     make = torch.empty if call.tokens else torch.zeros
-    grads = {name: make(argument.shape, dtype=torch.float32) for name, argument in wanted.items()}
+    grads = {name: make(argument.shape, dtype=torch.float32, device=args.x.device) for name, argument in wanted.items()}
     grad_x = empty_contiguous(args.x) if needs.x else None
     if call.tokens:
         call.run(

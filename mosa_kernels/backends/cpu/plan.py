@@ -57,7 +57,7 @@ def _runs(args: AdapterArguments, tokens: int) -> tuple[list[Tile], Tensor | Non
     if tokens >= SHORT_RUN * len(runs) or len(runs) == len(set(ids)):
         return runs, None
     groups = torch.argsort(args.expert, stable=True)
-    order = (groups.unsqueeze(1) * length + torch.arange(length)).reshape(-1)
+    order = (groups.unsqueeze(1) * length + torch.arange(length, device=groups.device)).reshape(-1)
     return _joined(sorted(ids), length), order
 
 
