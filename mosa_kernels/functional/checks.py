@@ -18,7 +18,7 @@ def check_adapter(args: AdapterArguments) -> None:
         TypeError: an argument is no tensor, or one of a dtype that the operator does not take.
         ValueError: a shape, device or option is wrong.
     """
-    for name, value in zip(args._fields, args[:TENSORS], strict=False):
+    for name, value in zip(args._fields[:TENSORS], args[:TENSORS], strict=True):
         if value is None and name not in _REQUIRED:
             continue
         if not isinstance(value, Tensor):
