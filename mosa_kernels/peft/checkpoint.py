@@ -60,9 +60,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ValueError: the model has no adapters, or none of this name.
         NotADirectoryError: the directory, or one above it, is a file.
     """
-    folder = as_directory(directory)
     book = book_of(model)
     check_unrouted(book)
+    folder = as_directory(directory)
     model = unwrap(model)
     name = book.active if adapter_name is None else adapter_name
     if name is None:
