@@ -109,7 +109,9 @@ class Shop:
     def __init__(self, setting: Setting, device: torch.device) -> None:
         self.setting, self.device = setting, device
         backbone: Any = timm.create_model(setting.model, num_classes=CLASSES, **dict(setting.options))
-        self.backbone = backbone.to(device)
+        self.backbone = backbone.to(device).requires_grad_(False)
+        for parameter in backbone.get_classifier().parameters():
+            parameter.requires_grad_(True)
         size = dict(setting.options).get("img_size") or data_config(backbone)["input_size"][-1]
         self.images = torch.randn(setting.batch, 3, size, size, device=device)
         self.labels = torch.randint(CLASSES, (setting.batch,), device=device)
@@ -117,6 +119,7 @@ class Shop:
         answers = available_backends()
         mine = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
         self.fused = [name for name in mine if answers.get(name) is True]
+        self.expected, self.expected_step = cache(self._expect), cache(self._expect_step)
 
     def variants(self) -> list[Variant]:
         """Of a training step, whose two passes see the same images, and of inference."""
@@ -150,16 +153,14 @@ class Shop:
     def _provider(self, name: str) -> str | None:
         return next((each for each in (EAGER, DENSE_COPIES, *self.fused) if f" {each}," in f"{name},"), None)
 
-    @cache  # noqa: B019 (a shop lives as long as its models are measured)
-    def expected(self, merged: bool) -> Expected:
+    def _expect(self, merged: bool) -> Expected:
         """Logits of the definition in float64 and at the precision of the setting: expert 0 everywhere, or merged."""
         model = self._adapted()
         with preferring(self.device.type, "reference"):
             eager, exact = ({"logits": self._logits(each, merged)} for each in (model, copy.deepcopy(model).double()))
         return Expected(exact, eager, {}, floor=_FLOAT32_ERROR)
 
-    @cache  # noqa: B019
-    def expected_step(self, kind: Kind) -> Expected:
+    def _expect_step(self, kind: Kind) -> Expected:
         """Loss and gradients of the definition, in float64 and at the precision of the setting."""
         model = self._adapted(kind.mode, kind.expert_per).train()
         with preferring(self.device.type, "reference"):
@@ -170,7 +171,9 @@ class Shop:
         return Expected(exact, eager, {}, floor=_FLOORS[self.setting.half])
 
     def _copy(self) -> Any:
-        return copy.deepcopy(self.backbone)
+        """The backbone with a head of its own. What is frozen lies in memory once: a dozen ViT-L would fill 15 GB."""
+        frozen = (tensor for tensor in _tensors(self.backbone) if not tensor.requires_grad)
+        return copy.deepcopy(self.backbone, {id(tensor): tensor for tensor in frozen})
 
     def _adapted(self, mode: str = "mosa", expert_per: str = "sample") -> nn.Module:
         """With adapters that add something: a fresh one adds zeros, which any error would survive."""
@@ -251,9 +254,7 @@ class Shop:
 
     def _plain(self) -> Ready:
         """The gradient goes through the frozen blocks from the first one's output on, where adapters would begin."""
-        model = self._copy().requires_grad_(False)
-        for parameter in model.get_classifier().parameters():
-            parameter.requires_grad_(True)
+        model = self._copy()
         first = model.get_submodule(find_blocks(model)[0].path)
         first.register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
         return self._doubled(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -64,6 +66,34 @@ def test_chosen_providers_alone_run_adapters() -> None:
     names = {row["variant"] for row in made["training"]}
     assert {"MoSA eager, expert per sample", "MoSA N copies, expert per batch", BACKBONE} <= names
     assert not any("cpu" in name for name in names)
+
+
+def test_variants_share_what_is_frozen_and_leave_it_as_it_is() -> None:
+    shop = Shop(Setting("vit_tiny_patch16_224", 1, 4, 2, (("depth", 1), ("img_size", 32))), CPU)
+    before = {name: tensor.clone() for name, tensor in shop.backbone.state_dict().items()}
+    frozen = {p.data_ptr() for name, p in shop.backbone.named_parameters() if not name.startswith("head.")}
+    heads: set[int] = set()
+    for variant in shop.variants():
+        if variant.reason is None:
+            made = variant.build()
+            made.run()
+            if variant.part == TRAINING:
+                held = {tensor.data_ptr() for tensor in made.own}
+                assert frozen < held, variant.name
+                heads |= held - frozen
+    changed = [name for name, tensor in shop.backbone.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == []
+    assert not any(p.requires_grad for p in shop.backbone.parameters() if p.data_ptr() in frozen)
+    assert shop.backbone.head.weight.data_ptr() not in heads
+
+
+def test_a_model_is_gone_once_it_is_measured() -> None:
+    shop = Shop(Setting("vit_tiny_patch16_224", 1, 4, 2, (("depth", 1), ("img_size", 32))), CPU)
+    shop.expected(True)
+    gone = weakref.ref(shop)
+    del shop
+    gc.collect()
+    assert gone() is None
 
 
 def spoiled(name: str) -> Callable[..., object]:
