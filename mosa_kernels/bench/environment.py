@@ -71,7 +71,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "compiled_cpu_kernels": compiled,
         "compiled_cuda_kernels": built.cuda_reason or info.get("cuda_architectures"),
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        "versions": {**versions(), "triton": _version("triton"), "cuda": torch.version.cuda},
+        "versions": {
+            **versions(),
+            "triton": _version("triton"),
+            "peft": _version("peft"),
+            "cuda": torch.version.cuda,
+        },
         "tf32": torch.backends.cuda.matmul.fp32_precision if device.type == "cuda" else None,
         "commit": commit(),
         "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

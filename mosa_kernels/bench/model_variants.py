@@ -143,7 +143,7 @@ class Shop:
             "LoRA (PEFT)": self._lora,
         }
         inference["unmerged, eager"] = partial(self._unmerged, EAGER)
-        missing = {} if find_spec("peft") else {"LoRA (PEFT)": "the package peft is not installed"}
+        missing = {} if find_spec("peft") else {"LoRA (PEFT)": "the package peft is not installed: pip install peft"}
         return [
             Variant(part, name, build, missing.get(name), (provider := self._provider(name)) in self.fused, provider)
             for part, builders in ((TRAINING, training), (INFERENCE, inference))
