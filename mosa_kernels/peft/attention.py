@@ -1,13 +1,14 @@
 """Low-rank updates within timm's attention: which rows of which linear layer are query, key, value and output.
 
-timm has one fused layer `qkv`, or `q_proj`, `k_proj` and `v_proj`; where the fused one has biases of its own for query
-and value (BEiT, EVA, Swin v2), attention multiplies by its weight without calling it. See LoRA, arXiv 2106.09685, and
-MoSL, arXiv 2312.02923, section 4.3.
+timm has one fused layer `qkv`, or `q` and `kv`, or a layer for each (`q`, `k` and `v`, or `q_proj` and so on). Where
+the fused one has biases of its own for query and value (BEiT, EVA, Swin v2), attention multiplies by its weight without
+calling it. See LoRA, arXiv 2106.09685, and MoSL, arXiv 2312.02923, section 4.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,19 @@ ATTENTIONS = frozenset(
         "layers.attention.AttentionRope",
         "layers.diff_attention.DiffAttention",
         "models.beit.Attention",
+        "models.cait.ClassAttn",
+        "models.cait.TalkingHeadAttn",
         "models.eva.EvaAttention",
+        "models.hiera.MaskUnitAttention",
+        "models.hieradet_sam2.MultiScaleAttention",
+        "models.mvitv2.MultiScaleAttention",
+        "models.nest.Attention",
+        "models.pvt_v2.Attention",
         "models.swin_transformer.WindowAttention",
         "models.swin_transformer_v2.WindowAttention",
         "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+        "models.twins.GlobalSubSampleAttn",
+        "models.twins.LocallyGroupedAttn",
         "models.vision_transformer.Attention",
         "models.vision_transformer_relpos.RelPosAttention",
         "models.vision_transformer_sam.Attention",
@@ -35,7 +45,7 @@ ATTENTIONS = frozenset(
 )
 """The attention modules whose projections are known."""
 
-FUSED = ("q", "k", "v")  # the order of the rows of a fused layer
+_BY_LETTERS = ("qkv", "kv", "q", "k", "v")  # layers named after what they compute, in the order of their rows
 
 
 class Projected(NamedTuple):
@@ -68,16 +78,27 @@ def projected(attention: nn.Module, target: str) -> Projected:
     Raises:
         ValueError: not by a linear layer.
     """
-    fused = target in FUSED and getattr(attention, "qkv", None) is not None
-    name = "qkv" if fused else target if target == "proj" else f"{target}_proj"
+    name = _layer_of(attention, target)
     layer = getattr(attention, name, None)
     if not isinstance(layer, nn.Linear):
         cls = type(layer)
         raise ValueError(f"expected a torch.nn.Linear as {name}, got {cls.__module__}.{cls.__qualname__}")
-    if not fused:
-        return Projected(name, 0, layer.out_features, layer.in_features)
-    rows = layer.out_features // 3
-    return Projected(name, FUSED.index(target) * rows, rows, layer.in_features)
+    parts = _parts(name, target)
+    rows = layer.out_features // len(parts)
+    return Projected(name, parts.index(target) * rows, rows, layer.in_features)
+
+
+def _layer_of(attention: nn.Module, target: str) -> str:
+    """The name of the layer that computes a target."""
+    if target == "proj":
+        return target
+    named = (name for name in _BY_LETTERS if target in name and getattr(attention, name, None) is not None)
+    return next(named, f"{target}_proj")
+
+
+def _parts(name: str, target: str) -> tuple[str, ...]:
+    """What the layer of that name computes, in the order of its rows."""
+    return tuple(name) if name in _BY_LETTERS else (target,)
 
 
 def updated_attention(attention: Any, updates: Mapping[str, Callable[..., Tensor]], images: int) -> ModuleView:
@@ -89,39 +110,27 @@ def updated_attention(attention: Any, updates: Mapping[str, Callable[..., Tensor
         images: how many there are in the batch; with windows, attention's own first dimension is a multiple of it.
     """
     view: Any = ModuleView(attention)
-    if getattr(attention, "qkv", None) is None:
-        for target in FUSED:
-            if target in updates:
-                name = f"{target}_proj"
-                setattr(view, name, _updated(getattr(attention, name), updates[target], images))
-    elif any(target in updates for target in FUSED):
-        view.qkv = _updated_qkv(attention, updates, images)
-        if getattr(attention, "q_bias", None) is not None:
-            view.q_bias = None  # now attention calls what stands in for its layer
-    if "proj" in updates:
-        view.proj = _updated(attention.proj, updates["proj"], images)
+    layers = {_layer_of(attention, target): target for target in updates}
+    for name, target in layers.items():
+        layer = partial(_qkv, attention) if name == "qkv" else getattr(attention, name)
+        setattr(view, name, _updated(layer, [updates.get(part) for part in _parts(name, target)], images))
+    if "qkv" in layers and getattr(attention, "q_bias", None) is not None:
+        view.q_bias = None  # now attention calls what stands in for its layer
     return view
 
 
-def _updated(layer: nn.Module, update: Callable[..., Tensor], images: int) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        out = layer(x)
-        return update(x, residual=out, add_input=False, samples=images).to(out.dtype)
-
-    return run
-
-
-def _updated_qkv(
-    attention: Any, updates: Mapping[str, Callable[..., Tensor]], images: int
+def _updated(
+    layer: Callable[[Tensor], Tensor], updates: Sequence[Callable[..., Tensor] | None], images: int
 ) -> Callable[[Tensor], Tensor]:
+    """The layer with an update, or none, for each of the equal parts of its rows."""
+
     def run(x: Tensor) -> Tensor:
-        out = _qkv(attention, x)
-        parts = list(out.chunk(3, -1))
-        for number, target in enumerate(FUSED):
-            if target in updates:
-                part = updates[target](x, residual=parts[number], add_input=False, samples=images)
-                parts[number] = part.to(out.dtype)
-        return torch.cat(parts, -1)
+        parts = list(layer(x).chunk(len(updates), -1))
+        for number, update in enumerate(updates):
+            if update is not None:
+                part = update(x, residual=parts[number], add_input=False, samples=images)
+                parts[number] = part.to(parts[number].dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     return run
 

@@ -17,6 +17,7 @@ from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.sampler import Alternatives
 from mosa_kernels.peft.attention import updated_attention
 from mosa_kernels.peft.placement import BlockKind, block_kind, forward_class
+from mosa_kernels.peft.plain import on_tokens
 from mosa_kernels.peft.prompts import Prompts
 from mosa_kernels.peft.route import Routes, routed_sites
 from mosa_kernels.peft.styles import LORA_TARGETS
@@ -87,11 +88,26 @@ class Tap:
         self.stream = stream
         return self.module(stream, *args, **kwargs)
 
-    def add(self, adapter: Callable[..., Tensor], out: Tensor) -> Tensor:
+    def add(self, adapter: Callable[..., Tensor], out: Any) -> Any:
         """``out + adapter(stream)``."""
-        if self.stream is None:
+        stream = self.stream
+        if stream is None:
             raise RuntimeError("the block did not pass its residual stream where it is known to")
-        return adapter(self.stream.reshape(out.shape), residual=out, add_input=False)
+        return on_tokens(lambda total: adapter(stream.reshape(total.shape), residual=total, add_input=False), out)
+
+
+class After:
+    """Calls what stands in a block, and gives ``y + adapter(y)`` of its output y."""
+
+    def __init__(self, module: Callable[..., Any], adapter: Callable[..., Tensor]) -> None:
+        self._module = module
+        self._adapter = adapter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)  # Hiera's blocks ask their attention for its stride
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return on_tokens(self._adapter, self._module(*args, **kwargs))
 
 
 class AdaptedBlock(nn.Module):
@@ -102,17 +118,17 @@ class AdaptedBlock(nn.Module):
     kind: BlockKind
     mosa: AdapterSlot
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         adapters = self.mosa.current()
         if adapters is None:
             out = self.base.forward(self, x, *args, **kwargs)
         else:
             out = self._forward_with(adapters, x, *args, **kwargs)
         if self.mosa.record is not None:
-            self.mosa.record[self.mosa.index] = out
+            self.mosa.record[self.mosa.index] = out[0] if isinstance(out, tuple) else out
         return out
 
-    def _forward_with(self, adapters: Sites, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_with(self, adapters: Sites, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         kind = self.kind
         if self.mosa.routes is not None and x.shape[0] != self.mosa.routes.images:
             raise ValueError(
@@ -128,9 +144,9 @@ class AdaptedBlock(nn.Module):
                 setattr(view, kind.attention, partial(getattr(self.base, kind.attention), view))
         if "after_attention" in adapters:
             assert kind.attention is not None
-            setattr(view, kind.attention, after(getattr(view, kind.attention), adapters["after_attention"]))
+            setattr(view, kind.attention, After(getattr(view, kind.attention), adapters["after_attention"]))
         if "after_ffn" in adapters:
-            view.mlp = after(self.mlp, adapters["after_ffn"])  # type: ignore[arg-type]
+            view.mlp = After(self.mlp, adapters["after_ffn"])  # type: ignore[arg-type]
         if "parallel_ffn" not in adapters:
             return self.base.forward(view, x, *args, **kwargs)
 
@@ -160,15 +176,6 @@ class AdaptedBlock(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_block, (self.base,), self.__dict__
-
-
-def after(module: Callable[..., Tensor], adapter: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``y + adapter(y)`` of the module's output y."""
-
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        return adapter(module(*args, **kwargs))
-
-    return run
 
 
 _CLASSES: dict[type[nn.Module], type[AdaptedBlock]] = {}

@@ -35,6 +35,7 @@ from mosa_kernels.shards import check_unsharded, fill, is_sharded, whole
 from mosa_kernels.version import __version__
 
 FORMAT = 1
+ENTRIES = frozenset({"format", "mosa_kernels", "timm", "torch", "adapter_name", "config", "num_classes", "backbone"})
 _ADAPTERS, _HEAD, _TUNED = "adapters.", "head.", "tuned."
 
 
@@ -246,6 +247,12 @@ def _read_description(description: dict[str, Any], path: Path) -> tuple[MoSAConf
     if description.get("format") != FORMAT:
         raise AdapterFileError(
             f"{path}: format: expected {FORMAT}, got {description.get('format')!r}; update mosa_kernels"
+        )
+    unknown = sorted(description.keys() - ENTRIES)
+    if unknown:
+        raise AdapterFileError(
+            f"{path}: {', '.join(map(repr, unknown))}: no such entry; expected {', '.join(sorted(ENTRIES))}, and the "
+            "options in config; a newer mosa_kernels may know more"
         )
     types = {"config": dict, "adapter_name": str, "num_classes": int, "backbone": dict}
     for key, kind in types.items():

@@ -18,8 +18,8 @@ def let_gradients_in(model: nn.Module) -> list[RemovableHandle]:
     """From now on the first block's input takes a gradient where timm checkpoints with reentry; elsewhere it does not,
     which spares the frozen layers before the first adapter. (NaFlexViT, without a `patch_embed`, hands its blocks
     arguments by name, which that kind of checkpointing refuses.)"""
-    stem = getattr(model, "patch_embed", None)
-    return [stem.register_forward_hook(_take_gradients)] if isinstance(stem, nn.Module) else []
+    stems = [getattr(model, name, None) for name in ("patch_embed", "stem")]
+    return [stem.register_forward_hook(_take_gradients) for stem in stems if isinstance(stem, nn.Module)]
 
 
 def refuse_reentrant(model: nn.Module) -> None:
@@ -37,5 +37,6 @@ def refuse_reentrant(model: nn.Module) -> None:
 
 
 def _take_gradients(_: nn.Module, __: Any, output: Any) -> None:
-    if torch.is_grad_enabled() and use_reentrant_ckpt() and isinstance(output, Tensor):
-        output.requires_grad_()
+    tokens = output[0] if isinstance(output, tuple) else output
+    if torch.is_grad_enabled() and use_reentrant_ckpt() and isinstance(tokens, Tensor):
+        tokens.requires_grad_()

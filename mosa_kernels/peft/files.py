@@ -61,7 +61,7 @@ def write_adapter(directory: Path, description: dict[str, Any], tensors: dict[st
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors, on the CPU.
+    """The description, as `write_adapter` was given it, and the tensors, on the CPU.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -97,7 +97,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             stacklevel=3,
         )
         description = own
-    return description, tensors
+    return {key: value for key, value in description.items() if key not in (_DIGEST, _SAVE)}, tensors
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -30,12 +30,15 @@ from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
 from mosa_kernels.peft.placement import (
     FoundBlock,
+    UnknownModelError,
+    block_kind,
     block_parameter,
     block_width,
     find_blocks,
     forward_class,
     select_layers,
 )
+from mosa_kernels.peft.plain import ParallelAdapter
 from mosa_kernels.peft.prompts import check_prompts, make_prompts
 from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site
 from mosa_kernels.peft.switch import set_adapter
@@ -46,7 +49,7 @@ from mosa_kernels.shards import check_unsharded
 def inject_adapter(
     model: nn.Module, config: MoSAConfig, adapter_name: str = "default", *, num_classes: int | None = None
 ) -> nn.Module:
-    """Puts adapters into the blocks of a timm ViT or Swin, in place, and makes them the ones that run and train.
+    """Puts adapters into the blocks of a timm Transformer, in place, and makes them the ones that run and train.
 
     The backbone is frozen, and stays in evaluation mode when the model trains: no dropout, no stochastic depth, no
     running statistics. The head trains. The output does not change: a fresh adapter adds zeros. (In the few models
@@ -69,7 +72,7 @@ def inject_adapter(
 
     Raises:
         TypeError: `config` is no MoSAConfig, or the model no timm model.
-        UnknownModelError: the model is not a ViT or Swin whose blocks are known; it is left as it was.
+        UnknownModelError: the model is no Transformer whose blocks are all known; it is left as it was.
         ValueError: the name is taken or unfit, a layer is out of range, the style does not fit the blocks, or the model
             is in a DistributedDataParallel or sharded already.
     """
@@ -88,6 +91,7 @@ def inject_adapter(
     _check_name(adapter_name, book)
     if book is not None:
         check_settled(book)
+    _check_bare(model)
     blocks = find_blocks(model)
     if book is not None:
         _check_blocks(book, blocks)
@@ -175,6 +179,15 @@ def _check_name(name: str, book: AdapterBook | None) -> None:
         )
     if book is not None and name in book.configs:
         raise ValueError(f"adapter_name: expected a new name, got {name!r}, which the model already has")
+
+
+def _check_bare(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, ParallelAdapter) and block_kind(module.branch) is not None:
+            raise UnknownModelError(
+                f"model: expected timm's own blocks, but an adapter was merged around the block at {path} before; "
+                "take the model as it was before it was merged"
+            )
 
 
 def _check_blocks(book: AdapterBook, blocks: list[FoundBlock]) -> None:

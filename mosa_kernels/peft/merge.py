@@ -16,7 +16,7 @@ from mosa_kernels.peft.book import book_of, check_known, check_settled, holder_o
 from mosa_kernels.peft.fold import MERGE_WHOLE, check_rule, fold, low_rank_updates
 from mosa_kernels.peft.inject import remove_all
 from mosa_kernels.peft.placement import BlockKind, block_parameter, find_blocks
-from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
+from mosa_kernels.peft.plain import Branch, ParallelAdapter, SequentialAdapter
 from mosa_kernels.peft.switch import set_adapter
 from mosa_kernels.shards import check_unsharded
 
@@ -31,7 +31,7 @@ def merge_and_unload(
     kernel is left: the adapters are modules of `mosa_kernels.nn.dense` in modules of `mosa_kernels.peft.plain`, both in
     plain PyTorch without hooks, so the model exports (`torch.export`), traces (`torch.fx`, `torch.jit.trace`) and
     compiles as before. `torch.jit.script` does not take these modules; it takes what style "lora" leaves. Unpickling it
-    imports these two; an exported program needs nothing of this package. The FFN's norm and scale move into the branch
+    imports these; an exported program needs nothing of this package. The FFN's norm and scale move into the branch
     beside the adapter (``mlp.branch.norm2``). Low-rank updates (style "lora") go into the frozen weights, the model is
     as large and as fast as it was, and nothing of this package is left in it. Of the baselines that train parameters,
     the trained ones stay in the model.
@@ -112,7 +112,7 @@ def _place(model: nn.Module, path: str, kind: BlockKind, site: str, adapter: nn.
         block.mlp = ParallelAdapter(_take_branch(block, kind.branch), adapter)
 
 
-def _take_branch(block: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
+def _take_branch(block: nn.Module, names: tuple[str, ...]) -> Branch:
     """The FFN's branch as one module; the block keeps identities in the places of its parts."""
     branch: OrderedDict[str, nn.Module] = OrderedDict()
     for name in names:
@@ -126,7 +126,7 @@ def _take_branch(block: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
         elif isinstance(part, nn.Module) and not isinstance(part, nn.Identity):  # 1.0 after an earlier merge
             branch[name] = part
             setattr(block, name, nn.Identity())
-    return nn.Sequential(branch)
+    return Branch(branch)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,13 +15,17 @@ class BlockKind(NamedTuple):
         branch: what the block applies to its residual stream x before it adds the result to x, in order. The first
             one's input is x as it enters the FFN's branch. "" is the block as a whole, a name ending in "[]" a list of
             branches, whose first one counts.
-        ends_at: the module that takes the sum, where something follows it in the block; None: the sum is the output.
+        ends_at: the module that takes the sum, where something follows it in the block; None: the sum is the output,
+            or the first of a tuple that is.
         attention: what attention's output comes from, one token per position; None: it cannot be told apart.
+        bypass: the module that x goes through beside the FFN in some blocks of the class, which adapters then do not
+            fit; None: there is none.
     """
 
     branch: tuple[str, ...]
     ends_at: str | None = None
     attention: str | None = "attn"
+    bypass: str | None = None
 
     @property
     def ffn(self) -> str | None:
@@ -30,6 +34,7 @@ class BlockKind(NamedTuple):
 
 
 _PRE_NORM = BlockKind(("norm2", "mlp", "ls2"))
+_PRE_NORM_BARE = BlockKind(("norm2", "mlp"))
 _PRE_NORM_GAMMA = BlockKind(("norm2", "mlp", "gamma_2"))
 _POST_NORM = BlockKind(("mlp", "norm2"))
 _FUSED = BlockKind(("",), attention=None)  # one projection serves attention and FFN
@@ -46,18 +51,33 @@ KINDS: dict[str, BlockKind] = {
     "beit.Block": _PRE_NORM_GAMMA,
     "eva.EvaBlock": _PRE_NORM_GAMMA,
     "eva.EvaBlockPostNorm": _POST_NORM,
-    "swin_transformer.SwinTransformerBlock": BlockKind(("norm2", "mlp"), attention="_attn"),
+    "swin_transformer.SwinTransformerBlock": _PRE_NORM_BARE._replace(attention="_attn"),
     "swin_transformer_v2.SwinTransformerV2Block": _POST_NORM._replace(attention="_attn"),
     "swin_transformer_v2_cr.SwinTransformerV2CrBlock": BlockKind(
         ("mlp", "norm2"), ends_at="norm3", attention="_shifted_window_attn"
     ),
+    "cait.LayerScaleBlock": _PRE_NORM_GAMMA,
+    "cait.LayerScaleBlockClassAttn": _PRE_NORM_GAMMA,  # its stream is the class token
+    "convit.Block": _PRE_NORM_BARE,
+    "gcvit.GlobalContextVitBlock": _PRE_NORM._replace(attention="_window_attn"),
+    "hiera.HieraBlock": _PRE_NORM,
+    "hieradet_sam2.MultiScaleBlock": _PRE_NORM._replace(attention=None),  # attends within windows, pads them
+    "mvitv2.MultiScaleBlock": _PRE_NORM_BARE._replace(bypass="shortcut_proj_mlp"),
+    "nest.TransformerLayer": _PRE_NORM_BARE,
+    "pvt_v2.Block": _PRE_NORM_BARE,
+    "twins.Block": _PRE_NORM_BARE,
 }
 """timm's blocks, by module and class."""
 
-_PATHS = re.compile(r"(blocks\.\d+|(layers|stages|transformers)\.\d+\.blocks\.\d+)")
+_PATHS = re.compile(
+    r"(blocks|blocks_token_only|(layers|stages|transformers)\.\d+\.blocks|levels\.\d+\.transformer_encoder)(\.\d+){1,2}"
+)
+"""Where timm lists blocks: one after the other, or a list for each stage."""
 
-
-_EXPECTED = "a timm ViT (vit, deit, deit3, beit, eva02, dinov2, dinov3, pit, samvit, naflexvit) or Swin (v1, v2, v2_cr)"
+_EXPECTED = (
+    "a timm ViT (vit, deit, deit3, beit, eva02, dinov2, dinov3, pit, samvit, naflexvit), Swin (v1, v2, v2_cr) "
+    "or cait, convit, gcvit, hiera, mvitv2, nest, pvt_v2, sam2_hiera, twins"
+)
 
 
 class FoundBlock(NamedTuple):
@@ -67,7 +87,7 @@ class FoundBlock(NamedTuple):
 
 
 class UnknownModelError(ValueError):
-    """The model is no timm ViT or Swin whose blocks are known."""
+    """The model is no timm Transformer whose blocks are known."""
 
 
 def forward_class(block: nn.Module) -> type[nn.Module]:
@@ -83,7 +103,10 @@ def block_kind(block: nn.Module) -> BlockKind | None:
 
 
 def block_width(block: nn.Module) -> int:
-    """The number of channels of a known block's tokens."""
+    """The number of channels of a known block's tokens, as they enter the FFN's branch."""
+    widened: Any = getattr(block, "dim_out", None)  # before, in the first block of a stage
+    if widened is not None:
+        return int(widened)
     norm: Any = next(block.get_submodule(name) for name in ("norm1", "in_norm", "attns.0.norm") if _has(block, name))
     return int(norm.normalized_shape[-1] if norm.weight is None else norm.weight.shape[0])
 
@@ -102,15 +125,18 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def find_blocks(model: nn.Module) -> list[FoundBlock]:
-    """All transformer blocks of a timm ViT or Swin, in the order of the forward pass, through all stages.
+    """All transformer blocks of a timm model, in the order of the forward pass, through all stages.
 
     Raises:
-        UnknownModelError: the model has no blocks where ViTs and Swins have them, one of them is of an unknown class,
-            or there are known blocks elsewhere, so that adapters would only go into a part of the model.
+        UnknownModelError: the model has no blocks where timm's Transformers have them, one of them is of an unknown
+            class or has an FFN that no adapter fits, or there are known blocks elsewhere, so that adapters would only
+            go into a part of the model.
     """
     found: list[FoundBlock] = []
     for path, module in model.named_modules():
         kind = block_kind(module)
+        if isinstance(module, nn.ModuleList) and _PATHS.fullmatch(f"{path}.0"):
+            continue  # a list of blocks, as of a stage of Twins
         if _PATHS.fullmatch(path):
             if kind is None:
                 cls = forward_class(module)
@@ -120,6 +146,11 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
                     f"model: {type(model).__name__} has blocks of a class that is not known, {cls.__module__}."
                     f"{cls.__qualname__} at {path}; expected {_EXPECTED}"
                 )
+            if kind.bypass is not None and getattr(module, kind.bypass) is not None:
+                raise UnknownModelError(
+                    f"model: {type(model).__name__} has a block at {path} whose FFN changes the width of the tokens "
+                    f"({kind.bypass}); an adapter beside it needs the same width before and after"
+                )
             found.append(FoundBlock(path, module, kind))
         elif kind is not None:
             inner = _inner_model(model, path)
@@ -128,8 +159,8 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
                     f"model: expected the timm model, got a {type(model).__name__} around it; pass model.{inner}"
                 )
             raise UnknownModelError(
-                f"model: {type(model).__name__} has a transformer block at {path}, which is not where ViTs and Swins "
-                "have theirs; adapters would reach only a part of the model"
+                f"model: {type(model).__name__} has a transformer block at {path}, which is not where timm's ViTs "
+                "and Swins have theirs; adapters would reach only a part of the model"
             )
     if not found:
         raise UnknownModelError(

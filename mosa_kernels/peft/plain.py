@@ -1,13 +1,29 @@
-"""How a merged adapter sits in a block: two modules of plain PyTorch, without hooks, for export and tracing.
+"""How a merged adapter sits in a block: modules of plain PyTorch, without hooks, for export and tracing.
 
 A merged model is pickled with these and with `mosa_kernels.nn.dense`; an exported program needs neither.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def on_tokens(function: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """A function of a block's or attention's output; of a tuple, as of MViT v2, the tokens are the first."""
+    return (function(out[0]), *out[1:]) if isinstance(out, tuple) else function(out)
+
+
+class Branch(nn.Sequential):
+    """All that the FFN's branch does, one after the other; what else the block hands to its FFN goes to that alone."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = input
+        for name, part in self.named_children():
+            x = part(x, *args, **kwargs) if name == "mlp" else part(x)
+        return x
 
 
 class ParallelAdapter(nn.Module):
@@ -30,5 +46,11 @@ class SequentialAdapter(nn.Module):
         self.module = module
         self.adapter = adapter
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.adapter(self.module(*args, **kwargs))
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)  # Hiera's blocks ask their attention for its stride
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return on_tokens(self.adapter, self.module(*args, **kwargs))

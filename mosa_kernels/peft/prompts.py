@@ -26,6 +26,10 @@ _WITHOUT_POSITIONS = frozenset(
     )
 )
 """Attention that takes further tokens: without a bias by position, or with rotations that spare the first ones."""
+_WITH_POSITIONS = frozenset(
+    f"timm.models.{name}" for name in ("beit", "vision_transformer_relpos", "vision_transformer_sam")
+)
+"""Where attention may have a bias by position."""
 
 
 class Prompts(nn.Module):
@@ -107,7 +111,9 @@ def check_prompts(model: nn.Module, blocks: list[FoundBlock], method: str) -> No
             raise refuse(f"attention works within windows of fixed size at {path}")
         if cls.__module__ == "timm.models.beit" and window is None:
             continue
-        raise refuse(f"attention at {path} has a bias for every pair of positions, and none for prompts")
+        if cls.__module__ in _WITH_POSITIONS:
+            raise refuse(f"attention at {path} has a bias for every pair of positions, and none for prompts")
+        raise refuse(f"{cls.__module__}.{cls.__qualname__} at {path} is not known to take more of them")
     if not isinstance(getattr(model, "num_prefix_tokens", None), int) or _patch_area(model) is None:
         raise refuse("expected num_prefix_tokens and patch_embed.patch_size, as timm's ViTs have them")
 

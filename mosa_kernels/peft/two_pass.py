@@ -28,7 +28,7 @@ class TwoPassOutput:
 
     Attributes:
         logits1, logits2: [B, classes].
-        features1, features2: the output of each collected block, adapter included: [B, tokens, d], of a Swin
+        features1, features2: the tokens that each collected block hands on, adapter included: [B, tokens, d], of a Swin
             [B, H, W, d]; in the order of `blocks`.
         blocks: the indices of the collected blocks, ascending.
         depth: how many blocks the model has.

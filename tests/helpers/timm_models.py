@@ -1,4 +1,4 @@
-"""Small members of timm's families of ViTs and Swins, with weights that hide nothing."""
+"""Small members of timm's families of Transformers, with weights that hide nothing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
+from timm.models import build_model_with_cfg, mvitv2, nest, register_model
 from torch import Tensor, nn
 
 from mosa_kernels.peft.book import book_of
 
 ALL = ("adaptformer", "pfeiffer", "houlsby", "lora")
 ONLY = ("adaptformer",)
+
+mvitv2.model_cfgs["small"] = mvitv2.MultiScaleVitCfg(
+    depths=(1, 2), embed_dim=(16, 32), num_heads=(1, 2), stride_kv_adaptive=(2, 2)
+)
+
+
+@register_model
+def nest_narrow(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """timm's own take no other depths and widths."""
+    narrow: dict[str, Any] = {"num_levels": 2, "embed_dims": (16, 32), "num_heads": (1, 2), "depths": (1, 2)}
+    return build_model_with_cfg(nest.Nest, "nest_tiny", pretrained, **narrow, **kwargs)
 
 
 class Family(NamedTuple):
@@ -45,6 +57,8 @@ def _swin(name: str) -> Family:
     return Family(name, small)
 
 
+_STAGES = {"depths": (1, 2), "embed_dims": (16, 32), "num_heads": (1, 2), "mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
+
 FAMILIES = (
     _vit("vit_tiny_patch16_224"),
     _vit("vit_base_patch16_siglip_224"),
@@ -73,8 +87,38 @@ FAMILIES = (
     _swin("swinv2_tiny_window8_256"),
     _swin("swinv2_cr_tiny_224"),
     _swin("swinv2_cr_giant_224"),
+    _vit("cait_xxs24_224", depth_token_only=1),
+    _vit("convit_tiny", embed_dim=12, num_heads=4, local_up_to_layer=1, styles=("adaptformer", "pfeiffer", "houlsby")),
+    Family("gcvit_xxtiny", {"img_size": 32, "embed_dim": 16}, ("adaptformer", "pfeiffer", "houlsby")),
+    Family(
+        "hiera_tiny_224",
+        {
+            "img_size": 32,
+            "embed_dim": 16,
+            "stages": (1, 2),
+            "q_pool": 1,
+            "mask_unit_size": (2, 2),
+            "mask_unit_attn": (True, False),
+        },
+    ),
+    Family(
+        "sam2_hiera_tiny",
+        {"embed_dim": 16, "stages": (1, 2), "q_pool": 1, "window_spec": (4, 3), "global_att_blocks": ()},
+        ("adaptformer", "pfeiffer", "lora"),
+    ),
+    Family("mvitv2_tiny", {"img_size": 32, "cfg_variant": "small"}),
+    Family("nest_narrow", {"img_size": 32}),
+    Family("pvt_v2_b0", _STAGES),
+    Family("twins_svt_small", {"img_size": 32, **_STAGES, "depths": (2, 1), "wss": (4, 2)}),
 )
-VIT, SWIN = FAMILIES[0], FAMILIES[-4]
+
+
+def family_of(name: str) -> Family:
+    """The first whose name begins so."""
+    return next(family for family in FAMILIES if family.name.startswith(name))
+
+
+VIT, SWIN = FAMILIES[0], family_of("swin_")
 
 
 def make(family: Family = VIT, num_classes: int = 10, **kwargs: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
+from timm_models import SWIN, VIT, Family, family_of, images, make, train_a_little
 from torch import Tensor, nn
 
 from mosa_kernels.peft import (
@@ -29,10 +29,6 @@ from mosa_kernels.peft.book import book_of
 
 METHODS = ("full", "linear", "bitfit", "vpt-shallow", "vpt-deep")
 KEPT = ("full", "linear", "bitfit")
-
-
-def family_of(name: str) -> Family:
-    return next(family for family in FAMILIES if family.name.startswith(name))
 
 
 PROMPTED = [
@@ -150,6 +146,7 @@ def test_prompts_are_dropped_in_training_alone() -> None:
         ("beit_base", "a bias for every pair of positions"),
         ("vit_relpos_base_patch16_224", "a bias for every pair of positions"),
         ("samvit", "a bias for every pair of positions"),
+        ("hiera", "hiera.MaskUnitAttention at blocks.0 is not known to take more of them"),
         ("naflexvit", "expected num_prefix_tokens and patch_embed.patch_size"),
         ("vit_base_patch16_xp", "ParallelScalingBlock has no attention"),
     ],

@@ -169,6 +169,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
         ("[]", "expected a JSON object, got list"),
         (text.replace('"format": 1', '"format": 2'), "format: expected 1, got 2"),
         (text.replace('"bottleneck"', '"bottelneck"'), "'bottelneck': no such option"),
+        (text.replace('"format"', '"merge_rule": "jigsaw", "format"'), "'merge_rule': no such entry; expected"),
         (text.replace('"bottleneck": 4', '"bottleneck": 5'), "expected shape [5, 48], got [4, 48]"),
         (text.replace('"layers": null', '"layers": [0]'), "does not fit its configuration"),
     ):

@@ -3,16 +3,19 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from timm.models import mvitv2
 from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
 from torch import nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.peft import MoSAConfig, UnknownModelError, adapter_names, delete_adapter, inject_adapter
 from mosa_kernels.peft.book import book_of
+from mosa_kernels.peft.placement import find_blocks
 
 
 def adapters(model: nn.Module, name: str = "default") -> list[FusedMoSAAdapter]:
@@ -21,8 +24,9 @@ def adapters(model: nn.Module, name: str = "default") -> list[FusedMoSAAdapter]:
 
 def passes_contiguous_tokens_on(model: nn.Module, x: torch.Tensor) -> bool:
     seen: list[bool] = []
-    block = next(module for name, module in model.named_modules() if name.endswith("blocks.0"))
-    hook = block.register_forward_hook(lambda _, given, out: seen.append(given[0].is_contiguous()))
+    hook = find_blocks(model)[0].block.register_forward_hook(
+        lambda _, given, out: seen.append(given[0].is_contiguous())
+    )
     model(x)
     hook.remove()
     return seen[0]
@@ -74,10 +78,9 @@ def test_a_style_that_does_not_fit_the_blocks_is_refused(family: Family) -> None
         ("resnet18", "found none in ResNet"),
         ("mobilevit_xxs", "a part of the model"),
         ("crossvit_9_240", "not known"),
-        ("convit_tiny", "convit.Block"),
-        ("cait_xxs24_224", "not known"),
-        ("hiera_tiny_224", "not known"),
-        ("twins_svt_small", r"not known, torch\.nn\.modules\.container\.ModuleList at blocks\.0"),
+        ("efficientnet_b0", r"not known, torch\.nn\.modules\.container\.Sequential at blocks\.0"),
+        ("tnt_s_patch16_224", r"tnt\.Block at blocks\.0"),
+        ("xcit_nano_12_p16_224", r"xcit\.XCABlock at blocks\.0"),
     ],
 )
 def test_models_whose_blocks_are_not_known_are_refused_whole(name: str, reason: str) -> None:
@@ -86,6 +89,16 @@ def test_models_whose_blocks_are_not_known_are_refused_whole(name: str, reason: 
     with pytest.raises(UnknownModelError, match=reason):
         inject_adapter(model, MoSAConfig())
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+
+
+def test_a_model_with_an_ffn_that_widens_the_tokens_is_refused_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = replace(mvitv2.model_cfgs["small"], expand_attn=False)  # as mvitv2_large has it
+    monkeypatch.setitem(mvitv2.model_cfgs, "narrow", narrow)
+    model = timm.create_model("mvitv2_tiny", cfg_variant="narrow", img_size=32)
+    keys = list(model.state_dict())
+    with pytest.raises(UnknownModelError, match=r"block at stages\.0\.blocks\.0 whose FFN .*\(shortcut_proj_mlp\)"):
+        inject_adapter(model, MoSAConfig())
+    assert list(model.state_dict()) == keys
 
 
 def test_a_block_with_a_forward_of_its_own_is_not_taken_for_timms() -> None:

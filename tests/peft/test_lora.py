@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention, AttentionRope
-from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
+from timm_models import FAMILIES, SWIN, VIT, Family, family_of, images, make, train_a_little
 from torch import Tensor, nn
 
 from mosa_kernels.nn.lora import FusedMoSALoRA
@@ -64,20 +64,22 @@ def test_an_update_is_a_change_of_the_rows_that_the_target_has(family: Family, t
         assert site == target
         attention = by_hand.get_submodule(path).attn
         change = adapter.up.weight @ adapter.down.weight
+        rows = change.shape[0]
         if target == "proj":
-            attention.proj.weight += change
-        elif getattr(attention, "qkv", None) is None:
-            getattr(attention, f"{target}_proj").weight += change
+            layer, first = attention.proj, 0
+        elif getattr(attention, "qkv", None) is not None:
+            layer, first = attention.qkv, "qkv".index(target) * rows
+        elif hasattr(attention, "kv"):
+            layer, first = (attention.q, 0) if target == "q" else (attention.kv, "kv".index(target) * rows)
         else:
-            third = attention.qkv.weight.shape[0] // 3
-            first = "qkv".index(target) * third
-            attention.qkv.weight[first : first + third] += change
+            layer, first = getattr(attention, target if hasattr(attention, target) else f"{target}_proj"), 0
+        layer.weight[first : first + rows] += change
     assert not torch.allclose(model(x), make(family).double()(x), atol=1e-6)
     torch.testing.assert_close(model(x), by_hand(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    "family", [VIT, SWIN, next(f for f in FAMILIES if f.name.startswith("samvit"))], ids=lambda family: family.name
+    "family", [VIT, SWIN, *map(family_of, ("cait", "sam2_hiera", "samvit"))], ids=lambda family: family.name
 )
 def test_an_expert_is_drawn_for_an_image_not_for_a_window(family: Family) -> None:
     model = updated(family, sparse="both").train()

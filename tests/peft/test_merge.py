@@ -8,12 +8,19 @@ from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_littl
 from torch import nn
 
 from mosa_kernels.nn.dense import DenseAdapter
-from mosa_kernels.peft import MoSAConfig, adapter_names, inject_adapter, merge_and_unload, set_adapter
+from mosa_kernels.peft import (
+    MoSAConfig,
+    UnknownModelError,
+    adapter_names,
+    inject_adapter,
+    merge_and_unload,
+    set_adapter,
+)
 from mosa_kernels.peft.book import book_of
 from mosa_kernels.peft.placement import find_blocks
-from mosa_kernels.peft.plain import ParallelAdapter, SequentialAdapter
+from mosa_kernels.peft.plain import Branch, ParallelAdapter, SequentialAdapter
 
-OURS = (DenseAdapter, ParallelAdapter, SequentialAdapter)
+OURS = (DenseAdapter, Branch, ParallelAdapter, SequentialAdapter)
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -125,6 +132,15 @@ def test_a_merged_model_takes_adapters_and_merges_again(family: Family) -> None:
         train_a_little(model)
         before = model(x)
         torch.testing.assert_close(merge_and_unload(model)(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_in_which_an_adapter_was_merged_whole_are_named() -> None:
+    family = next(family for family in FAMILIES if merge_keeps_no_block(make(family)))
+    model = merge_and_unload(inject_adapter(make(family), MoSAConfig(bottleneck=4)))
+    before = model(images(family))
+    with pytest.raises(UnknownModelError, match=r"an adapter was merged around the block at blocks\.0 before"):
+        inject_adapter(model, MoSAConfig(bottleneck=4))
+    assert torch.equal(model(images(family)), before)
 
 
 def merge_keeps_no_block(model: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from timm_models import FAMILIES, SWIN, VIT, images, make, train_a_little
+from timm_models import SWIN, VIT, family_of, images, make, train_a_little
 from torch import Tensor, nn
 
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
@@ -47,7 +47,7 @@ def prepared(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("expert", [None, 0, 3])
 @torch.no_grad()
 def test_vit_block(expert: int | None) -> None:
-    model = prepared(make(next(family for family in FAMILIES if family.name.startswith("deit3"))))
+    model = prepared(make(family_of("deit3")))
     block = model.blocks[1]
     x = torch.randn(2, 5, 48, dtype=torch.float64)
     stream = x + block.ls1.gamma * attention(block.attn, norm(block.norm1, x), heads=3)
@@ -73,7 +73,7 @@ def test_swin_block() -> None:
 
 @torch.no_grad()
 def test_where_the_norm_comes_after_the_ffn_the_adapter_takes_the_ffns_input() -> None:
-    model = prepared(make(next(family for family in FAMILIES if family.name.startswith("swinv2_tiny"))))
+    model = prepared(make(family_of("swinv2_tiny")))
     block = model.layers[0].blocks[1]
     x = torch.randn(2, 8, 8, 16, dtype=torch.float64)
     stream = x + norm(block.norm1, block._attn(x))
@@ -84,7 +84,7 @@ def test_where_the_norm_comes_after_the_ffn_the_adapter_takes_the_ffns_input() -
 
 @torch.no_grad()
 def test_a_norm_on_the_main_branch_comes_after_the_adapter() -> None:
-    model = prepared(make(next(f for f in FAMILIES if f.name == "swinv2_cr_giant_224"), extra_norm_period=1))
+    model = prepared(make(family_of("swinv2_cr_giant"), extra_norm_period=1))
     block = model.stages[0].blocks[0]
     assert isinstance(block.norm3, nn.LayerNorm)
     x = torch.randn(2, 8, 8, 16, dtype=torch.float64)
@@ -93,6 +93,44 @@ def test_a_norm_on_the_main_branch_comes_after_the_adapter() -> None:
     adapter = block.mosa["default"]["parallel_ffn"]
     expected = norm(block.norm3, stream + ffn + adapter_by_hand(adapter, stream, None, scale=0.1))
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_where_attention_widens_and_pools_the_tokens_the_adapter_takes_what_comes_out() -> None:
+    model = prepared(make(family_of("hiera")))
+    block = model.blocks[1]
+    x = torch.randn(2, 64, 16, dtype=torch.float64)
+    wide = norm(block.norm1, x) @ block.proj.weight.T + block.proj.bias
+    stream = wide.reshape(2, 4, 16, 32).amax(1) + block.attn(norm(block.norm1, x))
+    ffn = mlp(block.mlp, norm(block.norm2, stream))
+    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_blocks_of_the_class_token_have_an_adapter_on_it() -> None:
+    model = prepared(make(family_of("cait")))
+    block = model.blocks_token_only[0]
+    x, token = torch.randn(2, 4, 48, dtype=torch.float64), torch.randn(2, 1, 48, dtype=torch.float64)
+    stream = token + block.gamma_1 * block.attn(norm(block.norm1, torch.cat([token, x], 1)))
+    ffn = block.gamma_2 * mlp(block.mlp, norm(block.norm2, stream))
+    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    torch.testing.assert_close(block(x, token), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_of_blocks_that_hand_on_more_the_tokens_have_the_adapter() -> None:
+    model = prepared(make(family_of("mvitv2")))
+    block = model.stages[1].blocks[0]
+    x = torch.randn(2, 64, 16, dtype=torch.float64)
+    shortcut = norm(block.norm1, x) @ block.shortcut_proj_attn.weight.T + block.shortcut_proj_attn.bias
+    grid = F.max_pool2d(shortcut.transpose(1, 2).reshape(2, 32, 8, 8), 3, 2, 1)
+    stream = grid.flatten(2).transpose(1, 2) + block.attn(norm(block.norm1, x), [8, 8])[0]
+    ffn = mlp(block.mlp, norm(block.norm2, stream))
+    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    out, size = block(x, [8, 8])
+    assert list(size) == [4, 4]
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("style", ["pfeiffer", "houlsby"])
