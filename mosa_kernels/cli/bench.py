@@ -235,6 +235,11 @@ def _compare(names: tuple[str, str], request: Request, console: Console, output:
     there = [path.is_file() or (path / JSON).is_file() for path in paths]
     if any(there) and request != Request():
         raise ValueError(f"compare: expected with --output alone where {names[0]} and {names[1]} are reports")
+    if any(there) and not all(there):
+        report, other = names if there[0] else names[::-1]
+        raise ValueError(
+            f"compare: expected two reports or two commits, got the report {report} and {other}, no report"
+        )
     if any(there):
         reports = [read(path) for path in paths]
     else:

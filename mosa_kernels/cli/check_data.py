@@ -23,7 +23,11 @@ def check_data(
     """
     with plain_errors():
         from mosa_kernels.data.open import open_data
+        from mosa_kernels.train.relevance import refuse_meaningless
+        from mosa_kernels.train.settings import Settings
 
+        if data_root is not None:
+            refuse_meaningless(Settings(model="", data=data), ["data_root"])
         splits = open_data(data, root=data_root, verify=decode)
     found = splits.summary()
     if as_json:

@@ -57,7 +57,11 @@ def examine() -> dict[str, Any]:
     except ImportError as error:
         report["problems"].append(f"PyTorch does not import: {error}")
         return report
-    choice = importlib.import_module("mosa_kernels.backends.choice")
+    try:
+        choice = importlib.import_module("mosa_kernels.backends.choice")
+    except ValueError as error:  # a wrong environment variable
+        report["problems"].append(str(error))
+        return report
     for name, answer in choice.available_backends().items():
         report["backends"][name] = answer
     report["automatic"] = {device: list(choice.automatic_backends(device)) for device in ("cpu", "cuda")}

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mosa_kernels.cli.errors import plain_errors
 from mosa_kernels.version import __version__
 
 COMMANDS = {
@@ -32,7 +33,10 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else load_command(name), rest
+        if name is None:
+            return name, command, rest
+        with plain_errors():  # the package reads its environment variables as it is imported
+            return name, load_command(name), rest
 
 
 def load_command(name: str) -> Any:

@@ -31,6 +31,7 @@ from mosa_kernels.train.merging import (
 from mosa_kernels.train.saved import Saved, open_saved
 
 SUFFIXES = (".safetensors", SUFFIX)
+USUAL_SPLIT = "validation"
 
 
 def merge(
@@ -46,7 +47,7 @@ def merge(
     data: Annotated[str | None, typer.Option(help="Also compare accuracies on these data.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
     any_classes: Annotated[bool, typer.Option("--any-classes", help=ANY_CLASSES)] = False,
-    split: Annotated[str, typer.Option(help="validation, or test.")] = "validation",
+    split: Annotated[str, typer.Option(help="validation, or test.")] = USUAL_SPLIT,
     weights: Annotated[str | None, typer.Option(help="best or last of a run; by default what it selected.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of the backbone in timm, where it is not recorded.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="File of the backbone's weights.")] = None,
@@ -60,6 +61,7 @@ def merge(
             raise ValueError(f"output: expected a file ending in {' or '.join(SUFFIXES)}, got {output.name}")
         if rule is not None and rule not in MERGE_RULES:
             raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
+        _refuse_without_data(data, data_root=data_root, any_classes=any_classes, split=split)
         require_merged_or_new(output)
         saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)
         book = find_book(saved.model)
@@ -96,6 +98,13 @@ def merge(
             write_merged(merged, output, card)
         size = output.stat().st_size / 2**20
         console.print(f"wrote {output} ({size:.1f} MiB) and {output.with_suffix('.json')}", highlight=False)
+
+
+def _refuse_without_data(data: str | None, *, data_root: str | None, any_classes: bool, split: str) -> None:
+    given = {"data_root": data_root is not None, "any_classes": any_classes, "split": split != USUAL_SPLIT}
+    unheeded = [name for name, is_so in given.items() if is_so]
+    if data is None and unheeded:
+        raise ValueError(f"{', '.join(unheeded)}: expected together with --data, which says what to compare on")
 
 
 def _compare(saved: Saved, loader: Iterable[Any], check: MergeCheck, rule: str, split: str, console: Console) -> None:

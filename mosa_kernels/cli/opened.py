@@ -13,6 +13,7 @@ from mosa_kernels.data.classes import differing_classes, mere_numbers
 from mosa_kernels.data.loaders import make_loaders
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.train.backbones import data_config
+from mosa_kernels.train.relevance import refuse_meaningless
 from mosa_kernels.train.saved import Saved
 from mosa_kernels.train.setup import native_size, open_splits
 
@@ -51,6 +52,8 @@ def open_loader(
         settings = dataclasses.replace(settings, data=data or settings.data, data_root=data_root)
     if not settings.data:
         raise ValueError(f"data: {saved.weights} does not say what it was trained on; give --data")
+    if data_root is not None:
+        refuse_meaningless(settings, ["data_root"])
     splits = open_splits(settings, native_size(settings))
     if splits.num_classes != saved.num_classes:
         raise ValueError(f"data: {splits.name} has {splits.num_classes} classes, the model {saved.num_classes}")

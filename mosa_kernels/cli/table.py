@@ -15,17 +15,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mosa_kernels._machine import machine
 from mosa_kernels.cli.errors import MendableError, plain_errors
-from mosa_kernels.train.folder import require_writable, versions, write_json, write_text
+from mosa_kernels.train.folder import require_writable, write_json, write_text
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell
 from mosa_kernels.train.table_figure import draw_by_task, draw_sweep, draw_table
-from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, seconds_of
+from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, made_by
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_runs import missing_cells, run_cells, usual_workers
 from mosa_kernels.train.table_sources import Sources, require_same_sources
-from mosa_kernels.train.table_spec import Changes, Table, read_table, suite_of, table_numbers
+from mosa_kernels.train.table_spec import Changes, Table, of_tasks, read_table, suite_of, table_numbers
 from mosa_kernels.train.table_summary import differences_of, summarise_table
 
 QUICK = {"epochs": 2}
@@ -64,6 +63,8 @@ def table(
         roots = {"fgvc": fgvc, "vtab": vtab, "gicd": gicd}
         numbers = PAPERS if number == "all" else (number,)
         check_folders(roots, numbers)
+        if quick and epochs is not None and epochs > QUICK["epochs"]:
+            raise ValueError(f"quick: expected at most {QUICK['epochs']} epochs beside it, got --epochs {epochs}")
         recipe: dict[str, Any] = {"epochs": epochs} if epochs is not None else dict(QUICK) if quick else {}
         if augment is not None:
             recipe["augment"] = augment
@@ -113,9 +114,7 @@ def table(
         watch(grids, output / "cells", processes, console)
         facts = {
             "command": shlex.join(["mosa-kernels", *sys.argv[1:]]) if sys.argv[0].endswith("mosa-kernels") else "",
-            "machine": machine(),
             "processes": processes,
-            "versions": versions(),
             "quick": quick,
         }
         for grid in grids:
@@ -141,11 +140,8 @@ def restrict(table: Table, tasks: str | None, rows: str | None) -> Table:
                 f"{kind}: expected some of {separator.join(dict.fromkeys(known[kind]))} for table {table.number}, got "
                 f"{separator.join(unknown)}"
             )
-    return dataclasses.replace(
-        table,
-        tasks=tuple(task for task in table.tasks if task.name in wanted["tasks"]),
-        rows=tuple(row for row in table.rows if row.variant in wanted["rows"]),
-    )
+    table = of_tasks(table, wanted["tasks"])
+    return dataclasses.replace(table, rows=tuple(row for row in table.rows if row.variant in wanted["rows"]))
 
 
 def check_folders(roots: Mapping[str, Path | None], numbers: Sequence[str]) -> None:
@@ -270,14 +266,15 @@ def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Consol
     from rich.table import Table as Shown
 
     measured = collect(grid, output / "cells")
-    runs, seconds = seconds_of(grid, output / "cells")
-    facts = {**facts, "runs_behind_the_table": runs, "seconds_of_these_runs_added_up": round(seconds)}
+    facts = {**facts, **made_by(grid, output / "cells")}
     summaries = summarise_table(grid.table, measured)
     differences = differences_of(grid.table, measured)
     stem = output / grid.table.name.lower().replace(" ", "-")
     write_json(stem.with_suffix(".json"), table_record(grid, measured, differences, facts))
     write_text(stem.with_suffix(".csv"), table_csv(summaries))
-    title = f"{grid.table.name}: {grid.table.title} ({grid.table.scale}, {grid.seeds} seeds)"
+    title = (
+        f"{grid.table.name}: {grid.table.title} ({grid.table.scale}, {grid.seeds} seed{'s' if grid.seeds > 1 else ''})"
+    )
     title += " — QUICK" if facts["quick"] else ""
     if grid.table.by_task:
         draw_by_task(differences, title, stem.with_suffix(".png"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mosa_kernels.data.backbone import OFFLINE_BACKBONE  # importing it registers it with timm
 
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # before names that timm looks up elsewhere
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 # The family of checkpoints that the paper starts from; other weights of the same architecture give other numbers.
 PAPER_WEIGHTS = {
@@ -131,7 +132,7 @@ def offline_if_unreachable(timeout: float = 5.0) -> Iterator[None]:
 
 def require_known(name: str) -> None:
     """Raises a ValueError with the nearest names unless timm knows the model."""
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if name.startswith(HUBS):
         return
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
@@ -143,6 +144,18 @@ def require_known(name: str) -> None:
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")]
     if tag and tag not in known:
         raise ValueError(f"model {bare}: expected one of the tags {', '.join(known) or '(none)'}, got {tag!r}")
+
+
+def bare_model(name: str) -> nn.Module | None:
+    """The architecture without storage for weights, in a moment; None where it is not in timm, or computes with them as
+    it is made."""
+    if name.startswith(HUBS):
+        return None
+    try:
+        with torch.device("meta"):
+            return _create(name, pretrained=False, options={})
+    except RuntimeError:
+        return None
 
 
 def paper_hint(name: str) -> str | None:

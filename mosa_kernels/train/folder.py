@@ -63,7 +63,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected JSON in UTF-8, got other bytes at {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got something else at line {error.lineno}") from error
     if not isinstance(record, dict):

@@ -33,7 +33,7 @@ from mosa_kernels.train.loop import Row, Trainer
 from mosa_kernels.train.plots import plot_curve
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import Settings
-from mosa_kernels.train.setup import Prepared, make_accelerator, make_trainer, prepare, seed_everything
+from mosa_kernels.train.setup import Prepared, device_name, make_accelerator, make_trainer, prepare, seed_everything
 
 SELECTION = {
     "best": "weights of the epoch with the highest validation accuracy, the earliest of equals; test touched once",
@@ -144,10 +144,8 @@ class Job:
     @property
     def device(self) -> str:
         """What the run computes on, in words."""
-        device = self.accelerator.device
-        return (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
-        )
+        name = device_name(self.accelerator.device)
+        return f"cpu ({torch.get_num_threads()} threads)" if name == "cpu" else name
 
     def _require_classes(self, stored: dict[str, Any]) -> None:
         splits, names = self.prepared.splits, stored.get("class_names")

@@ -27,6 +27,8 @@ def meaningless(settings: Settings) -> dict[str, str]:
         for name in names:
             found.setdefault(name, why)
 
+    if settings.checkpoint is not None:
+        leave({"pretrained"}, f"the weights are those of the checkpoint {settings.checkpoint}")
     kind = settings.data.partition(":")[0]
     if kind == "offline":
         leave({"data_root", "download"}, "the images are drawn in memory")
@@ -35,13 +37,16 @@ def meaningless(settings: Settings) -> dict[str, str]:
         if not settings.label_noise:
             leave({"data_seed"}, "the lists say which images are for what")
     elif kind not in NAMED:
-        leave({"data_root", "download"}, "the data are a folder of images")
+        others = ", ".join(f"{each}:" for each in NAMED)
+        leave({"data_root", "download"}, f"the data are a folder of images (named data sets begin with {others})")
     if settings.data not in FEW_LABELS:
         leave({"labels_per_class"}, f"it is for {', '.join(FEW_LABELS)}")
     if settings.passes == 1:
         leave(_TWO_PASSES, "a run of one pass a batch has cross-entropy alone")
     else:
         _leave_terms(settings, leave)
+    # Where no experts take turns, adamw is what the optimizer mosa does.
+    turns = _TURNS | {"optimizer"} if settings.optimizer == "mosa" else _TURNS
     if method.has_adapters:
         leave({"prompt_length"}, f"method {method.name!r} has no prompts")
         if settings.adapter.style == "lora":
@@ -49,16 +54,16 @@ def meaningless(settings: Settings) -> dict[str, str]:
         else:
             leave({"lora_targets"}, f"style {settings.adapter.style!r} adapts no linear layers")
         if method.mode == "dense":
-            leave(_OF_EXPERTS | _TURNS | {"num_experts", "granularity"}, f"method {method.name!r} has no experts")
+            leave(_OF_EXPERTS | turns | {"num_experts", "granularity"}, f"method {method.name!r} has no experts")
         if method.mode == "pruned":
-            leave(_OF_EXPERTS | _TURNS, f"method {method.name!r} has one fixed mask for both projections, no experts")
+            leave(_OF_EXPERTS | turns, f"method {method.name!r} has one fixed mask for both projections, no experts")
         if method.mode == "mosa" and not _has_turns(settings.adapter):
             same = "num_experts" if settings.adapter.sparse == "none" else "sparse"
-            leave((_OF_EXPERTS - {"sparse"}) | _TURNS | {"granularity", same}, "there is one expert, which owns all")
+            leave((_OF_EXPERTS - {"sparse"}) | turns | {"granularity", same}, "there is one expert, which owns all")
         return found
     prompts = (method.baseline or "").startswith("vpt")
     leave(_ADAPTER - _PROMPTS if prompts else _ADAPTER, f"method {method.name!r} has no adapters")
-    leave(_TURNS, f"method {method.name!r} has no experts")
+    leave(turns, f"method {method.name!r} has no experts")
     if not prompts:
         leave({"dropout"}, f"method {method.name!r} has no bottleneck that it acts on")
     return found

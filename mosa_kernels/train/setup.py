@@ -19,7 +19,7 @@ from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.data.transforms import Augment, operations
 from mosa_kernels.losses import MoSALoss
 from mosa_kernels.peft.placement import find_blocks
-from mosa_kernels.train.backbones import create_backbone, data_config, require_known
+from mosa_kernels.train.backbones import bare_model, create_backbone, data_config, require_known
 from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.loop import Trainer
 from mosa_kernels.train.methods import adapt, find_method, make_optimizer
@@ -76,6 +76,11 @@ def make_accelerator(settings: Settings) -> Accelerator:
     )
 
 
+def device_name(device: torch.device) -> str:
+    """Of a GPU what it is called, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def open_splits(settings: Settings, image_size: int) -> DataSplits:
     """The data that the settings name."""
     return open_data(
@@ -109,7 +114,11 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
         ValueError, FileNotFoundError, ConnectionError: what is wrong with the data, the model or an option, by name.
     """
     require_known(settings.model)
+    method = find_method(settings.method)
     if splits is None:
+        bare = bare_model(settings.model)
+        if bare is not None:  # what does not fit is refused before data and weights are fetched
+            adapt(bare, method, settings.adapter, settings.recipe, settings.recipe.seed)
         splits = open_splits(settings, native_size(settings))
     if splits.validation_in_train and settings.recipe.select == "best":
         raise ValueError(
@@ -130,7 +139,6 @@ def prepare(settings: Settings, processes: int = 1, splits: DataSplits | None = 
         "pretrained": settings.pretrained or settings.checkpoint is not None,
         "sha256": backbone_hash(model),
     }
-    method = find_method(settings.method)
     adapters = adapt(model, method, settings.adapter, settings.recipe, settings.recipe.seed)
     config = data_config(model, settings.image_size)
     augment: Augment = settings.recipe.augment  # type: ignore[assignment]  # checked by the recipe

@@ -22,7 +22,7 @@ from mosa_kernels.train.folder import read_json, versions, write_json
 from mosa_kernels.train.loop import NonFiniteError, Trainer
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import FREE, Settings
-from mosa_kernels.train.setup import make_accelerator, make_trainer, native_size, open_splits, prepare
+from mosa_kernels.train.setup import device_name, make_accelerator, make_trainer, native_size, open_splits, prepare
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def run_cell(
         "normalisation": prepared.normalisation,
         "backbone": prepared.backbone,
         "machine": machine(),
-        "device": accelerator.device.type,
+        "device": device_name(accelerator.device),
         "versions": versions(),
     }
     try:

@@ -6,7 +6,8 @@ The seeds of the two kinds of runs are apart, so that what was chosen owes nothi
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,11 +192,31 @@ def _result(cell: Cell, folder: Path) -> dict[str, Any]:
     return result
 
 
-def seconds_of(grid: Grid, folder: Path) -> tuple[int, float]:
-    """How many runs stand behind a table, whichever command made them, and their seconds in all."""
+def made_by(grid: Grid, folder: Path) -> dict[str, Any]:
+    """On which machines and with which versions the runs behind a table were made, whichever commands made them; how
+    many they are, and their seconds in all."""
     cells = {cell.identity: cell for cell in [*grid.all_tuning_cells(), *all_final_cells(grid, folder)]}
     results = [_result(cell, folder) for cell in cells.values()]
-    return len(results), sum(result["seconds"] for result in results)
+    packages = dict.fromkeys(package for result in results for package in result["versions"])
+    return {
+        "machine": _each(map(_place, results)),
+        "versions": {name: _each(result["versions"].get(name, "unknown") for result in results) for name in packages},
+        "runs_behind_the_table": len(results),
+        "seconds_of_these_runs_added_up": round(sum(result["seconds"] for result in results)),
+    }
+
+
+def _place(result: dict[str, Any]) -> str:
+    device = result["device"]
+    return str(result["machine"] if device == "cpu" else f"{device} in {result['machine']}")
+
+
+def _each(names: Iterable[str]) -> str:
+    """The different names and, where there are several, how many runs have each."""
+    counts = Counter(names)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({count} run{'s' if count > 1 else ''})" for name, count in counts.items())
 
 
 def recipe_of(grid: Grid) -> Recipe:

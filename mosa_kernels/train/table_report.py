@@ -77,7 +77,7 @@ def table_markdown(
     Args:
         grid, measured: the runs.
         summaries, differences: what they say.
-        facts: "command", "machine", "cell_seconds", "quick" and whatever else belongs to the record.
+        facts: "command", "machine", "versions", "quick" and whatever else belongs to the record.
     """
     table = grid.table
     where = {

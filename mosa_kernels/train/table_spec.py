@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,21 @@ def read_table(number: str, root: str | None = None, *, every_task: bool = False
         by_task=raw.get("by_task", False),
         sweep=option,
     )
+
+
+def of_tasks(table: Table, names: Collection[str]) -> Table:
+    """Some tasks of a table; of the paper's own data sets, its figures that are means over others too are left away."""
+    kept = tuple(task for task in table.tasks if task.name in names)
+    if table.scale != "real" or len(kept) == len(table.tasks):
+        return dataclasses.replace(table, tasks=kept)
+    partial = {task.group for task in table.tasks if task not in kept}
+    columns = {task.name for task in kept} | {task.group for task in kept} - partial
+    rows = (dataclasses.replace(row, paper=_only(row.paper, columns)) for row in table.rows)
+    return dataclasses.replace(table, tasks=kept, rows=tuple(rows))
+
+
+def _only(figures: Mapping[str, float], columns: Collection[str]) -> dict[str, float]:
+    return {name: figure for name, figure in figures.items() if name in columns}
 
 
 def _task(entry: Mapping[str, Any], root: str | None) -> Task:

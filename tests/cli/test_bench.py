@@ -226,6 +226,8 @@ def test_a_gpu_that_is_not_there_is_said(command, tmp_path: Path) -> None:
 
 def test_a_report_that_is_not_there_is_said(command, tmp_path: Path) -> None:
     write_json(tmp_path / "report.json", report())
-    result = command("bench", "--compare", tmp_path, tmp_path / "absent")
-    assert result.exit_code == 1
-    assert "absent" in result.stderr
+    for names in ((tmp_path, tmp_path / "absent"), ("HEAD", tmp_path)):
+        result = command("bench", "--compare", *names)
+        assert result.exit_code == 1
+        (absent,) = (name for name in names if name != tmp_path)
+        assert f"compare: expected two reports or two commits, got the report {tmp_path} and {absent}" in result.stderr

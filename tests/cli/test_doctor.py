@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -110,6 +111,18 @@ def test_help_and_version_import_no_pytorch(arguments: list[str]) -> None:
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "doctor" in result.stdout or __version__ in result.stdout
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["train", "--help"]])
+def test_a_wrong_setting_of_the_environment_is_said_by_every_command(words: list[str]) -> None:
+    code = "from mosa_kernels.cli.main import app; app()"
+    environment = {**os.environ, "MOSA_CUDA_BACKENDS": "triton,foo"}
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "MOSA_CUDA_BACKENDS: names: expected any of cpu, triton, cuda, reference, got 'foo'" in " ".join(
+        (result.stdout + result.stderr).split()
+    )
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)

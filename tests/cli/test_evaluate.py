@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -72,6 +73,13 @@ def test_bad_requests(words: tuple[str, ...], message: str, trained: tuple[Path,
     assert message in result.stderr
 
 
+def test_a_record_in_other_bytes_is_named(command: Any, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes('{"data": "Käfer"}'.encode("latin-1"))
+    result = command("evaluate", tmp_path)
+    assert result.exit_code == 1
+    assert f"{tmp_path}/config.json: expected JSON in UTF-8, got other bytes at 11" in result.stderr
+
+
 def test_folders_that_hold_nothing(command: Any, tmp_path: Path):
     result = command("evaluate", tmp_path)
     assert result.exit_code == 1
@@ -127,12 +135,20 @@ def test_another_place_of_the_data_is_looked_into(trained: tuple[Path, str], com
     assert result.exit_code != 0
     assert "nowhere" in result.output
     saved = open_saved(folder)
+    saved.settings = dataclasses.replace(saved.settings, data="torchvision:CIFAR10")
     console = Console()
     options = {"any_classes": False, "batch_size": 8, "workers": 0}
     with mock.patch("mosa_kernels.cli.opened.open_splits", side_effect=KeyError) as opened, pytest.raises(KeyError):
         open_loader(saved, "test", console, data=None, data_root="elsewhere", **options)
     settings = opened.call_args.args[0]
     assert (settings.data, settings.data_root) == (saved.settings.data, "elsewhere")
+    for words in (("evaluate", folder), ("check-data", pictures)):
+        result = command(*words, "--data-root", pictures)
+        assert result.exit_code == 1
+        assert (
+            "data_root: has no effect here: the data are a folder of images (named data sets begin with"
+            in result.stderr
+        )
 
 
 @pytest.fixture

@@ -181,6 +181,10 @@ def test_a_model_that_cannot_be_exported_is_said():
     [
         (("--output", "merged.pth"), "output: expected a file ending in .safetensors or .pt2, got merged.pth"),
         (("--output", "merged.safetensors", "--rule", "sum"), "rule: expected one of mean, jigsaw, got 'sum'"),
+        (
+            ("--output", "merged.safetensors", "--data-root", "elsewhere", "--split", "test"),
+            "data_root, split: expected together with --data, which says what to compare on",
+        ),
     ],
 )
 def test_bad_requests(words: tuple[str, ...], message: str, trained: tuple[Path, str], command: Any):

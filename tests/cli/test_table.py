@@ -13,12 +13,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mosa_kernels.cli.main import app
+from mosa_kernels.cli.table import restrict
 from mosa_kernels.train import table_cells, table_runs
 from mosa_kernels.train.loop import NonFiniteError, Trainer
 from mosa_kernels.train.table_cells import Cell, find_result, run_cell
 from mosa_kernels.train.table_grid import Grid
 from mosa_kernels.train.table_runs import missing_cells, run_cells
 from mosa_kernels.train.table_spec import Changes, read_table
+from mosa_kernels.train.table_summary import printed_mean
 
 SMALL = ["--quick", "--epochs", "1", "--seeds", "1", "--tuning-seeds", "1", "--workers", "1"]
 TASK = ["--tasks", "digits, 10 labels a class"]
@@ -122,6 +124,24 @@ def test_runs_of_other_data_are_not_mixed_in(made: Path, tmp_path: Path) -> None
     assert "2 of the 2 are done" in run(*words, "--plan").output
 
 
+def test_a_table_names_every_machine_that_made_a_run_of_it(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "out")
+    path = sorted((tmp_path / "out" / "cells").glob("test-*.json"))[0]
+    result = json.loads(path.read_text())
+    here, torch_here = result["machine"], result["versions"]["torch"]
+    result |= {"machine": "Another, 64 core(s)", "device": "NVIDIA A100"}
+    result["versions"]["torch"] = "2.0.0"
+    path.write_text(json.dumps(result))
+    again = run("10", "--output", str(tmp_path / "out"), *SMALL, *TASK, "--rows", "mosa")
+    assert again.exit_code == 0, again.output
+    record = json.loads((tmp_path / "out" / "table-10.json").read_text())
+    assert record["machine"] == f"{here} (2 runs), NVIDIA A100 in Another, 64 core(s) (1 run)"
+    assert record["versions"]["torch"] == f"{torch_here} (2 runs), 2.0.0 (1 run)"
+    assert record["versions"]["timm"] == result["versions"]["timm"]
+    assert f"- machine: {record['machine']}\n" in (tmp_path / "out" / "table-10.md").read_text()
+    assert json.loads((made / "table-10.json").read_text())["machine"] == here
+
+
 def test_tables_share_runs(made: Path) -> None:
     def missing(number: str, rows: tuple[str, ...]) -> set[str]:
         table = read_table(number)
@@ -212,6 +232,22 @@ def test_a_large_table_leaves_out_tasks_that_can_be_asked_for() -> None:
     assert "0 of the 16 are done" in asked.output, asked.output
 
 
+def test_the_papers_means_are_of_the_tasks_that_ours_are_of(tmp_path: Path) -> None:
+    def columns(number: str, tasks: str, root: Path | None = tmp_path) -> list[str]:
+        table = restrict(read_table(number, None if root is None else str(root)), tasks, None)
+        return list(table.rows[0].paper)
+
+    every = "CUB-200-2011; NABirds; Oxford Flowers; Stanford Dogs; Stanford Cars"
+    assert columns("1", every) == [*every.split("; "), "mean"]
+    assert columns("1", "NABirds; Stanford Cars") == ["NABirds", "Stanford Cars"]
+    (full,) = (row for row in read_table("1").rows if row.variant == "full")
+    (some,) = restrict(read_table("1", str(tmp_path)), "NABirds; Stanford Cars", "full").rows
+    assert printed_mean(some) == pytest.approx((full.paper["NABirds"] + full.paper["Stanford Cars"]) / 2)
+    assert columns("2", "SVHN; Patch Camelyon; EuroSAT; Resisc45; Retinopathy") == ["specialized"]
+    assert columns("6", "NABirds") == []
+    assert columns("1", "digits, 10 labels a class", None) == [*every.split("; "), "mean"]  # for orientation
+
+
 def plan(*arguments: str) -> Any:
     return run(*arguments, "--output", "never-written", "--plan")
 
@@ -270,6 +306,13 @@ def test_one_checkpoint_is_not_given_to_several_backbones(tmp_path: Path) -> Non
     assert "vit_large_patch16_224.orig_in21k (table 4); " in result.output
     assert "give the tables one by one" in result.output
     assert plan("1", "--checkpoint", "B.npz", "--fgvc", str(tmp_path)).exit_code == 0
+
+
+def test_what_is_called_quick_is() -> None:
+    result = plan("9", "--quick", "--epochs", "100")
+    assert result.exit_code == 1
+    assert "quick: expected at most 2 epochs beside it, got --epochs 100" in result.output
+    assert plan("9", "--quick", "--epochs", "2").exit_code == 0
 
 
 def test_augmentation_and_weight_decay_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
