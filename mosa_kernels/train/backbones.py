@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from mosa_kernels.data.backbone import OFFLINE_BACKBONE  # importing it registers it with timm
 
+# Options that some architectures lack: PVT v2 and SAM 2's Hiera take images of any size.
+_NOT_EVERYWHERE = ("drop_path_rate", "img_size")
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # before names that timm looks up elsewhere
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 # The family of checkpoints that the paper starts from; other weights of the same architecture give other numbers.
@@ -58,7 +60,10 @@ def create_backbone(
     if image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     options = {"num_classes": num_classes, "img_size": image_size}
-    model = _with_weights(name, options, checkpoint, pretrained)
+    try:
+        model = _with_weights(name, options, checkpoint, pretrained)
+    except (ArithmeticError, AssertionError) as error:
+        raise _not_taken(name, image_size, error) from error
     _check_image_size(model, name, image_size)
     return model
 
@@ -91,17 +96,24 @@ def _with_weights(name: str, options: dict[str, Any], checkpoint: str | Path | N
 @torch.no_grad()
 def _check_image_size(model: nn.Module, name: str, size: int) -> None:
     """Raises a ValueError unless the model takes images of this size without leaving their edges away."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    embedding = getattr(model, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", None)
     patch = max(patch) if isinstance(patch, tuple) else patch
-    if isinstance(patch, int) and size % patch:
+    projection = getattr(embedding, "proj", None)
+    overlapping = isinstance(projection, nn.Conv2d) and projection.kernel_size != projection.stride
+    if isinstance(patch, int) and size % patch and not overlapping:
         raise ValueError(f"image_size: expected a multiple of the patch size {patch} of {name}, got {size}")
     training = model.training
     try:
         model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"image_size: {name} does not take images of {size} pixels ({_first_line(error)})") from error
+        raise _not_taken(name, size, error) from error
     finally:
         model.train(training)
+
+
+def _not_taken(name: str, size: int, error: BaseException) -> ValueError:
+    return ValueError(f"image_size: {name} does not take images of {size} pixels ({_first_line(error)})")
 
 
 def data_config(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:
@@ -226,12 +238,15 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Stochastic depth is set to zero where the architecture has it (some of timm's have it on by default)."""
-    try:
-        return timm.create_model(name, pretrained=pretrained, drop_path_rate=0.0, **options)
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise ValueError(f"model {name}: timm does not take {options} for it ({_first_line(error)})") from error
-        return timm.create_model(name, pretrained=pretrained, **options)
+    options = {"drop_path_rate": 0.0, **options}
+    while True:
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except TypeError as error:
+            unknown = next((each for each in _NOT_EVERYWHERE if each in options and each in str(error)), None)
+            if unknown is None:
+                raise ValueError(f"model {name}: timm does not take {options} for it ({_first_line(error)})") from error
+            del options[unknown]
 
 
 def _first_line(error: BaseException) -> str:

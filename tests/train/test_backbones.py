@@ -142,7 +142,10 @@ def test_images_have_the_size_that_was_asked_for():
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
-@pytest.mark.parametrize(("name", "size"), [(OFFLINE_BACKBONE, 48), ("swin_tiny_patch4_window7_224", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(OFFLINE_BACKBONE, 48), ("swin_tiny_patch4_window7_224", 64), ("pvt_v2_b0", 66), ("sam2_hiera_tiny", 64)],
+)
 def test_other_sizes_that_fit_just_work(name: str, size: int):
     model = create_backbone(name, 3, pretrained=name == OFFLINE_BACKBONE, image_size=size)
     assert model(torch.zeros(2, 3, size, size)).shape == (2, 3)
@@ -155,12 +158,23 @@ def test_other_sizes_that_fit_just_work(name: str, size: int):
         (OFFLINE_BACKBONE, 33, f"image_size: expected a multiple of the patch size 8 of {OFFLINE_BACKBONE}, got 33"),
         ("vit_tiny_patch16_224", 8, "expected a multiple of the patch size 16 of vit_tiny_patch16_224, got 8"),
         ("vit_tiny_patch16_224", 0, "image_size: expected at least 1, got 0"),
-        ("resnet18", 64, "timm does not take"),
+        ("gcvit_xxtiny", 20, "gcvit_xxtiny does not take images of 20 pixels"),
     ],
 )
 def test_sizes_that_a_model_does_not_take_are_named(name: str, size: int, message: str):
     with pytest.raises(ValueError, match=message):
         create_backbone(name, 3, pretrained=False, image_size=size)
+
+
+def test_a_model_that_takes_no_number_of_classes_is_named(monkeypatch: pytest.MonkeyPatch):
+    def headless(pretrained: bool = False) -> torch.nn.Module:
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: headless(**options))
+    with pytest.raises(
+        ValueError, match=r"vit_tiny_patch16_224: timm does not take {'num_classes': 3, .*} for it .*argument"
+    ):
+        create_backbone("vit_tiny_patch16_224", 3, pretrained=False, image_size=32)
 
 
 def test_a_model_that_fails_at_a_size_is_named(monkeypatch: pytest.MonkeyPatch):
