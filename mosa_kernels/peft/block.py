@@ -17,7 +17,7 @@ from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.sampler import Alternatives
 from mosa_kernels.peft.attention import updated_attention
 from mosa_kernels.peft.placement import BlockKind, block_kind, forward_class
-from mosa_kernels.peft.plain import on_tokens
+from mosa_kernels.peft.plain import on_tokens, tokens_of
 from mosa_kernels.peft.prompts import Prompts
 from mosa_kernels.peft.route import Routes, routed_sites
 from mosa_kernels.peft.styles import LORA_TARGETS
@@ -125,7 +125,7 @@ class AdaptedBlock(nn.Module):
         else:
             out = self._forward_with(adapters, x, *args, **kwargs)
         if self.mosa.record is not None:
-            self.mosa.record[self.mosa.index] = out[0] if isinstance(out, tuple) else out
+            self.mosa.record[self.mosa.index] = tokens_of(out)
         return out
 
     def _forward_with(self, adapters: Sites, x: Tensor, *args: Any, **kwargs: Any) -> Any:

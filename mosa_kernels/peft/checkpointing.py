@@ -13,6 +13,8 @@ from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mosa_kernels.peft.plain import tokens_of
+
 
 def let_gradients_in(model: nn.Module) -> list[RemovableHandle]:
     """From now on the first block's input takes a gradient where timm checkpoints with reentry; elsewhere it does not,
@@ -37,6 +39,6 @@ def refuse_reentrant(model: nn.Module) -> None:
 
 
 def _take_gradients(_: nn.Module, __: Any, output: Any) -> None:
-    tokens = output[0] if isinstance(output, tuple) else output
+    tokens = tokens_of(output)
     if torch.is_grad_enabled() and use_reentrant_ckpt() and isinstance(tokens, Tensor):
         tokens.requires_grad_()

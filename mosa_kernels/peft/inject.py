@@ -30,15 +30,12 @@ from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
 from mosa_kernels.peft.placement import (
     FoundBlock,
-    UnknownModelError,
-    block_kind,
     block_parameter,
     block_width,
     find_blocks,
     forward_class,
     select_layers,
 )
-from mosa_kernels.peft.plain import ParallelAdapter
 from mosa_kernels.peft.prompts import check_prompts, make_prompts
 from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site
 from mosa_kernels.peft.switch import set_adapter
@@ -91,7 +88,6 @@ def inject_adapter(
     _check_name(adapter_name, book)
     if book is not None:
         check_settled(book)
-    _check_bare(model)
     blocks = find_blocks(model)
     if book is not None:
         _check_blocks(book, blocks)
@@ -179,15 +175,6 @@ def _check_name(name: str, book: AdapterBook | None) -> None:
         )
     if book is not None and name in book.configs:
         raise ValueError(f"adapter_name: expected a new name, got {name!r}, which the model already has")
-
-
-def _check_bare(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, ParallelAdapter) and block_kind(module.branch) is not None:
-            raise UnknownModelError(
-                f"model: expected timm's own blocks, but an adapter was merged around the block at {path} before; "
-                "take the model as it was before it was merged"
-            )
 
 
 def _check_blocks(book: AdapterBook, blocks: list[FoundBlock]) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from mosa_kernels.peft.plain import ParallelAdapter
+
 
 class BlockKind(NamedTuple):
     """What has to be known of one class of transformer block.
@@ -138,6 +140,11 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
         if isinstance(module, nn.ModuleList) and _PATHS.fullmatch(f"{path}.0"):
             continue  # a list of blocks, as of a stage of Twins
         if _PATHS.fullmatch(path):
+            if isinstance(module, ParallelAdapter):
+                raise UnknownModelError(
+                    f"model: expected timm's own blocks, but an adapter was merged around the block at {path} before; "
+                    "take the model as it was before it was merged"
+                )
             if kind is None:
                 cls = forward_class(module)
                 if cls is nn.Module:  # it has no forward, as a list of blocks

@@ -11,8 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def tokens_of(out: Any) -> Any:
+    """What a block, attention or patch embedding hands on; of a tuple, as of MViT v2, the tokens are the first."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 def on_tokens(function: Callable[[Tensor], Tensor], out: Any) -> Any:
-    """A function of a block's or attention's output; of a tuple, as of MViT v2, the tokens are the first."""
+    """The same output with a function of its tokens in their place."""
     return (function(out[0]), *out[1:]) if isinstance(out, tuple) else function(out)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,11 @@ def test_vit_block(expert: int | None) -> None:
         torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 
 
+def with_adapter(block: Any, stream: Tensor, ffn: Tensor) -> Tensor:
+    """What a block hands on whose merged adapter runs beside the FFN."""
+    return stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+
+
 @torch.no_grad()
 def test_swin_block() -> None:
     model = prepared(make(SWIN))
@@ -67,7 +74,7 @@ def test_swin_block() -> None:
     attended = attention(block.attn, windows, 2, bias.reshape(4, 4, 2).permute(2, 0, 1))
     stream = x + attended.reshape(2, 2, 2, 2, 2, 32).transpose(2, 3).reshape(2, 4, 4, 32)
     ffn = mlp(block.mlp, norm(block.norm2, stream))
-    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    expected = with_adapter(block, stream, ffn)
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -78,7 +85,7 @@ def test_where_the_norm_comes_after_the_ffn_the_adapter_takes_the_ffns_input() -
     x = torch.randn(2, 8, 8, 16, dtype=torch.float64)
     stream = x + norm(block.norm1, block._attn(x))
     ffn = norm(block.norm2, mlp(block.mlp, stream))
-    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    expected = with_adapter(block, stream, ffn)
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -103,7 +110,7 @@ def test_where_attention_widens_and_pools_the_tokens_the_adapter_takes_what_come
     wide = norm(block.norm1, x) @ block.proj.weight.T + block.proj.bias
     stream = wide.reshape(2, 4, 16, 32).amax(1) + block.attn(norm(block.norm1, x))
     ffn = mlp(block.mlp, norm(block.norm2, stream))
-    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    expected = with_adapter(block, stream, ffn)
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -114,7 +121,7 @@ def test_blocks_of_the_class_token_have_an_adapter_on_it() -> None:
     x, token = torch.randn(2, 4, 48, dtype=torch.float64), torch.randn(2, 1, 48, dtype=torch.float64)
     stream = token + block.gamma_1 * block.attn(norm(block.norm1, torch.cat([token, x], 1)))
     ffn = block.gamma_2 * mlp(block.mlp, norm(block.norm2, stream))
-    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    expected = with_adapter(block, stream, ffn)
     torch.testing.assert_close(block(x, token), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -127,7 +134,7 @@ def test_of_blocks_that_hand_on_more_the_tokens_have_the_adapter() -> None:
     grid = F.max_pool2d(shortcut.transpose(1, 2).reshape(2, 32, 8, 8), 3, 2, 1)
     stream = grid.flatten(2).transpose(1, 2) + block.attn(norm(block.norm1, x), [8, 8])[0]
     ffn = mlp(block.mlp, norm(block.norm2, stream))
-    expected = stream + ffn + adapter_by_hand(block.mosa["default"]["parallel_ffn"], stream, None, scale=0.1)
+    expected = with_adapter(block, stream, ffn)
     out, size = block(x, [8, 8])
     assert list(size) == [4, 4]
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
