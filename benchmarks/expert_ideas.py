@@ -1,10 +1,12 @@
 """What else experts could do than be drawn at random everywhere, always: each idea against MoSA without it.
 
     python benchmarks/expert_ideas.py benchmarks/accuracy/ideas
+    python benchmarks/expert_ideas.py benchmarks/accuracy/ideas_scale --own-scale
 
 Every idea is the MoSA of `table ours-2` that does best (an expert of two per sample, multiplied by N; two passes) with
 one thing changed, at the learning rate that validation chose there, as ablations are run in the paper, beside that
-table's controls at what it chose for them. Eight seeds, each tested once. Runs that are done are not done again.
+table's controls at what it chose for them; with --own-scale, at the scale, too, that it chose in `table ours-3`.
+Eight seeds, each tested once. Runs that are done are not done again.
 """
 
 from __future__ import annotations
@@ -106,6 +108,34 @@ class LearnedAssignment:
         return by_class(labels, trainer)
 
 
+class Counts:
+    """N by schedule: a number of experts for each equal part of the epochs. Experts join in pairs, or part.
+
+    One expert is the merged adapter. Biases have to be shared: where experts join, nobody would run some rows.
+    """
+
+    def __init__(self, *counts: int) -> None:
+        self.counts, self.now = counts, 0
+
+    def __call__(self, labels: Tensor, trainer: Trainer) -> int | None:
+        count = self.counts[int(elapsed(trainer) * len(self.counts))]
+        if count == 1:
+            return MERGED
+        if not self.now:
+            self.finest = [layer.up.get_buffer("assignment").clone() for layer in adapters(trainer.model)]
+        if count != self.now:
+            self.now = count
+            for layer, owners in zip(adapters(trainer.model), self.finest, strict=True):
+                layer.up.get_buffer("assignment").copy_(owners // (max(self.counts) // count))
+                layer.num_experts = layer.sampler.num_experts = count
+                layer.expert_scale = float(count)
+        return None
+
+
+def adapters(model: nn.Module) -> list[mk.FusedMoSAAdapter]:
+    return [each for each in model.modules() if isinstance(each, mk.FusedMoSAAdapter)]
+
+
 def split_projections(model: nn.Module) -> list[Projection]:
     """The up-projections that are split, in module order."""
     return [each for each in model.modules() if isinstance(each, Projection) and each.assignment is not None]
@@ -147,7 +177,8 @@ class Idea:
         adapter: overrides of its adapter options.
         passes: of each batch; None: the variant's.
         choose: makes the rule by which experts are chosen; None: at random.
-        numbers: what validation chose beside the learning rate.
+        numbers: what validation chose in table ours-2.
+        own_scale: what it chose in table ours-3, where it had the choice of the scale.
         against: the key of what it is held against.
         origin: "ours" or "control"; what is ours is held against every control, too.
     """
@@ -158,7 +189,8 @@ class Idea:
     adapter: Mapping[str, Any] = field(default_factory=dict)
     passes: int | None = None
     choose: Callable[[], Choose] | None = None
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=lambda: {"lr": 0.03})
+    own_scale: Mapping[str, float] = field(default_factory=lambda: {"lr": 0.01, "scale": 2.5})
     against: str = "random"
     origin: str = "ours"
 
@@ -171,6 +203,19 @@ IDEAS = (
     Idea("falling", "4, 3, 2 and 1 experts with depth", adapter={"num_experts": [4, 3, 2, 1]}),
     Idea("merged-first", "merged in the first quarter (dense warm-up)", choose=lambda: merged_first),
     Idea("merged-last", "merged in the last quarter", choose=lambda: merged_last),
+    Idea("four", "an expert of four throughout", adapter={"num_experts": 4, "expert_bias": False}),
+    Idea(
+        "counts-fall",
+        "four experts, then two, then one",
+        adapter={"num_experts": 4, "expert_bias": False},
+        choose=lambda: Counts(4, 2, 1),
+    ),
+    Idea(
+        "counts-rise",
+        "one, then two, then four experts",
+        adapter={"num_experts": 4, "expert_bias": False},
+        choose=lambda: Counts(1, 2, 4),
+    ),
     Idea("one-pass", "one pass, without consistency", passes=1),
     Idea(
         "class",
@@ -206,7 +251,8 @@ IDEAS = (
         "dropout",
         "AdaptFormer + dropout",
         "dropout-wide",
-        numbers={"dropout": 0.1},
+        numbers={"lr": 0.03, "dropout": 0.1},
+        own_scale={"lr": 0.01, "scale": 1.0, "dropout": 0.3},
         against="adaptformer",
         origin="control",
     ),
@@ -214,7 +260,8 @@ IDEAS = (
         "dropout-two-pass",
         "AdaptFormer + dropout, two passes + KL",
         "dropout-two-pass-wide",
-        numbers={"dropout": 0.1},
+        numbers={"lr": 0.03, "dropout": 0.1},
+        own_scale={"lr": 0.01, "scale": 2.5, "dropout": 0.1},
         against="adaptformer",
         origin="control",
     ),
@@ -246,12 +293,12 @@ class Run:
         return next(idea.choose for idea in IDEAS if idea.key == self.idea)
 
 
-def make_runs(table: Table, ideas: Sequence[Idea], lr: float, seeds: int, changes: Changes) -> list[Run]:
+def make_runs(table: Table, ideas: Sequence[Idea], seeds: int, changes: Changes) -> list[Run]:
     """Every idea on every task with every seed."""
     runs = []
     for idea, task, seed in itertools.product(ideas, table.tasks, range(seeds)):
         row = dataclasses.replace(row_of(table, idea.variant), adapter=idea.adapter)
-        settings = cell_settings(table, row, task, {"lr": lr, **idea.numbers}, seed, changes, tuning=False)
+        settings = cell_settings(table, row, task, dict(idea.numbers), seed, changes, tuning=False)
         if idea.passes is not None:
             settings = dataclasses.replace(settings, passes=idea.passes)
         runs.append(Run(idea.key, task.name, Cell(f"{idea.key} {task.name} seed {seed}", settings, test=True)))
@@ -279,16 +326,14 @@ def keep(run: Run, folder: Path) -> dict[str, Any]:
     return result
 
 
-def report(
-    table: Table, ideas: Sequence[Idea], lr: float, results: Mapping[Run, Any], command: str, output: Path
-) -> str:
+def report(table: Table, ideas: Sequence[Idea], results: Mapping[Run, Any], command: str, output: Path) -> str:
     """Writes table, picture and record, which name the command; returns the Markdown."""
     measured: dict[str, dict[str, Measured]] = {}
     for idea, task in itertools.product(ideas, table.tasks):
         found = [result for run, result in results.items() if (run.idea, run.task) == (idea.key, task.name)]
         measured.setdefault(idea.key, {})[task.name] = Measured(
             accuracies=tuple(accuracy_of(result) for result in found),
-            choice=Choice({"lr": lr, **idea.numbers}, math.nan, ()),
+            choice=Choice(dict(idea.numbers), math.nan, ()),
             parameters=found[0]["parameters"]["adapter"],
             seconds=statistics.fmean(result["seconds"] for result in found),
         )
@@ -310,10 +355,10 @@ def report(
         table,
         variants,
         measured,
-        note=f"Test accuracy in percent, ± over seeds; learning rate {lr:g} for every row, as validation chose it for "
-        "the first.",
+        note=f"Test accuracy in percent, ± over seeds. Every row has {words(ideas[0])}, as validation chose it for the "
+        "first" + "".join(f"; {idea.title}: {words(idea)}" for idea in ideas if idea.numbers != ideas[0].numbers) + ".",
         how=f"`{command}`, {spent:.0f} s of one thread",
-        record={"lr": lr, "command": command},
+        record={"numbers": {idea.key: dict(idea.numbers) for idea in ideas}, "command": command},
     )
 
 
@@ -321,7 +366,8 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder for the table, the picture and the runs' files.")],
     idea: Annotated[list[str] | None, typer.Option(help="Only these, by key, and what they are held against.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Some of the tasks of table ours-2; repeat.")] = None,
-    lr: Annotated[float, typer.Option(help="What table ours-2 chose for each of its tasks.", min=0)] = 0.03,
+    own_scale: Annotated[bool, typer.Option(help="Learning rate, scale and dropout of table ours-3.")] = False,
+    lr: Annotated[float | None, typer.Option(help="In place of what those tables chose.", min=0)] = None,
     bottleneck: Annotated[int, typer.Option(help="r.", min=1)] = 64,
     epochs: Annotated[int | None, typer.Option(help="Another length of each run.", min=1)] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100)] = 8,
@@ -330,12 +376,10 @@ def main(
     """Compares ways to use experts."""
     command = command_of("benchmarks/expert_ideas.py", main, locals())
     console, began = Console(), time.perf_counter()
-    ideas, table = (
-        chosen_ideas(idea),
-        chosen_tasks(dataclasses.replace(read_table("ours-2"), bottleneck=bottleneck), task),
-    )
+    ideas = [with_numbers(each, own_scale, lr) for each in chosen_ideas(idea)]
+    table = chosen_tasks(dataclasses.replace(read_table("ours-2"), bottleneck=bottleneck), task)
     changes = Changes(recipe={} if epochs is None else {"epochs": epochs})
-    runs = make_runs(table, ideas, lr, seeds, changes)
+    runs = make_runs(table, ideas, seeds, changes)
     folder = output / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     missing, done = [run for run in runs if run.result(folder) is None], itertools.count(1)
@@ -348,9 +392,19 @@ def main(
         )
 
     run_side_by_side(missing, functools.partial(keep, folder=folder), workers, tell)
-    markdown = report(table, ideas, lr, {run: keep(run, folder) for run in runs}, command, output)
+    markdown = report(table, ideas, {run: keep(run, folder) for run in runs}, command, output)
     console.print(markdown, highlight=False, markup=False)
     console.print(f"{time.perf_counter() - began:.0f} s; written to {output}/", highlight=False)
+
+
+def with_numbers(idea: Idea, own_scale: bool, lr: float | None) -> Idea:
+    """The idea at what one of the tables chose, with another learning rate where one is asked for."""
+    numbers = dict(idea.own_scale if own_scale else idea.numbers)
+    return dataclasses.replace(idea, numbers=numbers if lr is None else {**numbers, "lr": lr})
+
+
+def words(idea: Idea) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in idea.numbers.items())
 
 
 def chosen_ideas(keys: Sequence[str] | None) -> tuple[Idea, ...]:

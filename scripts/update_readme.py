@@ -17,6 +17,8 @@ DEMO = ROOT / "benchmarks" / "accuracy" / "demo.json"
 REPORTS = ROOT / "benchmarks" / "reports"
 CPU = "cpu"
 """The folder among the reports whose figures stand in the README; `mosa-kernels bench` writes such folders."""
+CPU_MODELS = "cpu_models"
+"""The one whose whole models do."""
 
 WANTED_GPUS = ("A100", "V100")
 """Columns that wait for somebody who has one."""
@@ -109,6 +111,42 @@ def cpu_section(reports: Path = REPORTS) -> str:
             f"{ratios_of_large_calls(reports, 'bf16')}; {memory} Where ours loses, they say so.",
         ]
     )
+
+
+def models_section(reports: Path = REPORTS) -> str:
+    """Whole models on a CPU: a row a variant, a column a model."""
+    report = json.loads((reports / CPU_MODELS / "report.json").read_text())
+    machine, models = report["machine"], report["models"]
+    case = models[0]["case"]
+    names = [record["case"]["model"] for record in models]
+    parts = [
+        f"Seconds, the median of runs in turn, for {case['batch']} images in {case['precision']}, r = {case['r']}, "
+        f"N = {case['N']}; in parentheses the share by which that is more than without adapters. A training step has "
+        "two passes over a frozen backbone, whose head is trained, too.",
+        f"Machine: {machine['cpu']}, {machine['threads']} threads, PyTorch {machine['versions']['torch']} "
+        f"({machine['cpu_capability']}).",
+    ]
+    for part, title in (("training", "training step"), ("inference", "inference")):
+        columns = [{row["variant"]: row for row in record[part]} for record in models]
+        first = next(iter(columns[0]))
+        rows = [(name, *(seconds_over(column, name, first) for column in columns)) for name in columns[0]]
+        parts.append(table((title, *names), rows))
+    parts.append(
+        f"[The report](benchmarks/reports/{CPU_MODELS}/report.md) has spreads and memory, too. On a CPU the backbone "
+        "takes nearly all of a step: no adapter changes much, and differences of a few percent are within the spread."
+    )
+    return "\n\n".join(parts)
+
+
+def seconds_over(rows: dict[str, Record], name: str, first: str) -> str:
+    """The median of a variant, and by how much that is above the first one's."""
+    row, without = rows.get(name, {}), rows.get(first, {})
+    if "ms" not in row:
+        return NOT_MEASURED
+    seconds = f"{row['ms']['median'] / 1e3:.2f}"
+    if name == first or "ms" not in without:
+        return seconds
+    return f"{seconds} ({row['ms']['median'] / without['ms']['median'] - 1:+.1%})"
 
 
 def gpu_reports(reports: Path) -> dict[str, tuple[Path, Record, int]]:
@@ -207,7 +245,13 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-SECTIONS = {"demo": demo_section, "cpu": cpu_section, "gpu state": gpu_state, "gpu": gpu_section}
+SECTIONS = {
+    "demo": demo_section,
+    "cpu": cpu_section,
+    "models": models_section,
+    "gpu state": gpu_state,
+    "gpu": gpu_section,
+}
 
 
 def updated(text: str) -> str:

@@ -127,6 +127,29 @@ def test_the_cpu_table_comes_from_its_report(tmp_path: Path) -> None:
     assert lines[2:] == [expected]  # what is red has no line
 
 
+def test_the_table_of_whole_models_comes_from_its_report(tmp_path: Path) -> None:
+    def variant(name: str, median: float | None) -> dict:
+        return {"variant": name, "status": "ok"} | ({} if median is None else {"ms": {"median": median}})
+
+    made = report(device="a CPU")
+    for name, alone, adapted in (("vit", 2000.0, 2100.0), ("swin", 1000.0, None)):
+        case = {"model": name, "batch": 4, "r": 64, "N": 4, "precision": "fp32"}
+        training = [variant("backbone alone", alone), variant("MoSA cpu", adapted)]
+        inference = [variant("no adapters", 500.0), variant("merged", 495.0)]
+        made["models"].append({"case": case, "training": training, "inference": inference})
+    write_json(tmp_path / "cpu_models" / "report.json", made)
+    section = load_script("scripts/update_readme.py").models_section(tmp_path)
+    assert [line for line in section.splitlines() if line.startswith("| ") and "---" not in line] == [
+        "| training step | vit | swin |",
+        "| backbone alone | 2.00 | 1.00 |",
+        "| MoSA cpu | 2.10 (+5.0%) | not measured |",
+        "| inference | vit | swin |",
+        "| no adapters | 0.50 | 0.50 |",
+        "| merged | 0.49 (-1.0%) | 0.49 (-1.0%) |",
+    ]
+    assert "Seconds, the median of runs in turn, for 4 images in fp32, r = 64, N = 4;" in section
+
+
 def test_the_range_of_ratios_takes_every_row_of_the_same_call(tmp_path: Path) -> None:
     case = {"shape": "vit_b, 64 x 197"}
     again = [row("eager", 6.0), row("cpu, element", 4.0, True), row("cpu, column", 1.0, True)]

@@ -21,10 +21,12 @@ expert_ideas = load_script("benchmarks/expert_ideas.py")
 TASK = "digits, 10 labels a class"
 
 
-def model_of(experts: int = 2) -> torch.nn.Module:
+def model_of(experts: int = 2, *, expert_bias: bool = True) -> torch.nn.Module:
     torch.manual_seed(0)
     model = load_offline_backbone(4)
-    mk.inject_adapter(model, mk.MoSAConfig(bottleneck=4, num_experts=experts, expert_scale="N"))
+    mk.inject_adapter(
+        model, mk.MoSAConfig(bottleneck=4, num_experts=experts, expert_scale="N", expert_bias=expert_bias)
+    )
     for projection in expert_ideas.split_projections(model):
         torch.nn.init.normal_(projection.weight, std=0.02)
     return model.train()
@@ -47,6 +49,34 @@ def test_the_rules_choose_by_time_and_class() -> None:
     trainer = trainer_at(0, model_of(3))
     assert expert_ideas.by_class(labels, trainer).tolist() == [0, 1, 2, 0, 1, 2]
     assert expert_ideas.by_class_then_merged(labels, trainer_at(7, trainer.model)) == -1
+
+
+def test_experts_join_and_part_by_schedule() -> None:
+    model = model_of(4, expert_bias=False)
+    layers = expert_ideas.adapters(model)
+    finest = [layer.up.assignment.clone() for layer in layers]
+    dense = [layer.merge().up.weight for layer in layers]
+    x = torch.randn(2, 5, layers[0].dim)
+    falling = expert_ideas.Counts(4, 2, 1)
+    for epoch, count in ((0, 4), (2, 4), (3, 2), (5, 2)):
+        assert falling(torch.arange(2), trainer_at(epoch, model)) is None
+        for layer, owners, merged in zip(layers, finest, dense, strict=True):
+            assert {layer.num_experts, layer.sampler.choices, layer.expert_scale} == {count}
+            assert layer.up.assignment.equal(owners // (4 // count))
+            torch.testing.assert_close(layer.merge().up.weight, merged)
+            alone = [layer(x, expert=expert, add_input=False) for expert in range(count)]
+            torch.testing.assert_close(sum(alone) / count, layer(x, expert=-1, add_input=False))
+    assert [falling(torch.arange(2), trainer_at(epoch, model)) for epoch in (6, 7)] == [-1, -1]
+    torch.testing.assert_close(layers[0].merge().up.weight, dense[0])
+
+    model = model_of(4, expert_bias=False)
+    rising = expert_ideas.Counts(1, 2, 4)
+    assert [rising(torch.arange(2), trainer_at(epoch, model)) for epoch in (0, 2, 3)] == [-1, -1, None]
+    assert expert_ideas.experts_of(model) == 2
+    assert rising(torch.arange(2), trainer_at(6, model)) is None
+    assert all(
+        layer.up.assignment.equal(owners) for layer, owners in zip(expert_ideas.adapters(model), finest, strict=True)
+    )
 
 
 def test_a_directed_objective_runs_the_experts_that_its_rule_names() -> None:
@@ -113,8 +143,14 @@ def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) ->
 
 def test_every_idea_is_a_run_of_its_own() -> None:
     table = expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), [TASK])
-    runs = expert_ideas.make_runs(table, expert_ideas.IDEAS, 0.03, 1, expert_ideas.Changes())
+    runs = expert_ideas.make_runs(table, expert_ideas.IDEAS, 1, expert_ideas.Changes())
     assert len({(run.cell.identity, run.choose) for run in runs}) == len(expert_ideas.IDEAS)
+    own = [expert_ideas.with_numbers(idea, True, None) for idea in expert_ideas.IDEAS]
+    scaled = expert_ideas.make_runs(table, own, 1, expert_ideas.Changes())
+    assert not {run.cell.identity for run in runs} & {run.cell.identity for run in scaled}
+    settings = {run.idea: run.cell.settings for run in scaled}
+    assert (settings["random"].adapter.scale, settings["random"].recipe.dropout) == (2.5, 0.0)
+    assert (settings["dropout"].adapter.scale, settings["dropout"].recipe.dropout) == (1.0, 0.3)
     layers = {run.idea: run.cell.settings.adapter.num_experts for run in runs}
     assert (layers["deep"], layers["random"]) == ((1, 1, 2, 2), 2)
 
