@@ -160,7 +160,7 @@ def _check_device(name: str, tensor: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"{name}: expected on {x.device} (as x), got {tensor.device}")
 
 
-def _has_no_values() -> bool:
+def has_no_values() -> bool:
     """Whether tensors stand for others: while a graph is made, and within `torch.func.vmap`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -180,7 +180,7 @@ def _check_experts(args: AdapterArguments) -> None:
         count = 255
     if args.expert is None:
         ids = [args.expert_id]
-    elif args.expert.device.type == "cpu" and type(args.expert) is Tensor and not _has_no_values():
+    elif args.expert.device.type == "cpu" and type(args.expert) is Tensor and not has_no_values():
         listed = args.expert.tolist()
         ids = listed if isinstance(listed, list) else [listed]
     else:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosa_kernels.peft.placement import forward_class
+from mosa_kernels.peft.plain import SequentialAdapter
 from mosa_kernels.peft.view import ModuleView
 
 ATTENTIONS = frozenset(
@@ -61,11 +62,14 @@ def find_attention(block: nn.Module) -> nn.Module:
     """The attention of a block.
 
     Raises:
-        ValueError: it has none of its own, or one whose projections are not known.
+        ValueError: it has none of its own, one around which an adapter was merged, or one whose projections are not
+            known.
     """
     attention = getattr(block, "attn", None)
     if not isinstance(attention, nn.Module):
         raise ValueError(f"{forward_class(block).__name__} has no attention as a module of its own")
+    if isinstance(attention, SequentialAdapter):
+        raise ValueError("an adapter was merged around its attention before; take the model as it was before that")
     cls = forward_class(attention)
     if f"{cls.__module__}.{cls.__qualname__}" not in ATTENTIONS:
         raise ValueError(f"the projections of {cls.__module__}.{cls.__qualname__} are not known")

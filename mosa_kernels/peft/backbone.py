@@ -20,11 +20,18 @@ class BackboneMismatchError(ValueError):
 def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The backbone's parameters and saved buffers by timm's names, without classifier and adapters.
 
-    They are those that the model came with, also while a baseline trains copies of them or an adapter is merged.
+    They are those that the model came with, also while a baseline trains copies of them or an adapter is merged. Of
+    layers whose state is more than tensors, as packed weights are, the tensors alone.
     """
+    return {name: value.detach() for name, value in _backbone_state(model).items() if isinstance(value, Tensor)}
+
+
+def _backbone_state(model: nn.Module) -> dict[str, Any]:
+    """What `backbone_tensors` are the tensors of."""
     book = find_book(model)
     foreign = [f"{path}." for path in head_paths(model)]
     originals: dict[str, Tensor] = {}
+    first = first_names(model)
     if book is not None:
         # Also where a block that stands in two places has them under its second name.
         slots = (
@@ -33,10 +40,16 @@ def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
         foreign += [f"{BOOK}.", *(f"{path}." for path in slots)]
         originals = book.originals()
     return {
-        name: originals.get(name, tensor).detach()
-        for name, tensor in model.state_dict().items()
+        name: originals.get(first.get(name, name), value)
+        for name, value in model.state_dict().items()
         if not name.startswith(tuple(foreign))
     }
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """For each name of a parameter, the first name of the same one: layers may share it."""
+    first: dict[nn.Parameter, str] = {}
+    return {name: first.setdefault(each, name) for name, each in model.named_parameters(remove_duplicate=False)}
 
 
 def backbone_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -64,9 +77,16 @@ def describe_backbone(model: nn.Module, unfrozen: Collection[str] = ()) -> dict[
         unfrozen: names of parameters that may differ, and are no part of the SHA-256.
 
     Raises:
-        ValueError: the weights are on the meta device.
+        ValueError: the weights are on the meta device, or packed into what is no tensor.
     """
     tensors = backbone_tensors(model)
+    packed = next((name for name in _backbone_state(model) if name not in tensors), None)
+    if packed is not None:
+        raise ValueError(
+            f"model: expected tensors as the backbone's state, which tell it from others, got {packed}, which is none, "
+            "as of torch.ao's quantised layers; save and load the adapter in the model as it was before"
+        )
+    first = first_names(model)
     meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if meta is not None:
         raise ValueError(f"model: expected one with weights, got {meta} on the meta device")
@@ -82,7 +102,9 @@ def describe_backbone(model: nn.Module, unfrozen: Collection[str] = ()) -> dict[
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "shapes": _shapes(model, tensors),
         "unfrozen": sorted(unfrozen),
-        "sha256": tensors_digest({name: tensor for name, tensor in tensors.items() if name not in unfrozen}),
+        "sha256": tensors_digest(
+            {name: tensor for name, tensor in tensors.items() if first.get(name, name) not in unfrozen}
+        ),
     }
 
 

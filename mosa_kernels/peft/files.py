@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mosa_kernels._files import write_whole
+from mosa_kernels.backends.element_types import PLAIN
 from mosa_kernels.shards import whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -104,10 +105,19 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in hexadecimal; of sharded tensors every rank has to ask."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = whole(tensors[name].detach())
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part, tensor in _parts(name, whole(tensors[name].detach())):
+            digest.update(f"{part} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensor itself, or those that one of a class of its own is made of, as of torchao's quantised weights."""
+    if type(tensor) in PLAIN or not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def _parse(data: bytes, path: Path) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.backends.element_types import PLAIN
+from mosa_kernels.nn.adapter import MERGE_RULES, FusedMoSAAdapter
 from mosa_kernels.nn.lora import FusedMoSALoRA
 from mosa_kernels.peft.attention import find_attention, projected
 from mosa_kernels.peft.book import AdapterBook, book_of, check_settled, unwrap
@@ -62,7 +63,7 @@ def merge_adapter(model: nn.Module, rule: str | None = None, *, expert: int | No
     Raises:
         TypeError: `expert` is no whole number.
         ValueError: the model has no adapters, the active one does not fold, is merged already, the weights are
-            quantised or sharded by FSDP2, the rule is neither, or there is no such expert.
+            quantised, computed, shared by blocks or sharded by FSDP2, the rule is neither, or there is no such expert.
     """
     book = book_of(model)
     check_settled(book)
@@ -119,6 +120,13 @@ def check_rule(rule: str | None, expert: int | None = None) -> None:
         raise ValueError(f"rule, expert: expected one of them, got {rule!r} and {expert}")
 
 
+def expert_of(book: AdapterBook, name: str, expert: int | None) -> Callable[[FusedMoSAAdapter], int | None]:
+    """Which expert of an adapter merges alone: where others have several, an adapter of a single one merges whole, as
+    it runs whatever the number (see `inference_experts`)."""
+    several = any(adapter.sampler.chooses for _, _, adapter in book.adapters(name))
+    return lambda adapter: expert if adapter.sampler.chooses or not several else None
+
+
 Update = tuple[str, int, Tensor]
 """Name of a weight in the model, the first row that changes, and what is added to the rows from there on."""
 
@@ -127,25 +135,40 @@ def low_rank_updates(book: AdapterBook, name: str, rule: str | None, expert: int
     """What the low-rank adapters of a name add to the model's weights.
 
     Raises:
-        ValueError: a weight is quantised.
+        ValueError: a weight is quantised, computed from others, or in several blocks.
     """
     updates = []
+    blocks = {book.model.get_submodule(path): path for path in book.blocks}
+    alone = expert_of(book, name, expert)
     for path, site, adapter in book.adapters(name):
         if isinstance(adapter, FusedMoSALoRA):
             attention = find_attention(book.model.get_submodule(path))
             place = projected(attention, site)
             layer = attention.get_submodule(place.layer)
             _check_folds(f"{path}.attn.{place.layer}.weight", layer, place.columns)
-            updates.append((f"{path}.attn.{place.layer}.weight", place.start, adapter.delta(rule, expert)))
+            sharing = [at for block, at in blocks.items() if any(each is layer.weight for each in block.parameters())]
+            if len(sharing) > 1:
+                raise ValueError(
+                    f"model: expected {path}.attn.{place.layer}.weight in one block alone, for an update to fold into, "
+                    f"got one that {' and '.join(sharing)} share; give each a copy of its own before"
+                )
+            updates.append((f"{path}.attn.{place.layer}.weight", place.start, adapter.delta(rule, alone(adapter))))
     return updates
 
 
 def _check_folds(path: str, layer: Any, columns: int) -> None:
     """Quantised weights are codes, which of 4 bits are packed, and which of 8 would take an update as a number."""
     weight = layer.weight
-    if not weight.is_floating_point() or weight.element_size() < 2 or list(weight.shape[1:]) != [columns]:
+    if not isinstance(weight, nn.Parameter):
         raise ValueError(
-            f"model: expected {path} in floating point, for an update to fold into, got {weight.dtype} "
+            f"model: expected {path} to be a parameter, for an update to fold into, got one that a "
+            f"{type(layer).__name__} computes; take off before what does that (a parametrisation, a weight norm)"
+        )
+    kind = weight.dtype if type(weight) in PLAIN else type(weight).__name__
+    coded = type(weight) not in PLAIN or not weight.is_floating_point() or weight.element_size() < 2
+    if coded or list(weight.shape[1:]) != [columns]:
+        raise ValueError(
+            f"model: expected {path} in floating point, for an update to fold into, got {kind} "
             f"{list(weight.shape)} of a {type(layer).__name__}; load the adapter into the model as it was before it "
             "was quantised (load_adapter with ignore_backbone_hash=True) and merge there"
         )

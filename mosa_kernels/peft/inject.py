@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mosa_kernels.backends.element_types import PLAIN
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.lora import FusedMoSALoRA
 from mosa_kernels.nn.streams import derived_seed
@@ -30,6 +31,7 @@ from mosa_kernels.peft.config import MoSAConfig
 from mosa_kernels.peft.head import copy_head, current_head, fresh_head, install_head
 from mosa_kernels.peft.placement import (
     FoundBlock,
+    UnknownModelError,
     block_parameter,
     block_width,
     find_blocks,
@@ -40,6 +42,7 @@ from mosa_kernels.peft.prompts import check_prompts, make_prompts
 from mosa_kernels.peft.styles import LORA_TARGETS, STYLES, Site
 from mosa_kernels.peft.switch import set_adapter
 from mosa_kernels.peft.tuned import Tuned, is_bias
+from mosa_kernels.peft.view import has_own_forward
 from mosa_kernels.shards import check_unsharded
 
 
@@ -89,7 +92,9 @@ def inject_adapter(
     if book is not None:
         check_settled(book)
     blocks = find_blocks(model)
-    if book is not None:
+    if book is None:
+        _check_forwards(blocks)
+    else:
         _check_blocks(book, blocks)
     layers = select_layers(config.layers, len(blocks))
     _check_style(config, [blocks[index] for index in layers])
@@ -187,6 +192,15 @@ def _check_blocks(book: AdapterBook, blocks: list[FoundBlock]) -> None:
         )
 
 
+def _check_forwards(blocks: list[FoundBlock]) -> None:
+    for path, block, _ in blocks:
+        if has_own_forward(block):
+            raise UnknownModelError(
+                f"model: expected timm's own blocks, got one at {path} whose forward was replaced, so that "
+                "its adapters would never run; inject first and replace it then"
+            )
+
+
 def _check_style(config: MoSAConfig, blocks: list[FoundBlock]) -> None:
     for found in blocks:
         for site in config.sites:
@@ -207,9 +221,12 @@ def _unreachable(found: FoundBlock, site: Site) -> str | None:
     """Why no adapter can sit at a site of a block; None: it can."""
     if site in LORA_TARGETS:
         try:
-            projected(find_attention(found.block), site)
+            attention = find_attention(found.block)
+            projected(attention, site)
         except ValueError as error:
             return str(error)
+        if has_own_forward(attention):
+            return "its attention's forward was replaced, and would not run"
     if site == "after_ffn" and found.kind.ffn is None:
         return "its FFN is no module of its own"
     if site == "after_attention" and found.kind.attention is None:
@@ -298,10 +315,10 @@ def _make_tuned(model: nn.Module, method: str) -> Tuned | None:
     known = backbone_tensors(model)
     paths = [name for name, _ in model.named_parameters() if name in known and (method == "full" or is_bias(name))]
     for name in paths:
-        if not known[name].is_floating_point():
-            raise ValueError(
-                f"method: {method!r} trains {name}, which is quantised to {known[name].dtype}; expected floating point"
-            )
+        plain = type(known[name]) in PLAIN
+        if not (plain and known[name].is_floating_point()):
+            kind = known[name].dtype if plain else type(known[name]).__name__
+            raise ValueError(f"method: {method!r} trains {name}, which is quantised to {kind}; expected floating point")
     return Tuned({name: known[name] for name in paths})
 
 

@@ -13,7 +13,7 @@ from mosa_kernels.backends.merge import MergedWeights
 from mosa_kernels.functional.merge import merge_adapters
 from mosa_kernels.nn.lora import FusedMoSALoRA
 from mosa_kernels.peft.book import book_of, check_known, check_settled, holder_of, unwrap
-from mosa_kernels.peft.fold import MERGE_WHOLE, check_rule, fold, low_rank_updates
+from mosa_kernels.peft.fold import MERGE_WHOLE, check_rule, expert_of, fold, low_rank_updates
 from mosa_kernels.peft.inject import remove_all
 from mosa_kernels.peft.placement import BlockKind, block_parameter, find_blocks
 from mosa_kernels.peft.plain import Branch, ParallelAdapter, SequentialAdapter
@@ -49,7 +49,8 @@ def merge_and_unload(
         TypeError: `expert` is no whole number.
         ValueError: the model has no adapters, none of this name, one is merged already (see `unmerge_adapter`), the
             rule is neither, there is no such expert, or it is a baseline with prompts, which are tokens that no
-            weight can take in; of style "lora", if the weights are quantised; or FSDP2 has sharded the model.
+            weight can take in; of style "lora", if the weights are quantised, computed (as parametrisations do) or
+            shared by blocks; or FSDP2 has sharded the model.
     """
     check_rule(rule, expert)
     whole, model = unwrap(model), holder_of(model)
@@ -67,7 +68,8 @@ def merge_and_unload(
         raise ValueError(f"expert: expected None for {method!r}, which has no experts, got {expert!r}")
     updates = low_rank_updates(book, name, rule, expert)
     placed = [each for each in book.adapters(name) if not isinstance(each[2], FusedMoSALoRA)]
-    inputs = [adapter.merge_input(rule, expert) for _, _, adapter in placed]
+    alone = expert_of(book, name, expert)
+    inputs = [adapter.merge_input(rule, alone(adapter)) for _, _, adapter in placed]
 
     set_adapter(model, name)
     if updates:

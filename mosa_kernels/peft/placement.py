@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from timm.models import FeatureDictNet
 from torch import nn
 
 from mosa_kernels.peft.plain import ParallelAdapter
@@ -164,6 +165,11 @@ def find_blocks(model: nn.Module) -> list[FoundBlock]:
             if inner is not None:
                 raise UnknownModelError(
                     f"model: expected the timm model, got a {type(model).__name__} around it; pass model.{inner}"
+                )
+            if any(isinstance(outer, FeatureDictNet) and module in outer.modules() for outer in model.modules()):
+                raise UnknownModelError(
+                    f"model: expected the timm model, got a {type(model).__name__} with its parts alone; "
+                    "timm.create_model(..., features_only=True, feature_cls='getter') keeps it, in .model"
                 )
             raise UnknownModelError(
                 f"model: {type(model).__name__} has a transformer block at {path}, which is not where timm's ViTs "

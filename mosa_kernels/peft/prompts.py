@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mosa_kernels.peft.attention import find_attention
 from mosa_kernels.peft.placement import FoundBlock, block_width, forward_class
+from mosa_kernels.peft.view import has_own_forward
 
 _WITHOUT_POSITIONS = frozenset(
     f"timm.{name}"
@@ -104,6 +105,8 @@ def check_prompts(model: nn.Module, blocks: list[FoundBlock], method: str) -> No
             attention = find_attention(block)
         except ValueError as error:
             raise refuse(f"at {path}, {error}") from error
+        if hasattr(attention, "num_prefix_tokens") and has_own_forward(attention):  # `AdaptedBlock` runs a view of it
+            raise refuse(f"the forward of attention at {path} was replaced, and would not run")
         cls, window = forward_class(attention), getattr(attention, "window_size", None)
         if f"{cls.__module__}.{cls.__qualname__}" in _WITHOUT_POSITIONS:
             continue

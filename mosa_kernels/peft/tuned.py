@@ -7,6 +7,7 @@ was trained with a part of the backbone unfrozen, and loaded from its file, has 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -36,13 +37,16 @@ class Tuned(nn.Module):
             self.paths, self.values = list(kept), nn.ParameterList(kept.values())
 
     def exchange(self, model: nn.Module) -> None:
-        """Puts these into the model, and keeps what was there in their place."""
+        """Puts these into the model, wherever one parameter stands, and keeps what was there in their place."""
+        places = defaultdict(list)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                places[parameter].append((module, name))
         for number, path in enumerate(self.paths):
-            parent, _, name = path.rpartition(".")
-            owner = model.get_submodule(parent)
-            mine = self.values[number]
-            self.values[number] = owner.get_parameter(name)
-            owner.register_parameter(name, mine)
+            mine, there = self.values[number], model.get_parameter(path)
+            for module, name in places[there]:
+                module.register_parameter(name, mine)
+            self.values[number] = there
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Copies of more parameters, while the originals are all in the model."""

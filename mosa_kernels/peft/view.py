@@ -27,6 +27,11 @@ class ModuleView:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module
+        if has_own_forward(module):
+            raise RuntimeError(
+                f"model: expected timm's own forward of {type(module).__name__}, within which low-rank updates and "
+                "prompts run, got one in its place, which would not run; take it out, or use another style"
+            )
         for key, hook in module._forward_pre_hooks.items():
             if key in module._forward_pre_hooks_with_kwargs:
                 changed = hook(module, args, kwargs)
@@ -43,6 +48,11 @@ class ModuleView:
             changed = hook(module, *given)
             out = out if changed is None else changed
         return out if backward is None else backward.setup_output_hook(out)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has put another `forward` into the module itself, as over that of its class."""
+    return "forward" in vars(module)
 
 
 def _backward_hook(module: nn.Module) -> BackwardHook | None:

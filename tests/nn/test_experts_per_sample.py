@@ -136,3 +136,14 @@ def test_one_expert_as_a_plain_adapter(options: dict, expert: int) -> None:
     for bad in (4, -1):
         with pytest.raises(ValueError, match=f"expert: expected a number from 0 to 3, got {bad}"):
             layer.merge(expert=bad)
+
+
+def test_vmap_takes_experts_along() -> None:
+    layer, x = trained_layer().eval(), torch.randn(2, 3, D)
+
+    def run(expert: torch.Tensor) -> torch.Tensor:
+        with mk.experts_per_sample(layer, expert):
+            return layer(x)
+
+    for expert, out in enumerate(torch.func.vmap(run)(torch.arange(4))):
+        torch.testing.assert_close(out, layer(x, expert=expert))

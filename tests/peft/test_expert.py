@@ -43,6 +43,18 @@ def test_low_rank_experts_fold_and_come_back() -> None:
     assert torch.equal(mk.unmerge_adapter(model)(x), before)
 
 
+@pytest.mark.parametrize("style", ["adaptformer", "lora"])
+@torch.no_grad()
+def test_an_adapter_of_one_expert_among_others_merges_whole(style: str) -> None:
+    model, x = mk.inject_adapter(make(), mk.MoSAConfig(style=style, bottleneck=4, num_experts=(3, 1))), images()
+    train_a_little(model)
+    with mk.inference_experts(model, 2):
+        expected = model(x)
+    with pytest.raises(ValueError, match="expert: expected a number from 0 to 2, got 3"):
+        mk.merge_and_unload(model, expert=3)
+    torch.testing.assert_close(mk.merge_and_unload(model, expert=2)(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_two_passes_train_the_named_expert_alone() -> None:
     model, x = mk.inject_adapter(make(), mk.MoSAConfig(bottleneck=4, expert_per="batch")).train(), images()
     with mk.experts_per_sample(model, torch.full((len(x),), 2)):

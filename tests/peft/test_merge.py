@@ -143,6 +143,12 @@ def test_blocks_in_which_an_adapter_was_merged_whole_are_named() -> None:
     assert torch.equal(model(images(family)), before)
 
 
+def test_low_rank_updates_find_no_projections_where_an_adapter_was_merged_around_attention() -> None:
+    model = merge_and_unload(inject_adapter(make(), MoSAConfig(style="houlsby", bottleneck=4)))
+    with pytest.raises(ValueError, match=r"'q' of Block at blocks\.0: an adapter was merged around"):
+        inject_adapter(model, MoSAConfig(style="lora", bottleneck=4))
+
+
 def merge_keeps_no_block(model: nn.Module) -> bool:
     return find_blocks(model)[0].kind.branch == ("",)
 
