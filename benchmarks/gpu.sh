@@ -122,7 +122,7 @@ if wanted sanitizers; then
   uncached=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1) # the allocator's cache would hide an access beyond a tensor's end
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
   small=("$PYTHON" benchmarks/small_calls.py --device "$DEVICE")
-  phase small_calls 60 "${uncached[@]}" "${small[@]}" # compiles what the sanitizers then find in Triton's cache
+  phase small_calls 100 "${uncached[@]}" "${small[@]}" # compiles what the sanitizers then find in Triton's cache
   if [ -z "$sanitizer" ] || [ "$DRY" = 1 ]; then
     echo "compute-sanitizer is not run: $([ "$DRY" = 1 ] && echo a dry run || echo it is not installed)"
   else

@@ -21,9 +21,10 @@ from mosa_kernels.backends.cuda.device import current
 _found: tuple[bool, str] | None = None
 
 
+@torch.compiler.assume_constant_result  # a graph that asks first would break at the import of the compiled module
 def available() -> tuple[bool, str]:
     global _found
-    if _found is None:  # a plain variable, since torch.compile looks through functools.cache with a warning
+    if _found is None:
         _found = _look()
     return _found
 

@@ -9,10 +9,11 @@ from mosa_kernels._extension import has_code_for
 _known: dict[int, str | None] = {}
 
 
+@torch.compiler.assume_constant_result  # a graph that asks first would break at the import of the compiled module
 def why_no_code(device: torch.device) -> str | None:
     """Why a CUDA device cannot run the kernels of `_C`; None where it can. GPUs of one machine may differ."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _known:  # a plain dict, since torch.compile looks through functools.cache with a warning
+    if index not in _known:
         capability = torch.cuda.get_device_capability(index)
         missing = "the CUDA kernels were not built for sm_{}{}".format(*capability)
         _known[index] = None if has_code_for(capability) else missing

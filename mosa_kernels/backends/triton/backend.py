@@ -22,9 +22,10 @@ _found: tuple[bool, str] | None = None
 _too_old: tuple[int, ...] = ()  # devices of a machine that has newer ones, too
 
 
+@torch.compiler.assume_constant_result  # a graph that asks first would be traced again for what is known afterwards
 def available() -> tuple[bool, str]:
     global _found
-    if _found is None:  # a plain variable, since torch.compile looks through functools.cache with a warning
+    if _found is None:
         _found = _look()
     return _found
 

@@ -8,9 +8,11 @@ from typing import cast
 import pytest
 import torch
 from calls import full_call
+from torch._dynamo.testing import CompileCounter
 
 from mosa_kernels._extension import Extension
 from mosa_kernels.backends.cuda import backend, code
+from mosa_kernels.backends.triton import backend as triton
 
 
 def test_each_gpu_is_asked_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +61,20 @@ def test_a_driver_older_than_the_toolkit_is_told_of(
     ok, reason = backend._look()
     assert ok == runs
     assert runs or reason == "the kernels were built with CUDA 13.0.88, and the driver is for CUDA 12.8 at most"
+
+
+def test_a_graph_may_be_the_first_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled module is imported then, which cannot be traced; and what is known afterwards changes no graph."""
+    monkeypatch.setattr(code, "_known", {})
+    for module in (backend, triton):
+        monkeypatch.setattr(module, "_found", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+    def answers(x: torch.Tensor) -> tuple[object, ...]:
+        return x + 1, code.why_no_code(torch.device("cuda", 0)), backend.available(), triton.available()
+
+    counter = CompileCounter()
+    compiled = torch.compile(answers, fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert compiled(torch.zeros(2))[1:] == answers(torch.zeros(2))[1:]
+    assert counter.frame_count == 1
