@@ -293,10 +293,10 @@ class Run:
         return next(idea.choose for idea in IDEAS if idea.key == self.idea)
 
 
-def make_runs(table: Table, ideas: Sequence[Idea], seeds: int, changes: Changes) -> list[Run]:
+def make_runs(table: Table, ideas: Sequence[Idea], seeds: Sequence[int], changes: Changes) -> list[Run]:
     """Every idea on every task with every seed."""
     runs = []
-    for idea, task, seed in itertools.product(ideas, table.tasks, range(seeds)):
+    for idea, task, seed in itertools.product(ideas, table.tasks, seeds):
         row = dataclasses.replace(row_of(table, idea.variant), adapter=idea.adapter)
         settings = cell_settings(table, row, task, dict(idea.numbers), seed, changes, tuning=False)
         if idea.passes is not None:
@@ -370,7 +370,8 @@ def main(
     lr: Annotated[float | None, typer.Option(help="In place of what those tables chose.", min=0)] = None,
     bottleneck: Annotated[int, typer.Option(help="r.", min=1)] = 64,
     epochs: Annotated[int | None, typer.Option(help="Another length of each run.", min=1)] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=100)] = 8,
+    seeds: Annotated[int, typer.Option(help="How many.", min=1, max=100)] = 8,
+    first_seed: Annotated[int, typer.Option(help="To repeat what was found with others.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Processes of one thread each; 1: this one.", min=1)] = 2,
 ) -> None:
     """Compares ways to use experts."""
@@ -379,7 +380,7 @@ def main(
     ideas = [with_numbers(each, own_scale, lr) for each in chosen_ideas(idea)]
     table = chosen_tasks(dataclasses.replace(read_table("ours-2"), bottleneck=bottleneck), task)
     changes = Changes(recipe={} if epochs is None else {"epochs": epochs})
-    runs = make_runs(table, ideas, seeds, changes)
+    runs = make_runs(table, ideas, range(first_seed, first_seed + seeds), changes)
     folder = output / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     missing, done = [run for run in runs if run.result(folder) is None], itertools.count(1)

@@ -143,10 +143,12 @@ def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) ->
 
 def test_every_idea_is_a_run_of_its_own() -> None:
     table = expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), [TASK])
-    runs = expert_ideas.make_runs(table, expert_ideas.IDEAS, 1, expert_ideas.Changes())
+    runs = expert_ideas.make_runs(table, expert_ideas.IDEAS, [0], expert_ideas.Changes())
     assert len({(run.cell.identity, run.choose) for run in runs}) == len(expert_ideas.IDEAS)
     own = [expert_ideas.with_numbers(idea, True, None) for idea in expert_ideas.IDEAS]
-    scaled = expert_ideas.make_runs(table, own, 1, expert_ideas.Changes())
+    scaled = expert_ideas.make_runs(table, own, [0], expert_ideas.Changes())
+    further = expert_ideas.make_runs(table, expert_ideas.IDEAS[:1], range(8, 10), expert_ideas.Changes())
+    assert [run.cell.settings.data_seed for run in further] == [8, 9]
     assert not {run.cell.identity for run in runs} & {run.cell.identity for run in scaled}
     settings = {run.idea: run.cell.settings for run in scaled}
     assert (settings["random"].adapter.scale, settings["random"].recipe.dropout) == (2.5, 0.0)

@@ -41,7 +41,9 @@ PYBIND11_MODULE(_C, m) {{ mosa::bind_{stem}(m); }}
 
 
 def find_compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++").split()[0])
+    """What CXX names, or g++ in place of clang, which does not link the sanitizers' runtimes into a module."""
+    named = os.environ.get("CXX", "g++").split()[0]
+    return shutil.which("g++" if "clang" in Path(named).name else named)
 
 
 def sanitized_environment() -> dict[str, str] | None:
