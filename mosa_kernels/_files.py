@@ -21,8 +21,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as of a full disk
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path that may begin with "~"; where nobody has that home, it is the folder of that name."""
+    return Path(os.path.expanduser(path))  # `Path.expanduser` raises a RuntimeError
 
 
 def _umask() -> int:

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mosa_kernels._extension import BUILD_RECORD
 from mosa_kernels.bench.records import Record, failures, has_failed, timings
 from mosa_kernels.bench.run import JSON, Say, read
+from mosa_kernels.train.folder import read_json
 
 ORDER = (0, 1, 1, 0)  # a drift of the machine hits both alike
 
@@ -23,9 +25,7 @@ def resolve(name: str, clone: Path) -> str:
     Raises:
         ValueError: there is none of this name, or no clone.
     """
-    done = subprocess.run(
-        ["git", "-C", clone, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"], capture_output=True, text=True
-    )
+    done = _git(clone, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if done.returncode != 0:
         raise ValueError(
             f"compare: expected a report.json, a folder with one, or a commit of the clone at {clone}, got {name!r}"
@@ -45,6 +45,8 @@ def measure_commits(names: Sequence[str], arguments: Sequence[str], clone: Path,
         ValueError: a name is no commit, or a commit does not build, has no such command or dies of it.
     """
     commits = [resolve(name, clone) for name in names]
+    if _git(clone, "status", "--porcelain", "--untracked-files=no").stdout:
+        say("note: what is not committed is measured in neither")
     with tempfile.TemporaryDirectory(prefix="mosa-bench-") as scratch:
         folder = Path(scratch)
         with (
@@ -55,6 +57,7 @@ def measure_commits(names: Sequence[str], arguments: Sequence[str], clone: Path,
             for name, tree in zip(names, trees, strict=True):
                 say(f"building {name}")
                 _build(tree, name)
+            _compare_builds(names, [_left_out(tree) for tree in trees], say)
             reports: list[list[Record]] = [[], []]
             for number in ORDER:
                 say(f"measuring {names[number]}")
@@ -83,15 +86,33 @@ def faster(first: Record, second: Record) -> Record:
 
 @contextmanager
 def _checked_out(commit: str, folder: Path, clone: Path) -> Iterator[Path]:
-    _run(["git", "-C", clone, "worktree", "add", "--detach", "--quiet", folder, commit], f"checking out {commit}")
     try:
+        done = _git(clone, "worktree", "add", "--detach", "--quiet", folder, commit)
+        _require_success(done, f"checking out {commit}")
         yield folder
     finally:
-        subprocess.run(["git", "-C", clone, "worktree", "remove", "--force", folder], capture_output=True)
+        _git(clone, "worktree", "remove", "--force", "--force", folder)  # twice: one that is half made is locked
 
 
 def _build(tree: Path, name: str) -> None:
-    _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], f"building {name}", cwd=tree)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    _require_success(subprocess.run(command, cwd=tree, capture_output=True, text=True), f"building {name}")
+
+
+def _left_out(tree: Path) -> dict[str, str]:
+    """Which kernels the build left out, by kind, and why."""
+    record = tree / "mosa_kernels" / BUILD_RECORD.name
+    reasons: dict[str, str | None] = read_json(record) if record.is_file() else {}
+    return {kind: reason for kind, reason in reasons.items() if reason is not None}
+
+
+def _compare_builds(names: Sequence[str], left_out: Sequence[Mapping[str, str]], say: Say) -> None:
+    """Raises a ValueError where one commit has kernels that were not built for the other."""
+    for name, here, there in zip(names, left_out, reversed(left_out), strict=True):
+        for kind in here.keys() - there.keys():
+            raise ValueError(f"compare: building {name} left out its {kind} kernels: {here[kind]}")
+    for kind, reason in left_out[0].items():
+        say(f"note: both are measured without their {kind} kernels: {reason}")
 
 
 def _measure(tree: Path, name: str, arguments: Sequence[str], output: Path) -> Record:
@@ -102,8 +123,7 @@ def _measure(tree: Path, name: str, arguments: Sequence[str], output: Path) -> R
     report = read(output) if (output / JSON).is_file() else None
     wrong = done.returncode == 1 and report is not None and failures(report)  # it says so, and so does the comparison
     if report is None or not (wrong or done.returncode == 0):
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
-        raise ValueError(f"compare: measuring {name} ended with exit status {done.returncode}: {last[0]}")
+        raise ValueError(f"compare: measuring {name} ended with exit status {done.returncode}: {_last_words(done)}")
     module = json.loads(
         subprocess.run(
             [sys.executable, "-c", "import json, mosa_kernels; print(json.dumps(mosa_kernels.__file__))"],
@@ -115,8 +135,16 @@ def _measure(tree: Path, name: str, arguments: Sequence[str], output: Path) -> R
     return report
 
 
-def _run(command: Sequence[str | Path], what: str, cwd: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def _git(clone: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", clone, *words], capture_output=True, text=True)
+
+
+def _require_success(done: subprocess.CompletedProcess[str], what: str) -> None:
     if done.returncode != 0:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
-        raise ValueError(f"compare: {what} failed: {last[0]}")
+        raise ValueError(f"compare: {what} failed: {_last_words(done)}")
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line that a command wrote, without the box that typer draws around its errors."""
+    lines = (line.strip(" │╭╮╰╯─") for line in (done.stderr or done.stdout).splitlines())
+    return next(reversed([line for line in lines if line]), "no output")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from math import nan
 from pathlib import Path
@@ -26,7 +25,7 @@ from mosa_kernels.bench.run import JSON, PARTS, Request, Say, measure, read, wri
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
 from mosa_kernels.cli.errors import MendableError, plain_errors
-from mosa_kernels.train.folder import write_json, write_text
+from mosa_kernels.train.folder import require_writable, write_json, write_text
 
 _KERNELS, _WHICH = "Shapes of the kernels", "What to measure"
 _TABLE_WIDTH = 120
@@ -125,9 +124,8 @@ def bench(
             return
         if dry_run:
             raise ValueError("dry-run: expected together with --tune")
-        if output is not None or not (choosing or against):
-            folder = output or _OUTPUT
-            _refuse_output(folder.parent if choosing and folder.suffix == ".json" else folder)
+        if against is None or output is not None:
+            _refuse_unwritable(output, choosing)
         if choosing:
             _choose(request, output, console, say)
             return
@@ -170,13 +168,12 @@ def _refuse_without_effect_on_tuning(request: Request, output: Path | None) -> N
         raise ValueError(f"{', '.join(given)}: expected without --tune, which takes the shapes of kernels alone")
 
 
-def _refuse_output(path: Path) -> None:
+def _refuse_unwritable(output: Path | None, choosing: bool = False) -> None:
     """Where nothing could be written in the end, nothing is measured."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"output: expected a folder that can be written to, got {path} ({folder} is none)")
+    if choosing and output is not None and output.suffix == ".json":
+        require_writable(output)
+    else:
+        require_writable(output or (measured.user_folder() if choosing else _OUTPUT), folder=True)
 
 
 def _choose(request: Request, output: Path | None, console: Console, say: Say) -> None:
@@ -243,6 +240,7 @@ def _compare(names: tuple[str, str], request: Request, console: Console, output:
     if any(there):
         reports = [read(path) for path in paths]
     else:
+        _refuse_unwritable(output)
         reports = measure_commits(names, request.arguments(), Path.cwd(), lambda line: console.print(line, style="dim"))
     differences = compare(reports[0], reports[1])
     text = markdown(reports[0], reports[1], names, differences)

@@ -23,11 +23,10 @@ def check_data(
     """
     with plain_errors():
         from mosa_kernels.data.open import open_data
-        from mosa_kernels.train.relevance import refuse_meaningless
-        from mosa_kernels.train.settings import Settings
+        from mosa_kernels.train.relevance import meaningless_of_data, refuse
 
-        if data_root is not None:
-            refuse_meaningless(Settings(model="", data=data), ["data_root"])
+        given = {"data_root": data_root is not None, "decode": decode}
+        refuse(meaningless_of_data(data), [name for name, is_so in given.items() if is_so])
         splits = open_data(data, root=data_root, verify=decode)
     found = splits.summary()
     if as_json:

@@ -25,11 +25,11 @@ def plain_errors() -> Iterator[None]:
     except (MendableError, *MENDABLE) as error:
         if os.environ.get("MOSA_TRACEBACK"):
             raise
-        typer.echo(f"error: {_message(error)}", err=True)
+        typer.echo(f"error: {message_of(error)}", err=True)
         raise typer.Exit(1) from error
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """What an error says; of one in a DataLoader's worker, PyTorch gives the traceback, whose last line says it."""
     text = str(error).rstrip()
     first, _, rest = text.partition("\n")

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mosa_kernels.cli.errors import plain_errors
-from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader
+from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader, refuse_rule_without_experts
 from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.nn.options import check_seed
 from mosa_kernels.train.evaluate import MECHANISMS, warn_of_merge_loss
 from mosa_kernels.train.evaluate import evaluate as measure
-from mosa_kernels.train.folder import require_writable, versions, write_json
+from mosa_kernels.train.folder import require_own_or_new, versions, write_json
 from mosa_kernels.train.saved import open_saved
 from mosa_kernels.train.setup import make_accelerator
 
@@ -47,9 +47,14 @@ def evaluate(
         rules = _rules(rule)
         mechanisms = _mechanisms(inference)
         check_seed("seed", seed)
+        if rule is not None and "merged" not in mechanisms:
+            raise ValueError(f"rule: expected together with --inference merged, got --inference {inference}")
+        if seed and "stochastic" not in mechanisms:
+            raise ValueError(f"seed: expected together with --inference stochastic, got --inference {inference}")
         if output is not None:
-            require_writable(output)
+            require_own_or_new((output,), lambda record: {"split", "results"} <= record.keys(), "a file of evaluate")
         saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)
+        refuse_rule_without_experts(saved, rule)
         splits, loader = open_loader(
             saved,
             split,

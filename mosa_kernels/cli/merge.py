@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mosa_kernels.cli.errors import MendableError, plain_errors
-from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader
+from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader, refuse_rule_without_experts
 from mosa_kernels.data.transforms import evaluation_config
 from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.peft.book import find_book
@@ -31,7 +31,14 @@ from mosa_kernels.train.merging import (
 from mosa_kernels.train.saved import Saved, open_saved
 
 SUFFIXES = (".safetensors", SUFFIX)
-USUAL_SPLIT = "validation"
+# Of the options that are for data.
+USUAL: dict[str, Any] = {
+    "data_root": None,
+    "any_classes": False,
+    "split": "validation",
+    "batch_size": 256,
+    "workers": 0,
+}
 
 
 def merge(
@@ -47,12 +54,12 @@ def merge(
     data: Annotated[str | None, typer.Option(help="Also compare accuracies on these data.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Files of a torchvision or timm data set.")] = None,
     any_classes: Annotated[bool, typer.Option("--any-classes", help=ANY_CLASSES)] = False,
-    split: Annotated[str, typer.Option(help="validation, or test.")] = USUAL_SPLIT,
+    split: Annotated[str, typer.Option(help="validation, or test.")] = USUAL["split"],
     weights: Annotated[str | None, typer.Option(help="best or last of a run; by default what it selected.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of the backbone in timm, where it is not recorded.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="File of the backbone's weights.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
-    workers: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = USUAL["batch_size"],
+    workers: Annotated[int, typer.Option(min=0)] = USUAL["workers"],
 ) -> None:
     """Merge a trained MoSA into dense adapters, as weights or as a program that needs nothing of this package."""
     console = Console()
@@ -61,12 +68,14 @@ def merge(
             raise ValueError(f"output: expected a file ending in {' or '.join(SUFFIXES)}, got {output.name}")
         if rule is not None and rule not in MERGE_RULES:
             raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
-        _refuse_without_data(data, data_root=data_root, any_classes=any_classes, split=split)
+        given = {"data_root": data_root, "any_classes": any_classes, "split": split}
+        _refuse_without_data(data, {**given, "batch_size": batch_size, "workers": workers})
         require_merged_or_new(output)
         saved = open_saved(path, model=model, checkpoint=checkpoint, weights=weights)
         book = find_book(saved.model)
         if book is None or book.active is None:
             raise ValueError(f"{path}: it holds the head of a linear probe; there is nothing to merge")
+        refuse_rule_without_experts(saved, rule)
         chosen = rule or book.configs[book.active].merge_rule
         config = data_config(saved.model, saved.settings.image_size)
         loader: Iterable[Any] = random_images(config["input_size"])
@@ -100,9 +109,8 @@ def merge(
         console.print(f"wrote {output} ({size:.1f} MiB) and {output.with_suffix('.json')}", highlight=False)
 
 
-def _refuse_without_data(data: str | None, *, data_root: str | None, any_classes: bool, split: str) -> None:
-    given = {"data_root": data_root is not None, "any_classes": any_classes, "split": split != USUAL_SPLIT}
-    unheeded = [name for name, is_so in given.items() if is_so]
+def _refuse_without_data(data: str | None, given: dict[str, Any]) -> None:
+    unheeded = [name for name, value in given.items() if value != USUAL[name]]
     if data is None and unheeded:
         raise ValueError(f"{', '.join(unheeded)}: expected together with --data, which says what to compare on")
 

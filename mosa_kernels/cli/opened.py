@@ -13,6 +13,7 @@ from mosa_kernels.data.classes import differing_classes, mere_numbers
 from mosa_kernels.data.loaders import make_loaders
 from mosa_kernels.data.splits import DataSplits
 from mosa_kernels.train.backbones import data_config
+from mosa_kernels.train.evaluate import number_of_experts
 from mosa_kernels.train.relevance import refuse_meaningless
 from mosa_kernels.train.saved import Saved
 from mosa_kernels.train.setup import native_size, open_splits
@@ -49,7 +50,7 @@ def open_loader(
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     settings = saved.settings
     if data is not None or data_root is not None:
-        settings = dataclasses.replace(settings, data=data or settings.data, data_root=data_root)
+        settings = dataclasses.replace(settings, data=settings.data if data is None else data, data_root=data_root)
     if not settings.data:
         raise ValueError(f"data: {saved.weights} does not say what it was trained on; give --data")
     if data_root is not None:
@@ -83,3 +84,9 @@ def describe(saved: Saved, path: Path) -> str:
     """Which model this is, in a line."""
     s = saved.settings
     return f"{s.method} from {path} (weights {saved.weights.name}), backbone {s.model}"
+
+
+def refuse_rule_without_experts(saved: Saved, rule: str | None) -> None:
+    """Raises a ValueError where a merge rule is given and nothing is merged by it."""
+    if rule is not None and number_of_experts(saved.model) == 1:
+        raise ValueError(f"rule: has no effect here: {saved.weights} has no experts that take turns; leave it out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mosa_kernels._files import expanded
 from mosa_kernels.cli.errors import MendableError, plain_errors
-from mosa_kernels.train.folder import require_writable, write_json, write_text
+from mosa_kernels.train.folder import read_json, require_writable, write_json, write_text
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell
 from mosa_kernels.train.table_figure import draw_by_task, draw_sweep, draw_table
 from mosa_kernels.train.table_grid import Grid, all_final_cells, collect, count_cells, made_by
 from mosa_kernels.train.table_report import rows_of_table, table_csv, table_markdown, table_record
 from mosa_kernels.train.table_runs import missing_cells, run_cells, usual_workers
-from mosa_kernels.train.table_sources import Sources, require_same_sources
+from mosa_kernels.train.table_sources import Sources, require_same_sources, same_elsewhere
 from mosa_kernels.train.table_spec import Changes, Table, of_tasks, read_table, suite_of, table_numbers
 from mosa_kernels.train.table_summary import differences_of, summarise_table
 
@@ -94,7 +94,7 @@ def table(
             console.print(f"left out: {why}", highlight=False)
         if checkpoint is not None:
             check_one_backbone(grids)
-        processes = workers or usual_workers()
+        processes, cells = workers or usual_workers(), output / "cells"
         choosing, testing = count_cells(grids)
         console.print(where_from(grids), highlight=False)
         console.print(
@@ -104,14 +104,15 @@ def table(
         )
         if plan:
             chosen = [cell for grid in grids for cell in grid.all_tuning_cells()]
-            left = len(missing_cells(chosen, output / "cells"))
+            left = len(missing_cells(chosen, cells)) - len(same_elsewhere(chosen, cells, Sources()))
             console.print(f"{choosing - left} of the {choosing} are done", highlight=False)
             return
         sources = Sources()
         check_data_of(grids, sources)
-        possible = itertools.chain.from_iterable(grid.possible_cells() for grid in grids)
-        require_same_sources(possible, output / "cells", sources, lambda text: console.print(text, highlight=False))
-        watch(grids, output / "cells", processes, console)
+        possible = [cell for grid in grids for cell in grid.possible_cells()]
+        take_over(same_elsewhere(possible, cells, sources), console)
+        require_same_sources(possible, cells, sources, lambda text: console.print(text, highlight=False))
+        watch(grids, cells, processes, console)
         facts = {
             "command": shlex.join(["mosa-kernels", *sys.argv[1:]]) if sys.argv[0].endswith("mosa-kernels") else "",
             "processes": processes,
@@ -158,7 +159,7 @@ def check_folders(roots: Mapping[str, Path | None], numbers: Sequence[str]) -> N
         if suite not in needed.values():
             wants = [f"--{name}" if name in roots else "offline tasks only" for name in dict.fromkeys(needed.values())]
             raise ValueError(f"--{suite}: table {', '.join(numbers)} needs {', '.join(wants)}, got --{suite} {root}")
-        if not root.expanduser().is_dir():
+        if not expanded(root).is_dir():
             raise NotADirectoryError(f"--{suite}: expected a folder, got {root}")
 
 
@@ -218,6 +219,18 @@ def check_data_of(grids: list[Grid], sources: Sources) -> None:
                         wrong[f"{task.name}: {error}"] = None
     if wrong:
         raise FileNotFoundError("; ".join(wrong))
+
+
+def take_over(found: Mapping[Path, Path], console: Console) -> None:
+    """Gives copies of runs the names under which a table looks for them, see `same_elsewhere`."""
+    for wanted, path in found.items():
+        write_json(wanted, read_json(path))
+    if found:
+        console.print(
+            f"{len(found)} run(s) of the same data and weights, which lay elsewhere, are taken over: compared were the "
+            "names, sizes and labels of the images and the hash of the weights",
+            highlight=False,
+        )
 
 
 def watch(grids: list[Grid], folder: Path, processes: int, console: Console) -> None:

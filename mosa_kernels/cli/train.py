@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mosa_kernels.cli.errors import MendableError, plain_errors
+from mosa_kernels.cli.errors import MENDABLE, MendableError, message_of, plain_errors
 from mosa_kernels.data.backbone import OFFLINE_BACKBONE
-from mosa_kernels.train.folder import RunFolder
+from mosa_kernels.train.folder import RunExistsError, RunFolder
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
 from mosa_kernels.train.methods import METHODS, AdapterOptions, find_method
@@ -116,13 +116,16 @@ def train(
         again = f"mosa-kernels train --output {shlex.quote(str(output))} --resume"
         try:
             result = job.run()
+        except RunExistsError:
+            raise
         except NonFiniteError as error:
-            raise MendableError(f"{error}. The last good state is in {output}.") from error
+            kept = f"The last good state is in {output}" if job.epochs_kept else "There is no earlier state"
+            raise MendableError(f"{error}. {kept}.") from error
+        except MENDABLE as error:
+            raise MendableError(after_an_error(error, job, again)) from error
         except KeyboardInterrupt:
-            done = job.trainer.progress.epochs_done
-            console.print(
-                f"\nStopped; {done} of {settings.recipe.epochs} epochs are complete and kept. Go on with:\n  {again}"
-            )
+            done = f"{job.epochs_kept} of {settings.recipe.epochs} epochs are complete and kept"
+            console.print(f"\nStopped; {done}. Go on with:\n  {again}")
             raise typer.Exit(130) from None
         if job.accelerator.is_main_process:
             conclude(result, output, console)
@@ -245,3 +248,25 @@ def conclude(result: dict[str, Any], output: Path, console: Console) -> None:
         )
     console.print(table)
     console.print(f"{result['seconds']:.0f} s of training; everything is in {output}", highlight=False)
+
+
+def after_an_error(error: BaseException, job: Job, again: str) -> str:
+    """What went wrong, what is kept all the same, and how to go on.
+
+    Args:
+        error: that ended the run.
+        job: the run.
+        again: the command that resumes it.
+    """
+    text, kept, epochs = message_of(error).rstrip("."), job.epochs_kept, job.settings.recipe.epochs
+    if not kept:
+        return text
+    if kept < epochs:
+        return f"{text}. {kept} of {epochs} epochs are complete and kept; go on with: {again}"
+    text += f". All {epochs} epochs are complete, with their weights in {job.folder.last.parent}; the test is missing"
+    if isinstance(error, ValueError):
+        root = () if job.settings.data_root is None else ("--data-root", job.settings.data_root)
+        check = shlex.join(["mosa-kernels", "check-data", job.settings.data, *root, "--decode"])
+        text += f". All images that cannot be read: {check}"
+    evaluate = shlex.join(["mosa-kernels", "evaluate", str(job.output)])
+    return f"{text}. Then go on with: {again}; with files replaced, which it refuses as other data: {evaluate}"

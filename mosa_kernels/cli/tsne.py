@@ -13,7 +13,7 @@ from rich.table import Table
 from mosa_kernels.cli.errors import plain_errors
 from mosa_kernels.cli.opened import ANY_CLASSES, open_loader
 from mosa_kernels.train.embedding import NEIGHBOURS, draw_embeddings, embed
-from mosa_kernels.train.folder import require_writable, versions, write_json
+from mosa_kernels.train.folder import require_own_or_new, versions, write_json
 from mosa_kernels.train.saved import open_saved
 from mosa_kernels.train.setup import make_accelerator
 
@@ -37,8 +37,8 @@ def tsne(
     with plain_errors():
         if output.suffix != ".png":
             raise ValueError(f"output: expected a file that ends in .png, got {output}")
-        for file in (output, output.with_suffix(".json")):
-            require_writable(file)
+        files = output, output.with_suffix(".json")
+        require_own_or_new(files, lambda record: {"split", "runs"} <= record.keys(), "a picture of tsne")
         found = []
         for path in runs:
             saved = open_saved(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mosa_kernels._files import expanded
 from mosa_kernels.data.files import (
     SUFFIXES,
     FileDataset,
@@ -57,7 +58,7 @@ def open_folder(
         ValueError: no classes or a single one, empty classes, classes that differ between the sets, no test set,
             images in two of the sets, unreadable images.
     """
-    root = Path(path).expanduser()
+    root = expanded(path)
     if not root.is_dir():
         raise FileNotFoundError(f"data: the folder {root} does not exist")
     folders = _split_folders(root)

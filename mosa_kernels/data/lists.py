@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mosa_kernels._files import expanded
 from mosa_kernels.data.files import (
     FileDataset,
     check_disjoint,
@@ -34,6 +35,12 @@ class Listed:
     labels: tuple[int, ...]
 
 
+def named_folder(address: str) -> tuple[str | None, Path]:
+    """The data set's name and folder of "name=/path"; of "/path" the folder alone."""
+    named = re.fullmatch(r"([\w-]+)=(.+)", address)
+    return (named[1], expanded(named[2])) if named else (None, expanded(address))
+
+
 def locate(prefix: str, benchmark: str, address: str, root: str | Path | None = None) -> tuple[Path, Published]:
     """The folder and the table's row for "/path/of/folder", or "name=/path" where the folder is called otherwise.
 
@@ -47,9 +54,9 @@ def locate(prefix: str, benchmark: str, address: str, root: str | Path | None = 
         ValueError: no data set of the benchmark has this name.
         FileNotFoundError: the folder does not exist.
     """
-    named = re.fullmatch(r"([\w-]+)=(.+)", address)
-    folder = Path(root or "").expanduser() / Path(named[2] if named else address).expanduser()
-    name = named[1] if named else folder.resolve().name
+    given, place = named_folder(address)
+    folder = expanded(root or "") / place
+    name = given or folder.resolve().name
     row = find_published(benchmark, name)
     if row is None:
         raise ValueError(

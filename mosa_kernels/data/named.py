@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
+from mosa_kernels._files import expanded
 from mosa_kernels.data.files import FileDataset, check_disjoint, check_readable, file_sizes, files_fingerprint
 from mosa_kernels.data.folders import refuse_one_class, refuse_sets_as_classes
 from mosa_kernels.data.images import read_image
@@ -63,7 +64,9 @@ def open_torchvision(
     if "root" in accepted:
         if root is None:
             raise ValueError(f"root: expected the folder of torchvision:{name} (--data-root), got None")
-        fixed["root"] = str(Path(root).expanduser())
+        fixed["root"] = str(expanded(root))
+    elif root is not None:
+        raise ValueError(f"root: expected None for torchvision:{name}, which has no files, got {root}")
     if "download" in accepted:
         fixed["download"] = download
     if "loader" in accepted:  # torchvision's own makes 16-bit images white
@@ -125,7 +128,7 @@ def open_timm(
 
     _check_timm_name(name)
     named = dict(split_names or {})
-    folder = None if root is None else str(Path(root).expanduser())
+    folder = None if root is None else str(expanded(root))
 
     def make(split: str) -> RGBDataset:
         try:

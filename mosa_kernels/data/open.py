@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mosa_kernels._files import expanded
 from mosa_kernels.data.fgvc import open_fgvc
 from mosa_kernels.data.folders import open_folder
 from mosa_kernels.data.lists import compared
@@ -87,7 +88,7 @@ def open_data(
         )
         splits = train_on_all(splits) if kind == "torchvision-all" else splits
         splits = compared(splits, find_published(GICD, name) if kind != "timm" else None)
-    elif text and Path(text).expanduser().is_dir():  # an empty text would be the current folder
+    elif text and expanded(text).is_dir():  # an empty text would be the current folder
         splits = open_folder(text, seed=seed, validation_share=validation_share, test_share=test_share, verify=verify)
     else:
         raise FileNotFoundError(

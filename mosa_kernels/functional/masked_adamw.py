@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
+from mosa_kernels.functional.checks import check_floating
 
 
 def _triton() -> ModuleType:
@@ -41,6 +43,10 @@ OPERATOR = Operator(
 )
 """On CUDA each kernel is one launch where the reference makes some fifteen a parameter; they run where they were
 measured to be faster, or when asked for (see `backends.choice.ADAPTER`)."""
+
+_FLOATING = frozenset({"params", "grads", "exp_avgs", "exp_avg_sqs"})
+_MAY_BE_NONE = frozenset({"owners", "active"})
+_OPTIONS = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay")
 
 
 @torch.no_grad()
@@ -78,8 +84,10 @@ def masked_adamw(
             float16 and bfloat16; on a GPU in one launch, with nothing read back by the host.
 
     Raises:
-        TypeError: a gradient is sparse, or an owner is not uint8.
-        ValueError: a shape or the length of a list is wrong, or the backend asked for does not take this call.
+        TypeError: an item is no tensor, one that has to be is not floating point, a gradient is sparse, counts are not
+            float32, or an owner is not uint8.
+        ValueError: a shape, a device, an option or the length of a list is wrong, or the backend asked for does not
+            take this call.
     """
     tensors = AdamWTensors(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(owners), list(active)
@@ -87,8 +95,9 @@ def masked_adamw(
     OPERATOR.check_name(backend)
     if not tensors.params:
         return
-    _check(tensors)
     options = AdamWOptions(lr, *betas, eps, weight_decay)
+    _check(tensors)
+    _check_options(options)
     name = OPERATOR.choose(tensors.params[0].device.type, backend, tensors, options)
     OPERATOR.run(name, tensors, options)
 
@@ -99,6 +108,11 @@ def _check(tensors: AdamWTensors) -> None:
     for name, length in lengths.items():
         if length != count:
             raise ValueError(f"{name}: expected {count} items, as params, got {length}")
+    if not _are_alike(tensors):
+        for name, column in tensors._asdict().items():
+            for index, tensor in enumerate(column):
+                if tensor is not None or name not in _MAY_BE_NONE:
+                    _check_tensor(name, index, tensor, tensors.params[0])
     for index, (p, grad, exp_avg, exp_avg_sq, steps, owner, active) in enumerate(zip(*tensors, strict=True)):
         shape = p.shape
         if grad.layout != torch.strided:
@@ -122,3 +136,36 @@ def _check(tensors: AdamWTensors) -> None:
             raise ValueError(
                 f"active[{index}]: expected the shape of steps, {list(steps.shape)}, got {list(active.shape)}"
             )
+
+
+def _are_alike(tensors: AdamWTensors) -> bool:
+    """Whether `_check_tensor` would let all pass: in half of its time, and there is a check for each step."""
+    numbers = [*tensors.params, *tensors.grads, *tensors.exp_avgs, *tensors.exp_avg_sqs]
+    all_of_them = [*numbers, *tensors.steps, *(t for t in (*tensors.owners, *tensors.active) if t is not None)]
+    return (
+        all(isinstance(tensor, Tensor) for tensor in all_of_them)
+        and all(tensor.dtype.is_floating_point for tensor in numbers)
+        and all(tensor.dtype == torch.float32 for tensor in tensors.steps)
+        and len({tensor.device for tensor in all_of_them}) == 1
+    )
+
+
+def _check_tensor(name: str, index: int, tensor: object, first: Tensor) -> None:
+    if name in _FLOATING:
+        check_floating(f"{name}[{index}]", tensor)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}[{index}]: expected a tensor, got {type(tensor).__name__}")
+    if name == "steps" and tensor.dtype != torch.float32:
+        raise TypeError(f"steps[{index}]: expected torch.float32, got {tensor.dtype}")
+    if tensor.device != first.device:
+        raise ValueError(f"{name}[{index}]: expected on {first.device} (as params[0]), got {tensor.device}")
+
+
+def _check_options(options: AdamWOptions) -> None:
+    """The values of numbers: those of tensors are not read back, and not looked at while a graph is made."""
+    for name, value, end in zip(_OPTIONS, options, (math.inf, 1.0, 1.0, math.inf, math.inf), strict=True):
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{name}: expected a number or a tensor of shape [], got {list(value.shape)}")
+        elif not torch.compiler.is_compiling() and not (isinstance(value, (int, float)) and 0 <= value < end):
+            raise ValueError(f"{name}: expected a number of at least 0 and below {end:g}, got {value!r}")

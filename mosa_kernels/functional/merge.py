@@ -15,6 +15,7 @@ from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.backends.triton import backend as triton
+from mosa_kernels.functional.checks import check_floating
 
 
 def _triton() -> ModuleType:
@@ -40,6 +41,8 @@ OPERATOR = Operator(
     kind=_kind,
 )
 """On CUDA the kernels run where they were measured to be faster, or when asked for (see `backends.choice.ADAPTER`)."""
+
+_NUMBERS = ("scale", "up_factor", "down_factor")
 
 
 @torch.no_grad()
@@ -69,14 +72,14 @@ def merge_adapters(
         One `MergedWeights` per adapter, in their order.
 
     Raises:
-        TypeError: a tensor or `dtype` is not floating point.
+        TypeError: an adapter is no `MergeInput`, or a tensor or `dtype` is not floating point.
         ValueError: a shape or device is wrong, or the backend asked for cannot merge these adapters.
     """
     adapters = list(adapters)
     for n, adapter in enumerate(adapters):
         _check_adapter(n, adapter)
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
     OPERATOR.check_name(backend)
 
     by_device: dict[torch.device, list[int]] = {}
@@ -91,18 +94,24 @@ def merge_adapters(
 
 
 def _check_adapter(n: int, adapter: MergeInput) -> None:
+    if not isinstance(adapter, MergeInput):
+        raise TypeError(f"adapters[{n}]: expected a MergeInput, got {type(adapter).__name__}")
     w_down = adapter.w_down
+    for name, value in zip(adapter._fields, adapter, strict=True):
+        if name in _NUMBERS and not isinstance(value, Tensor):
+            if not hasattr(value, "__float__"):
+                raise TypeError(f"adapters[{n}].{name}: expected a number, got {type(value).__name__}")
+        elif value is not None or name in ("w_down", "w_up"):
+            check_floating(f"adapters[{n}].{name}", value)
     if w_down.dim() != 2 or min(w_down.shape) < 1:
         raise ValueError(f"adapters[{n}].w_down: expected shape [r, d], got {list(w_down.shape)}")
     r, d = w_down.shape
     matrix, row = (r, d), (d,)
-    shapes = (matrix, (r,), (d, r), None, row, row, (), None, matrix, None)  # as the fields stand; None: any
+    shapes = (matrix, (r,), (d, r), None, row, row, (), (), matrix, ())  # as the fields stand; None: any
     device = w_down.device
     for name, value, shape in zip(adapter._fields, adapter, shapes, strict=True):
         if not isinstance(value, Tensor):
             continue
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"adapters[{n}].{name}: expected a floating-point tensor, got {value.dtype}")
         if shape is not None and value.shape != shape:
             raise ValueError(f"adapters[{n}].{name}: expected shape {list(shape)}, got {list(value.shape)}")
         if value.device != device and not (name == "scale" and value.device.type == "cpu"):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,24 @@ def require_writable(path: Path, *, folder: bool = False) -> None:
         raise ValueError(f"output {path}: it cannot be made, for {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"output {path}: no permission to write in {place}")
+
+
+def require_own_or_new(files: Sequence[Path], is_own: Callable[[dict[str, Any]], bool], what: str) -> None:
+    """Finds out before any work whether files that belong together can be written, over others of their kind alone.
+
+    Args:
+        files: the last is JSON, which says what all of them are.
+        is_own: whether a record found there says that they are of this kind.
+        what: the kind, in words.
+
+    Raises:
+        ValueError: they cannot be written, or something else is there.
+    """
+    for file in files:
+        require_writable(file)
+    found = [file for file in files if file.exists()]
+    if found and not (files[-1].is_file() and is_own(read_json(files[-1]))):
+        raise ValueError(f"output: {found[0]} is there and is not {what}; choose another name")
 
 
 def write_json(path: Path, record: Any) -> None:

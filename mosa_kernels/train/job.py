@@ -159,6 +159,11 @@ class Job:
         if changed:
             self.reporter.message(f"note: versions have changed since the run began: {', '.join(changed)}")
 
+    @property
+    def epochs_kept(self) -> int:
+        """How many epochs are complete, with a state in the folder to go on from."""
+        return next((done for done, _ in training_state.published(self.folder.state)), 0)
+
     def _part(self, process: int | None = None) -> str:
         return f"process-{self.accelerator.process_index if process is None else process}"
 

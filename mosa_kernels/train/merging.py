@@ -19,7 +19,7 @@ from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload
 from mosa_kernels.peft.book import book_of
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.evaluate import Predictions, merged_by, predict
-from mosa_kernels.train.folder import read_json, require_writable, versions, write_json
+from mosa_kernels.train.folder import read_json, require_own_or_new, versions, write_json
 from mosa_kernels.train.keeping import backbone_hash
 from mosa_kernels.train.settings import Settings
 
@@ -159,13 +159,9 @@ def require_merged_or_new(path: Path) -> None:
     Raises:
         ValueError: it cannot, or there is something that is not a merged model.
     """
-    card = path.with_suffix(".json")
-    for file in (path, card):
-        require_writable(file)
-    found = [file for file in (path, card) if file.exists()]
+    files = path, path.with_suffix(".json")
+    require_own_or_new(files, lambda card: str(card.get("kind", "")).startswith(KIND), KIND)
     _require_own_card(path)
-    if found and not (card.is_file() and str(read_json(card).get("kind", "")).startswith(KIND)):
-        raise ValueError(f"output: {found[0]} is there and is not a merged model; choose another name")
 
 
 def _require_own_card(path: Path) -> None:

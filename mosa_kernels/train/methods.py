@@ -93,6 +93,15 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def method_of(config: MoSAConfig) -> Method:
+    """The method that makes such a configuration."""
+    if config.method != "adapter":
+        return next(each for each in METHODS.values() if config.method in (each.baseline, each.name))
+    fitting = [each for each in METHODS.values() if each.mode == config.mode and each.baseline is None]
+    own = (each for each in fitting if each.style == config.style)
+    return next(own, next(each for each in fitting if each.style is None))
+
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """The shape of the adapters; None takes the style's default (see `MoSAConfig`).

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from mosa_kernels.data.lists import named_folder
 from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.data.open import LISTED, NAMED
 from mosa_kernels.train.methods import AdapterOptions, find_method
@@ -29,18 +30,7 @@ def meaningless(settings: Settings) -> dict[str, str]:
 
     if settings.checkpoint is not None:
         leave({"pretrained"}, f"the weights are those of the checkpoint {settings.checkpoint}")
-    kind = settings.data.partition(":")[0]
-    if kind == "offline":
-        leave({"data_root", "download"}, "the images are drawn in memory")
-    elif kind in LISTED:
-        leave({"download"}, "the files that the lists name have to be there")
-        if not settings.label_noise:
-            leave({"data_seed"}, "the lists say which images are for what")
-    elif kind not in NAMED:
-        others = ", ".join(f"{each}:" for each in NAMED)
-        leave({"data_root", "download"}, f"the data are a folder of images (named data sets begin with {others})")
-    if settings.data not in FEW_LABELS:
-        leave({"labels_per_class"}, f"it is for {', '.join(FEW_LABELS)}")
+    found |= meaningless_of_data(settings.data, settings.label_noise)
     if settings.passes == 1:
         leave(_TWO_PASSES, "a run of one pass a batch has cross-entropy alone")
     else:
@@ -69,6 +59,27 @@ def meaningless(settings: Settings) -> dict[str, str]:
     return found
 
 
+def meaningless_of_data(data: str, label_noise: float = 0.0) -> dict[str, str]:
+    """By name of the option, why it changes nothing about data with this address."""
+    found: dict[str, str] = {}
+    kind, _, address = data.partition(":")
+    if kind == "offline":
+        found |= dict.fromkeys(("data_root", "download", "decode"), "the images are drawn in memory")
+    elif kind in LISTED:
+        found["download"] = "the files that the lists name have to be there"
+        if not label_noise:
+            found["data_seed"] = "the lists say which images are for what"
+        if (place := named_folder(address)[1]).is_absolute():
+            found["data_root"] = f"the folder {place} is an absolute path"
+    elif kind not in NAMED:
+        others = ", ".join(f"{each}:" for each in NAMED)
+        why = f"the data are a folder of images (named data sets begin with {others})"
+        found |= dict.fromkeys(("data_root", "download"), why)
+    if data not in FEW_LABELS:
+        found["labels_per_class"] = f"it is for {', '.join(FEW_LABELS)}"
+    return found
+
+
 def _leave_terms(settings: Settings, leave: Callable[[Iterable[str], str], None]) -> None:
     """What the loss of two passes has no term for."""
     recipe = settings.recipe
@@ -94,7 +105,15 @@ def refuse_meaningless(settings: Settings, given: Iterable[str]) -> None:
     Raises:
         ValueError: one of them changes nothing.
     """
-    found = meaningless(settings)
+    refuse(meaningless(settings), given)
+
+
+def refuse(found: Mapping[str, str], given: Iterable[str]) -> None:
+    """Refuses options by name that are among those found to change nothing.
+
+    Raises:
+        ValueError: one of them is.
+    """
     for name in given:
         if name in found:
             raise ValueError(f"{name}: has no effect here: {found[name]}; leave it out")

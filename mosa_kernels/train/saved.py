@@ -10,11 +10,13 @@ from typing import Any
 import timm
 from torch import nn
 
+from mosa_kernels.peft import MoSAConfig
 from mosa_kernels.peft.files import CONFIG_FILE, read_adapter
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.folder import CONFIG, TRANSFORMS, RunFolder
 from mosa_kernels.train.keeping import HEAD_WEIGHTS, load_trained, read_class_names
-from mosa_kernels.train.methods import find_method, train_head_only
+from mosa_kernels.train.methods import find_method, method_of, train_head_only
+from mosa_kernels.train.recipe import PAPER
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.setup import seed_everything
 
@@ -70,6 +72,8 @@ def open_saved(
         names = config["data"].get("class_names")
         normalisation = config["normalisation"] if TRANSFORMS in config else None
         directory = path
+        if weights is not None and run != path:
+            raise ValueError(f"weights: {weights!r} needs the folder of the run, {run}; {path} holds one adapter of it")
         if run == path:
             chosen = weights or settings.recipe.select
             if chosen not in ("best", "last"):
@@ -116,4 +120,7 @@ def _from_adapter(path: Path) -> tuple[Settings, int, Path]:
     name = ".".join(part for part in (backbone["architecture"], backbone["tag"]) if part)
     if not timm.is_model(backbone["architecture"]):
         raise ValueError(f"{path}: timm has no {backbone['architecture']!r}; name the backbone with --model")
-    return Settings(model=name, data=""), int(description["num_classes"]), path
+    config = MoSAConfig.from_dict(description["config"])
+    recipe = dataclasses.replace(PAPER, merge_rule=config.merge_rule)
+    settings = Settings(model=name, data="", method=method_of(config).name, recipe=recipe)
+    return settings, int(description["num_classes"]), path

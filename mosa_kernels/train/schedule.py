@@ -33,7 +33,7 @@ class Schedule:
             warmup = min(max(1, warmup), recipe.epochs - 1)
         self._timm = CosineLRScheduler(
             optimizer,
-            t_initial=max(1, recipe.epochs * steps - warmup),
+            t_initial=max(2, recipe.epochs * steps - warmup),  # of one step timm warns; it is at the peak either way
             warmup_t=warmup,
             warmup_prefix=True,
             t_in_epochs=self.per_epoch,

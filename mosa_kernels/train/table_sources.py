@@ -1,15 +1,17 @@
 """Whether runs that are kept were made from the data and the weights that are there now.
 
-A run's identity says where its data and weights come from, and nothing of what these files hold.
+A run's identity says where its data and weights come from, and nothing of what these files hold. Its record does: by
+that, runs of the same data and weights are found wherever these lay.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mosa_kernels.data.open import LISTED
+from mosa_kernels.data.open import LISTED, NAMED
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.folder import read_json
 from mosa_kernels.train.keeping import backbone_hash
@@ -99,14 +101,64 @@ def require_same_sources(
         )
 
 
+def same_elsewhere(cells: Iterable[Cell], folder: Path, sources: Sources) -> dict[Path, Path]:
+    """Runs that can stand in for cells that are not done: all is the same but where data and weights lay.
+
+    So it is after a folder of data was moved, or with the runs of two machines in one folder.
+
+    Args:
+        cells: all that may be looked up.
+        folder: of their files.
+        sources: what is there now.
+
+    Returns:
+        The file of each such run by the file that the cell wants.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: the data cannot be opened.
+    """
+    files = _by_identity(folder)
+    missing: dict[str, dict[str, Cell]] = {}
+    for cell in cells if files else ():
+        if cell.identity not in files and (anywhere := _placeless(cell)) != cell.identity:
+            missing.setdefault(anywhere, {})[cell.identity] = cell
+    found: dict[Path, Path] = {}
+    for path in itertools.chain.from_iterable(files.values()) if missing else ():
+        result = read_json(path)
+        try:
+            made = Cell("", Settings.from_dict(result["settings"]), test=result["on"] == "test")
+        except (KeyError, ValueError):
+            continue  # of another version
+        for cell in missing.get(_placeless(made), {}).values():
+            now = sources.fingerprint(cell.settings), sources.weights(cell.settings)
+            if (result.get("data", {}).get("fingerprint"), result.get("backbone", {}).get("sha256")) == now:
+                found[cell.path(folder)] = path
+    return found
+
+
+def _placeless(cell: Cell) -> str:
+    """A hash of what decides the numbers of a run, but for its data and weights where these lie in files."""
+    settings = cell.settings
+    kind = settings.data.partition(":")[0]
+    data = settings.data if kind in ("offline", *NAMED) else kind if kind in LISTED else "folder"
+    checkpoint = None if settings.checkpoint is None else "file"
+    anywhere = dataclasses.replace(settings, data=data, data_root=None, checkpoint=checkpoint)
+    return dataclasses.replace(cell, settings=anywhere).identity
+
+
 def kept_files(cells: Iterable[Cell], folder: Path) -> dict[Path, Settings]:
     """The files of the cells that are done, with the cells' settings."""
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.json")):
-        files.setdefault(path.stem.rpartition("-")[2], []).append(path)
+    files = _by_identity(folder)
     if not files:
         return {}
     return {path: cell.settings for cell in cells for path in files.get(cell.identity, [])}
+
+
+def _by_identity(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        files.setdefault(path.stem.rpartition("-")[2], []).append(path)
+    return files
 
 
 def _some(names: list[str]) -> str:

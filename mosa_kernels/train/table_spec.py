@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels._files import expanded
 from mosa_kernels.data.lists import find_folder
 from mosa_kernels.data.published import FGVC, VTAB
 from mosa_kernels.peft.styles import STYLES
@@ -155,7 +156,7 @@ def suite_of(number: str) -> str:
 
 def whole_path(path: str | Path) -> str:
     """A path as it is spelled in addresses and settings, so that a run has one identity however it was given."""
-    return str(Path(path).expanduser().resolve())
+    return str(expanded(path).resolve())
 
 
 def read_table(number: str, root: str | None = None, *, every_task: bool = False) -> Table:

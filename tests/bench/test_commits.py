@@ -91,3 +91,44 @@ def test_what_a_commit_says_is_broken_is_kept(clone: Path) -> None:
     reports = measure_commits(("one", "wrong"), [], clone, lambda line: None)
     assert broken(*reports) == ["adapter: no memory"]
     assert "1 case(s) broke:\n\n- adapter: no memory" in markdown(*reports, ("one", "wrong"), compare(*reports))
+
+
+def test_a_checkout_that_fails_halfway_is_taken_back(clone: Path) -> None:
+    hook = clone / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\necho 'no such filter' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    with pytest.raises(ValueError, match=r"compare: checking out .* failed: no such filter"):
+        measure_commits(("one", "two"), [], clone, lambda line: None)
+    assert len(git(clone, "worktree", "list").splitlines()) == 1
+
+
+def test_what_is_not_committed_is_said_to_be_left_out(clone: Path) -> None:
+    (clone / "setup.py").write_text("raise SystemExit('not committed')")
+    said: list[str] = []
+    measure_commits(("one", "two"), [], clone, said.append)
+    assert said[0] == "note: what is not committed is measured in neither"
+    assert (clone / "setup.py").read_text() == "raise SystemExit('not committed')"
+
+
+def test_a_commit_that_builds_without_its_kernels_is_not_measured(clone: Path) -> None:
+    record = {"native": "the build failed; see its output", "cuda": None}
+    write = f"open('built', 'w').close(); open('mosa_kernels/_build.json', 'w').write({json.dumps(record)!r})"
+    git(clone, "checkout", "--quiet", "-b", "less", "two")
+    (clone / "setup.py").write_text(write)
+    git(clone, "commit", "--quiet", "--all", "--message", "less")
+    for names in (("one", "less"), ("less", "one")):
+        with pytest.raises(ValueError, match="compare: building less left out its native kernels: the build failed"):
+            measure_commits(names, [], clone, lambda line: None)
+    said: list[str] = []
+    measure_commits(("less", "less"), [], clone, said.append)
+    assert "note: both are measured without their native kernels: the build failed; see its output" in said
+
+
+def test_an_option_that_a_commit_does_not_know_is_named(clone: Path) -> None:
+    program = "import typer\napp = typer.Typer()\n@app.command()\ndef bench(output: str): ...\n"
+    (clone / "mosa_kernels" / "cli" / "main.py").write_text(program)
+    (clone / "setup.py").write_text("")
+    git(clone, "commit", "--quiet", "--all", "--message", "old")
+    with pytest.raises(ValueError, match="measuring HEAD ended with exit status 2: No such option: --rounds"):
+        measure_commits(("HEAD", "one"), ["--rounds", "3"], clone, lambda line: None)

@@ -201,10 +201,33 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured
     command, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    for name in ("file", "file/within"):
-        result = command("bench", "--preset", "smoke", *words, "--output", tmp_path / name)
+    place = tmp_path / "file"
+    reasons = {
+        place: f"output: expected a folder, {place} is a file",
+        place / "within": f"output {place / 'within'}: it cannot be made, for {place} is a file",
+    }
+    for output, reason in reasons.items():
+        result = command("bench", "--preset", "smoke", *words, "--output", output)
         assert result.exit_code == 1
-        assert "output: expected a folder that can be written to" in result.stderr
+        assert result.stderr == f"error: {reason}\n"
+        assert result.stdout == ""
+
+
+def test_where_the_usual_output_cannot_be_written_nothing_is_measured(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOSA_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    (tmp_path / "mosa-bench").touch()
+    for words, place in (
+        ((), "mosa-bench is a file"),
+        (("--compare", "HEAD", "HEAD"), "mosa-bench is a file"),
+        (("--choose",), f"it cannot be made, for {tmp_path / 'file'} is a file"),
+    ):
+        result = command("bench", *words)
+        assert result.exit_code == 1
+        assert place in result.stderr
         assert result.stdout == ""
 
 

@@ -60,10 +60,16 @@ def test_an_adapter_on_its_own(trained: tuple[Path, str], command: Any, pictures
     [
         (("--inference", "best"), "inference: expected all, or some of merged, stochastic, fixed, ensemble, got best"),
         (("--rule", "sum"), "rule: expected one of mean, jigsaw, got 'sum'"),
+        (
+            ("--rule", "mean", "--inference", "fixed"),
+            "rule: expected together with --inference merged, got --inference fixed",
+        ),
+        (("--seed", "3", "--inference", "ensemble"), "seed: expected together with --inference stochastic, got"),
         (("--split", "train"), "split: expected one of validation, test, got 'train'"),
         (("--seed", str(2**64)), "seed: expected a whole number of 64 bits, got 18446744073709551616"),
         (("--weights", "first"), "weights: expected best or last, got 'first'"),
         (("--data", "offline:digits"), "data: offline:digits has 10 classes, the model 3"),
+        (("--data", ""), "does not say what it was trained on; give --data"),
         (("--model", "vit_tiny_patch16_24"), "did you mean vit_tiny_patch16_224"),
     ],
 )
@@ -71,6 +77,12 @@ def test_bad_requests(words: tuple[str, ...], message: str, trained: tuple[Path,
     result = command("evaluate", trained[0], *words, "--cpu")
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_one_adapter_of_a_run_has_no_choice_of_weights(trained: tuple[Path, str], command: Any):
+    result = command("evaluate", trained[0] / "adapter" / "best", "--weights", "last", "--cpu")
+    assert result.exit_code == 1
+    assert f"weights: 'last' needs the folder of the run, {trained[0]}; " in result.stderr
 
 
 def test_a_record_in_other_bytes_is_named(command: Any, tmp_path: Path):

@@ -66,6 +66,9 @@ def test_a_linear_probe_has_nothing_to_merge(command: Any, pictures: Path, tmp_p
     result = command("merge", folder, "--output", tmp_path / "merged.safetensors")
     assert result.exit_code == 1
     assert "there is nothing to merge" in result.stderr
+    result = command("evaluate", folder, "--cpu", "--rule", "mean")
+    assert result.exit_code == 1
+    assert "rule: has no effect here: " in result.stderr
     assert command("evaluate", folder, "--cpu").exit_code == 0
 
 
@@ -184,6 +187,10 @@ def test_a_model_that_cannot_be_exported_is_said():
         (
             ("--output", "merged.safetensors", "--data-root", "elsewhere", "--split", "test"),
             "data_root, split: expected together with --data, which says what to compare on",
+        ),
+        (
+            ("--output", "merged.safetensors", "--batch-size", "4", "--workers", "1"),
+            "batch_size, workers: expected together with --data",
         ),
     ],
 )

@@ -82,6 +82,32 @@ def test_merging_does_not_overwrite_the_run(name: str, trained: tuple[Path, str]
         assert command("merge", run, "--output", run / "merged.safetensors").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("evaluate", "--cpu"), "config.json"),
+        (("evaluate", "--cpu"), "result.json"),
+        (("tsne",), "config.png"),
+        (("tsne",), "curve.png"),
+    ],
+)
+def test_figures_do_not_overwrite_the_run(
+    words: tuple[str, ...], name: str, trained: tuple[Path, str], command: Any, tmp_path: Path
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    result = command(words[0], run, *words[1:], "--output", run / name)
+    assert result.exit_code == 1
+    assert "is there and is not a" in result.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_figures_of_evaluate_may_be_written_again(trained: tuple[Path, str], command: Any, tmp_path: Path):
+    for _ in range(2):
+        assert command("evaluate", trained[0], "--cpu", "--output", tmp_path / "figures.json").exit_code == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of file sizes")
 @pytest.mark.parametrize("name", ["merged.safetensors", "merged.pt2"])
 def test_a_full_disk_is_one_line(name: str, trained: tuple[Path, str], command: Any, tmp_path: Path):

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 from mosa_kernels.cli.main import app
 from mosa_kernels.cli.table import restrict
 from mosa_kernels.train import table_cells, table_runs
+from mosa_kernels.train.folder import write_json
 from mosa_kernels.train.loop import NonFiniteError, Trainer
 from mosa_kernels.train.table_cells import Cell, find_result, run_cell
 from mosa_kernels.train.table_grid import Grid
 from mosa_kernels.train.table_runs import missing_cells, run_cells
+from mosa_kernels.train.table_sources import Sources
 from mosa_kernels.train.table_spec import Changes, read_table
 from mosa_kernels.train.table_summary import printed_mean
 
@@ -295,6 +297,34 @@ def test_a_folder_of_data_may_be_relative(tmp_path: Path, monkeypatch: pytest.Mo
     assert {cell.settings.data for cell in ran} == {f"vtab:{tmp_path}/vt/svhn_cropped"}
     splits = table_cells.open_splits(ran[0].settings, 8)
     assert len(splits.train) == 2
+
+
+def test_runs_follow_data_that_were_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_vtab(tmp_path / "vt" / "svhn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Sources, "weights", lambda *_: "the same")
+    left: list[Cell] = []
+
+    def watch(grids: list[Grid], folder: Path, *_: Any) -> None:
+        left[:] = missing_cells(grids[0].all_tuning_cells(), folder)
+
+    monkeypatch.setattr("mosa_kernels.cli.table.watch", watch)
+    monkeypatch.setattr("mosa_kernels.cli.table.write_table", lambda *_: None)
+    words = ("2", "--output", "out", "--tasks", "SVHN", "--rows", "mosa", "--vtab")
+    assert run(*words, "vt").exit_code == 0
+    whole, cells = len(left), tmp_path / "out" / "cells"
+    for cell in left[:3]:
+        record = {"settings": cell.settings.as_dict(), "on": "validation", "mechanisms": ["merged"], "measured": {}}
+        sources = {"data": {"fingerprint": Sources().fingerprint(cell.settings)}, "backbone": {"sha256": "the same"}}
+        write_json(cell.path(cells), {**record, **sources})
+    shutil.move("vt", "moved")
+    assert f"3 of the {whole} are done" in run(*words, "moved", "--plan").output
+    assert len(list(cells.iterdir())) == 3
+    result = run(*words, "moved")
+    assert result.exit_code == 0, result.output
+    assert "3 run(s) of the same data and weights, which lay elsewhere, are taken over" in result.output
+    assert len(left) == whole - 3
+    assert "taken over" not in run(*words, "moved").output
 
 
 def test_one_checkpoint_is_not_given_to_several_backbones(tmp_path: Path) -> None:

@@ -147,6 +147,11 @@ def test_another_length_on_resuming_is_named_not_a_warm_up_that_nobody_gave():
         ({"method": "mosa", "num_experts": "1", "alpha": 2.0}, "alpha: .* alike"),
         ({"method": "mosa", "data": "vtab:/data/cifar", "data_seed": 1}, "data_seed: .* lists"),
         ({"method": "mosa", "data": "fgvc:/data/cub", "download": True}, "download: .* lists"),
+        (
+            {"method": "mosa", "data": "fgvc:/data/cub", "data_root": "/there"},
+            "data_root: .* /data/cub is an absolute path",
+        ),
+        ({"data": "vtab:cifar=/data/c", "data_root": "/there"}, "data_root: .* /data/c is an absolute path"),
         ({"method": "mosa", "data": "/data/pets", "data_root": "/data"}, "data_root: .* folder of images"),
         ({"method": "linear", "passes": 2}, "passes: expected 1 for method 'linear', .* got 2"),
         ({"method": "mosa", "anchored": True, "regularisation": "none"}, "anchored: expected a consistency loss"),
@@ -211,6 +216,11 @@ def test_lists_are_read() -> None:
     [
         ((), "data: expected a folder of images or a name such as offline:digits; give --data"),
         (("--data", "/no/such/folder"), "data: '/no/such/folder' is neither a folder nor a name"),
+        (("--data", "~no-such-user/x"), "data: '~no-such-user/x' is neither a folder nor a name"),
+        (
+            ("--data", "vtab:cifar", "--data-root", "~no-such-user"),
+            "was looked for in ~no-such-user/cifar, which does not exist",
+        ),
         (("--data", "offline:digitz"), "offline task: expected one of digits"),
         (("--data", "offline:digits", "--model", "vit_base_patch16_244"), "did you mean vit_base_patch16_224"),
         (("--data", "offline:digits", "--method", "adaptfromer"), "did you mean adaptformer?"),
@@ -251,6 +261,33 @@ def test_a_broken_image_is_one_line_wherever_it_is_read(workers: int, command: A
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: cannot read the image {broken}: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_image_that_the_test_meets_costs_no_training(command: Any, pictures: Path, tmp_path: Path):
+    data, run = tmp_path / "my pictures", tmp_path / "a run"
+    shutil.copytree(pictures, data)
+    broken = data / "test" / "disc" / "1.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    words = ("--data", data, "--method", "linear", "--epochs", 2, "--batch-size", 5, "--cpu")
+    result = command("train", "--output", run, *words)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    again = f"mosa-kernels train --output '{run}' --resume"
+    for said in (
+        f"error: cannot read the image {broken}: ",
+        f"All 2 epochs are complete, with their weights in {run / 'adapter'}; the test is missing. ",
+        f"All images that cannot be read: mosa-kernels check-data '{data}' --decode. ",
+        f"Then go on with: {again}; ",
+        f"with files replaced, which it refuses as other data: mosa-kernels evaluate '{run}'",
+    ):
+        assert said in line
+    assert str(broken) in command("check-data", data, "--decode").stderr
+    again = command("train", "--output", run, "--resume")  # it says the same again
+    assert again.stderr == result.stderr
+    broken.write_bytes(whole)
+    assert "resume: other data than the run began with" in command("train", "--output", run, "--resume").stderr
+    assert command("evaluate", run, "--cpu").exit_code == 0
 
 
 def test_an_existing_run_is_not_overwritten(trained: tuple[Path, str], command: Any, pictures: Path):

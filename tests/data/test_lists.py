@@ -372,3 +372,10 @@ def test_check_data_exits_with_1_and_says_why(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["check-data", f"vtab:{root}"])
     assert result.exit_code == 1
     assert "test.txt not found there" in result.output
+
+
+def test_check_data_refuses_what_would_change_nothing() -> None:
+    for words in (("offline:digits", "--decode"), ("offline:digits", "--data-root", "x"), ("/x", "--data-root", "x")):
+        result = CliRunner().invoke(app, ["check-data", *words])
+        assert result.exit_code == 1
+        assert f"error: {words[1][2:].replace('-', '_')}: has no effect here: " in result.stderr

@@ -147,6 +147,10 @@ def test_named_splits_are_taken_as_asked(cifar: Path) -> None:
 def test_a_data_set_without_splits_is_divided() -> None:
     splits = open_data("torchvision:FakeData", seed=2)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == pytest.approx((700, 100, 200), abs=10)
+    with pytest.raises(
+        ValueError, match="root: expected None for torchvision:FakeData, which has no files, got /there"
+    ):
+        open_data("torchvision:FakeData", root="/there")
 
 
 def test_usual_split_names_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,12 @@ BAD = [
     ({"w_down_init": torch.zeros(5, 3)}, ValueError, r"w_down_init: expected shape \[3, 5\], got \[5, 3\]"),
     ({"scale": torch.zeros(1)}, ValueError, r"scale: expected shape \[\], got \[1\]"),
     ({"w_up": torch.zeros(5, 3, dtype=torch.int8)}, TypeError, "w_up: expected a floating-point tensor"),
+    ({"w_up": None}, TypeError, r"adapters\[1\].w_up: expected a floating-point tensor, got NoneType"),
+    ({"w_down": [[1.0]]}, TypeError, r"adapters\[1\].w_down: expected a floating-point tensor, got list"),
+    ({"b_down": 0.5}, TypeError, r"adapters\[1\].b_down: expected a floating-point tensor, got float"),
+    ({"scale": None}, TypeError, r"adapters\[1\].scale: expected a number, got NoneType"),
+    ({"up_factor": "mean"}, TypeError, r"adapters\[1\].up_factor: expected a number, got str"),
+    ({"down_factor": torch.ones(2)}, ValueError, r"adapters\[1\].down_factor: expected shape \[\], got \[2\]"),
     ({"b_up": torch.zeros(5, device="meta")}, ValueError, r"b_up: expected on cpu \(as w_down\), got meta"),
 ]
 
@@ -235,6 +241,10 @@ def test_bad_options_are_named() -> None:
     adapter = random_adapter(5, 3, 2)
     with pytest.raises(TypeError, match="dtype: expected a floating-point dtype"):
         merge_adapters([adapter], dtype=torch.int8)
+    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype or None, got 'float16'"):
+        merge_adapters([adapter], dtype="float16")
+    with pytest.raises(TypeError, match=r"adapters\[0\]: expected a MergeInput, got Tensor"):
+        merge_adapters(adapter)
     with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda or None, got 'tpu'"):
         merge_adapters([adapter], backend="tpu")
     with pytest.raises(ValueError, match="backend: 'cuda' does not take this call: "):

@@ -11,11 +11,13 @@ import pytest
 import torch
 from timm_models import images, make
 
+from mosa_kernels.data.backbone import OFFLINE_BACKBONE
+from mosa_kernels.peft import MoSAConfig, inject_adapter, save_adapter
 from mosa_kernels.peft.book import book_of, find_book
 from mosa_kernels.train import job as job_module
 from mosa_kernels.train.backbones import create_backbone
 from mosa_kernels.train.job import Job
-from mosa_kernels.train.methods import METHODS, AdapterOptions, adapt, find_method, make_optimizer
+from mosa_kernels.train.methods import METHODS, AdapterOptions, adapt, find_method, make_optimizer, method_of
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.saved import open_saved
@@ -48,6 +50,21 @@ def test_a_short_run_is_reopened_as_it_was(
     assert all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(job.prepared.model.eval().cpu()(x), saved.model(x))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "linear"])
+def test_a_configuration_says_by_which_method_it_was_made(method: str) -> None:
+    config = adapt(make(), find_method(method), AdapterOptions(bottleneck=4), make_recipe("paper"), 0)
+    assert config is not None
+    assert method_of(config).name == method
+
+
+def test_an_adapter_alone_is_opened_as_it_was_configured(tmp_path: Path) -> None:
+    model = create_backbone(OFFLINE_BACKBONE, 3)
+    inject_adapter(model, MoSAConfig(style="lora", bottleneck=4, merge_rule="jigsaw"))
+    save_adapter(model, tmp_path)
+    settings = open_saved(tmp_path).settings
+    assert (settings.method, settings.recipe.merge_rule) == ("mosl", "jigsaw")
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,15 @@ def test_the_released_codes_first_epoch_runs_at_zero_however_short_the_run(epoch
     assert all(rate > 0 for rate in rates[3:])
 
 
+@pytest.mark.parametrize(("epochs", "warmup", "updates"), [(1, 0.0, 1), (2, 1.0, 1), (1, 0.5, 2)])
+def test_a_single_update_at_the_peak_is_no_matter_for_a_warning(
+    epochs: int, warmup: float, updates: int, caplog: pytest.LogCaptureFixture
+):
+    recipe = make_recipe("paper", epochs=epochs, warmup_epochs=warmup)
+    assert rates_of(recipe, updates)[-1] == recipe.lr
+    assert not caplog.records
+
+
 def test_schedule_may_be_entered_anywhere():
     recipe = make_recipe("paper", epochs=8)
     whole = rates_of(recipe, 5)

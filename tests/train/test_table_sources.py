@@ -16,7 +16,7 @@ from mosa_kernels.data.backbone import OFFLINE_BACKBONE, weights_of
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell, run_and_keep
 from mosa_kernels.train.table_runs import missing_cells
-from mosa_kernels.train.table_sources import Sources, require_same_sources
+from mosa_kernels.train.table_sources import Sources, require_same_sources, same_elsewhere
 
 
 @pytest.fixture
@@ -70,3 +70,42 @@ def test_data_are_opened_once_for_what_decides_them() -> None:
             for seed, workers in ((0, 0), (1, 0), (1, 2)):
                 sources.fingerprint(dataclasses.replace(settings, data_seed=seed, label_noise=noise, workers=workers))
             assert opened.call_count == (1 if settings == lists and not noise else 2)
+
+
+def moved(cell: Cell, place: Path) -> Cell:
+    """The same run, after its data and weights were moved."""
+    (place / "elsewhere").mkdir()
+    for name in ("data", "weights.safetensors"):
+        shutil.move(place / name, place / "elsewhere" / name)
+    there = {
+        "data": str(place / "elsewhere" / "data"),
+        "checkpoint": str(place / "elsewhere" / "weights.safetensors"),
+    }
+    return dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, **there))
+
+
+def test_runs_are_found_where_data_and_weights_were_moved(kept: tuple[Cell, Path]) -> None:
+    cell, place = kept
+    folder = place / "cells"
+    assert same_elsewhere([cell], folder, Sources()) == {}  # it is done
+    now = moved(cell, place)
+    assert missing_cells([now], folder) == [now]
+    assert same_elsewhere([now], folder, Sources()) == {now.path(folder): cell.path(folder)}
+    seed = dataclasses.replace(now.settings, recipe=dataclasses.replace(now.settings.recipe, seed=1))
+    others = [dataclasses.replace(now, settings=seed), dataclasses.replace(now, test=False)]
+    assert same_elsewhere(others, folder, Sources()) == {}
+    assert same_elsewhere([now], place / "nothing", Sources()) == {}
+    (folder / "not-of-this-version.json").write_text('{"settings": {"depth": 3}}')
+    assert len(same_elsewhere([now], folder, Sources())) == 1
+
+
+@pytest.mark.parametrize("what", ["data", "weights"])
+def test_runs_of_other_data_or_weights_elsewhere_are_not_taken(what: str, kept: tuple[Cell, Path]) -> None:
+    cell, place = kept
+    now = moved(cell, place)
+    if what == "data":
+        Image.new("RGB", (32, 32)).save(place / "elsewhere" / "data" / "train" / "disc" / "0.png")
+    else:
+        path = place / "elsewhere" / "weights.safetensors"
+        save_file({name: tensor + 0.1 for name, tensor in load_file(path).items()}, path)
+    assert same_elsewhere([now], place / "cells", Sources()) == {}
