@@ -179,6 +179,7 @@ class Idea:
         choose: makes the rule by which experts are chosen; None: at random.
         numbers: what validation chose in table ours-2.
         own_scale: what it chose in table ours-3, where it had the choice of the scale.
+        elsewhere: what it chose there otherwise, by task.
         against: the key of what it is held against.
         origin: "ours" or "control"; what is ours is held against every control, too.
     """
@@ -191,8 +192,12 @@ class Idea:
     choose: Callable[[], Choose] | None = None
     numbers: Mapping[str, float] = field(default_factory=lambda: {"lr": 0.03})
     own_scale: Mapping[str, float] = field(default_factory=lambda: {"lr": 0.01, "scale": 2.5})
+    elsewhere: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     against: str = "random"
     origin: str = "ours"
+
+    def numbers_of(self, task: Task) -> dict[str, float]:
+        return {**self.numbers, **self.elsewhere.get(task.name, {})}
 
 
 IDEAS = (
@@ -246,13 +251,21 @@ IDEAS = (
         choose=LearnedAssignment,
         against="anchored",
     ),
-    Idea("adaptformer", "AdaptFormer", "adaptformer", against="adaptformer", origin="control"),
+    Idea(
+        "adaptformer",
+        "AdaptFormer",
+        "adaptformer",
+        elsewhere={"count": {"scale": 1.0}},
+        against="adaptformer",
+        origin="control",
+    ),
     Idea(
         "dropout",
         "AdaptFormer + dropout",
         "dropout-wide",
         numbers={"lr": 0.03, "dropout": 0.1},
         own_scale={"lr": 0.01, "scale": 1.0, "dropout": 0.3},
+        elsewhere={"count": {"dropout": 0.1}},
         against="adaptformer",
         origin="control",
     ),
@@ -262,6 +275,7 @@ IDEAS = (
         "dropout-two-pass-wide",
         numbers={"lr": 0.03, "dropout": 0.1},
         own_scale={"lr": 0.01, "scale": 2.5, "dropout": 0.1},
+        elsewhere={"count": {"scale": 1.0}},
         against="adaptformer",
         origin="control",
     ),
@@ -298,7 +312,7 @@ def make_runs(table: Table, ideas: Sequence[Idea], seeds: Sequence[int], changes
     runs = []
     for idea, task, seed in itertools.product(ideas, table.tasks, seeds):
         row = dataclasses.replace(row_of(table, idea.variant), adapter=idea.adapter)
-        settings = cell_settings(table, row, task, dict(idea.numbers), seed, changes, tuning=False)
+        settings = cell_settings(table, row, task, idea.numbers_of(task), seed, changes, tuning=False)
         if idea.passes is not None:
             settings = dataclasses.replace(settings, passes=idea.passes)
         runs.append(Run(idea.key, task.name, Cell(f"{idea.key} {task.name} seed {seed}", settings, test=True)))
@@ -333,7 +347,7 @@ def report(table: Table, ideas: Sequence[Idea], results: Mapping[Run, Any], comm
         found = [result for run, result in results.items() if (run.idea, run.task) == (idea.key, task.name)]
         measured.setdefault(idea.key, {})[task.name] = Measured(
             accuracies=tuple(accuracy_of(result) for result in found),
-            choice=Choice(dict(idea.numbers), math.nan, ()),
+            choice=Choice(idea.numbers_of(task), math.nan, ()),
             parameters=found[0]["parameters"]["adapter"],
             seconds=statistics.fmean(result["seconds"] for result in found),
         )
@@ -355,10 +369,12 @@ def report(table: Table, ideas: Sequence[Idea], results: Mapping[Run, Any], comm
         table,
         variants,
         measured,
-        note=f"Test accuracy in percent, ± over seeds. Every row has {words(ideas[0])}, as validation chose it for the "
-        "first" + "".join(f"; {idea.title}: {words(idea)}" for idea in ideas if idea.numbers != ideas[0].numbers) + ".",
+        note="Test accuracy in percent, ± over seeds. " + chosen_numbers(ideas, table.tasks),
         how=f"`{command}`, {spent:.0f} s of one thread",
-        record={"numbers": {idea.key: dict(idea.numbers) for idea in ideas}, "command": command},
+        record={
+            "numbers": {idea.key: {task.name: idea.numbers_of(task) for task in table.tasks} for idea in ideas},
+            "command": command,
+        },
     )
 
 
@@ -401,11 +417,23 @@ def main(
 def with_numbers(idea: Idea, own_scale: bool, lr: float | None) -> Idea:
     """The idea at what one of the tables chose, with another learning rate where one is asked for."""
     numbers = dict(idea.own_scale if own_scale else idea.numbers)
-    return dataclasses.replace(idea, numbers=numbers if lr is None else {**numbers, "lr": lr})
+    elsewhere = idea.elsewhere if own_scale else {}
+    return dataclasses.replace(idea, numbers=numbers if lr is None else {**numbers, "lr": lr}, elsewhere=elsewhere)
 
 
-def words(idea: Idea) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in idea.numbers.items())
+def chosen_numbers(ideas: Sequence[Idea], tasks: Sequence[Task]) -> str:
+    """What every row has as the first has it, and what others have."""
+    first = ideas[0].numbers_of(tasks[0])
+    others = [
+        f"{idea.title}: {words(idea.numbers_of(task))}" + (f" on {task.name}" if len(tasks) > 1 else "")
+        for idea, task in itertools.product(ideas, tasks)
+        if idea.numbers_of(task) != first
+    ]
+    return "; ".join([f"Every row has {words(first)}, as validation chose it for the first", *others]) + "."
+
+
+def words(numbers: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in numbers.items())
 
 
 def chosen_ideas(keys: Sequence[str] | None) -> tuple[Idea, ...]:

@@ -153,6 +153,16 @@ def test_every_idea_is_a_run_of_its_own() -> None:
     settings = {run.idea: run.cell.settings for run in scaled}
     assert (settings["random"].adapter.scale, settings["random"].recipe.dropout) == (2.5, 0.0)
     assert (settings["dropout"].adapter.scale, settings["dropout"].recipe.dropout) == (1.0, 0.3)
+    counting = expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), ["count"])
+    controls = [idea for idea in own if idea.origin == "control"]
+    there = {
+        run.idea: run.cell.settings for run in expert_ideas.make_runs(counting, controls, [0], expert_ideas.Changes())
+    }
+    assert (there["adaptformer"].adapter.scale, there["dropout"].recipe.dropout) == (1.0, 0.1)
+    assert expert_ideas.chosen_numbers(controls, counting.tasks) == (
+        "Every row has lr 0.01, scale 1, as validation chose it for the first; AdaptFormer + dropout: lr 0.01, "
+        "scale 1, dropout 0.1; AdaptFormer + dropout, two passes + KL: lr 0.01, scale 1, dropout 0.1."
+    )
     layers = {run.idea: run.cell.settings.adapter.num_experts for run in runs}
     assert (layers["deep"], layers["random"]) == ((1, 1, 2, 2), 2)
 
