@@ -132,6 +132,17 @@ class Counts:
         return None
 
 
+class Dropouts:
+    """A dropout of its own for the adapter of each block."""
+
+    def __init__(self, *probabilities: float) -> None:
+        self.probabilities = probabilities
+
+    def __call__(self, labels: Tensor, trainer: Trainer) -> None:
+        for layer, probability in zip(adapters(trainer.model), self.probabilities, strict=True):
+            layer.dropout = probability
+
+
 def adapters(model: nn.Module) -> list[mk.FusedMoSAAdapter]:
     return [each for each in model.modules() if isinstance(each, mk.FusedMoSAAdapter)]
 
@@ -277,6 +288,26 @@ IDEAS = (
         own_scale={"lr": 0.01, "scale": 2.5, "dropout": 0.1},
         elsewhere={"count": {"scale": 1.0}},
         against="adaptformer",
+        origin="control",
+    ),
+    Idea(
+        "dropout-rising",
+        "the same, dropout 0, 0.1, 0.2 and 0.3 with depth",
+        "dropout-two-pass-wide",
+        choose=lambda: Dropouts(0.0, 0.1, 0.2, 0.3),
+        own_scale={"lr": 0.01, "scale": 2.5},
+        elsewhere={"count": {"scale": 1.0}},
+        against="dropout-two-pass",
+        origin="control",
+    ),
+    Idea(
+        "dropout-rising-high",
+        "the same, dropout 0, 0.2, 0.4 and 0.6 with depth",
+        "dropout-two-pass-wide",
+        choose=lambda: Dropouts(0.0, 0.2, 0.4, 0.6),
+        own_scale={"lr": 0.01, "scale": 2.5},
+        elsewhere={"count": {"scale": 1.0}},
+        against="dropout-two-pass",
         origin="control",
     ),
 )

@@ -50,7 +50,9 @@ def train(
     label_noise: Annotated[float | None, typer.Option(help="Share of training labels to make wrong.")] = None,
     style: Annotated[str | None, typer.Option(help="Where adapters sit: adaptformer, pfeiffer, houlsby, lora.")] = None,
     bottleneck: Annotated[int | None, typer.Option(help="Width r of the bottleneck.")] = None,
-    num_experts: Annotated[str | None, typer.Option(help="Number N of experts; or one per block, as 4,4,2.")] = None,
+    num_experts: Annotated[
+        str | None, typer.Option(help="Number N of experts; one per block, as 4,4,2; or 1:4, more with depth.")
+    ] = None,
     sparse: Annotated[str | None, typer.Option(help="Which projection is split: up, down, both, none.")] = None,
     granularity: Annotated[str | None, typer.Option(help="element, row, column, block, ...")] = None,
     activation: Annotated[str | None, typer.Option(help="gelu, relu, silu, identity.")] = None,
@@ -140,8 +142,8 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
     given = dict(given)
     if "layers" in given:
         given["layers"] = _numbers("layers", given["layers"], "numbers of blocks such as 0,1,5")
-    if "num_experts" in given:
-        counts = _numbers("num_experts", given["num_experts"], "a number, or one per block such as 4,4,2")
+    if "num_experts" in given and ":" not in given["num_experts"]:
+        counts = _numbers("num_experts", given["num_experts"], "a number, one per block such as 4,4,2, or 1:4")
         given["num_experts"] = counts[0] if len(counts) == 1 else counts
     if "lora_targets" in given:
         given["lora_targets"] = tuple(given["lora_targets"].split(","))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -36,8 +37,9 @@ class MoSAConfig:
             attention and after the FFN) or "lora" (added to what linear layers of attention make of their input).
         mode: "dense" (a plain adapter), "pruned" (SparseAdapter: one fixed mask keeps 1/N of the weights) or "mosa".
         bottleneck: r.
-        num_experts: N, or one N for each block that gets adapters, in their order; mode "dense" has one whatever is
-            said here, and "pruned" keeps 1/N.
+        num_experts: N, or one N for each block that gets adapters, in their order, or "first:last", which steps by one
+            from the first to the last over equal parts of the blocks ("1:4": of twelve, three with one expert, three
+            with two and so on); mode "dense" has one whatever is said here, and "pruned" keeps 1/N.
         activation: "gelu", "gelu_tanh", "relu", "silu" or "identity"; None: the style's.
         scale: factor on the adapter's output; None: the style's.
         norm: whether the adapter normalises its input; None: as the style does.
@@ -68,7 +70,7 @@ class MoSAConfig:
     style: str = "adaptformer"
     mode: str = "mosa"
     bottleneck: int = 64
-    num_experts: int | tuple[int, ...] = 4
+    num_experts: int | str | tuple[int, ...] = 4
     activation: str | None = None
     scale: float | None = None
     norm: bool | None = None
@@ -104,9 +106,10 @@ class MoSAConfig:
             check_count(name, getattr(self, name))
         if _is_listing(self.num_experts):
             object.__setattr__(self, "num_experts", tuple(self.num_experts))  # type: ignore[arg-type]
-        if not self._experts:
+        counts = expert_counts(self.num_experts)
+        if not counts:
             raise ValueError("num_experts: expected a number or one for each block, got an empty list")
-        for count in self._experts:
+        for count in counts:
             check_count("num_experts", count, MAX_EXPERTS)
         check_seed("seed", self.seed)
         for name in ("expert_bias", "anchored", "learnable_scale"):
@@ -117,7 +120,7 @@ class MoSAConfig:
             check_number("scale", self.scale)
         check_probability("dropout", self.dropout)
         check_expert_scale(self.expert_scale)
-        if self.mode == "pruned" and min(self._experts) < 2:
+        if self.mode == "pruned" and min(counts) < 2:
             raise ValueError(f"num_experts: expected at least 2 for mode 'pruned', got {self.num_experts}")
         if self.mode == "pruned" and self.sparse == "none":
             raise ValueError("sparse: expected up, down or both for mode 'pruned', which keeps 1/N, got 'none'")
@@ -137,10 +140,6 @@ class MoSAConfig:
         if self.norm:
             raise ValueError("norm: expected None or False for style 'lora', whose updates fold into weights, got True")
 
-    @property
-    def _experts(self) -> tuple[int, ...]:
-        return self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
-
     def experts_of(self, blocks: int) -> list[int]:
         """N of each of the `blocks` blocks that get adapters.
 
@@ -149,8 +148,9 @@ class MoSAConfig:
         """
         if self.mode == "dense" or self.sparse == "none":
             return [1] * blocks
+        counts = expert_counts(self.num_experts)
         if not isinstance(self.num_experts, tuple):
-            return [self.num_experts] * blocks
+            return [counts[len(counts) * block // blocks] for block in range(blocks)]
         if len(self.num_experts) != blocks:
             raise ValueError(
                 f"num_experts: expected one number, or one for each of the {blocks} blocks with adapters, got "
@@ -217,6 +217,25 @@ class MoSAConfig:
         if not isinstance(values, dict):
             raise ValueError(f"expected the JSON object of a MoSAConfig, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def expert_counts(num_experts: int | str | tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of experts that blocks have, in their order; see `MoSAConfig`.
+
+    Raises:
+        ValueError: a text that is not "first:last".
+    """
+    if not isinstance(num_experts, str):
+        return num_experts if isinstance(num_experts, tuple) else (num_experts,)
+    ends = re.fullmatch(r"(\d{1,4}):(\d{1,4})", num_experts, re.ASCII)
+    if ends is None:
+        raise ValueError(
+            "num_experts: expected a number, one for each block, or the first and the last as '1:4', got "
+            f"{num_experts!r}"
+        )
+    first, last = int(ends[1]), int(ends[2])
+    step = 1 if first <= last else -1
+    return tuple(range(first, last + step, step))
 
 
 def _is_listing(value: Any) -> bool:

@@ -112,7 +112,7 @@ class AdapterOptions:
 
     style: str | None = None
     bottleneck: int | None = None
-    num_experts: int | tuple[int, ...] = 4
+    num_experts: int | str | tuple[int, ...] = 4
     sparse: str = "up"
     granularity: str = "element"
     activation: str | None = None

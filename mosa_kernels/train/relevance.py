@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from mosa_kernels.data.lists import named_folder
 from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.data.open import LISTED, NAMED
+from mosa_kernels.peft.config import expert_counts
 from mosa_kernels.train.methods import AdapterOptions, find_method
 from mosa_kernels.train.settings import Settings
 
@@ -95,8 +96,7 @@ def _leave_terms(settings: Settings, leave: Callable[[Iterable[str], str], None]
 
 def _has_turns(options: AdapterOptions) -> bool:
     """Whether there is more than one expert in any block."""
-    counts = options.num_experts if isinstance(options.num_experts, tuple) else (options.num_experts,)
-    return options.sparse != "none" and max(counts) > 1
+    return options.sparse != "none" and max(expert_counts(options.num_experts)) > 1
 
 
 def refuse_meaningless(settings: Settings, given: Iterable[str]) -> None:

@@ -48,7 +48,7 @@ def command_of(script: str, main: Callable[..., None], given: Mapping[str, Any])
     for name, value in given.items():
         if name not in ("output", "workers") and value != usual[name].default:
             for each in value if isinstance(value, list) else [value]:
-                words += [f"--{name.replace('_', '-')}", str(each)]
+                words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]  # True: a flag
     return shlex.join(words)
 
 

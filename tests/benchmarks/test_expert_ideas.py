@@ -79,6 +79,12 @@ def test_experts_join_and_part_by_schedule() -> None:
     )
 
 
+def test_each_block_has_a_dropout_of_its_own() -> None:
+    model = model_of()
+    assert expert_ideas.Dropouts(0.0, 0.1, 0.2, 0.3)(torch.arange(2), trainer_at(0, model)) is None
+    assert [layer.dropout for layer in expert_ideas.adapters(model)] == [0.0, 0.1, 0.2, 0.3]
+
+
 def test_a_directed_objective_runs_the_experts_that_its_rule_names() -> None:
     model, seen = model_of(), []
 
@@ -120,11 +126,11 @@ def test_each_expert_owns_the_half_that_its_classes_pull_at() -> None:
 def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     options = {"idea": ["anchored-learned"], "task": [TASK], "bottleneck": 4, "epochs": 4, "seeds": 1, "workers": 1}
-    expert_ideas.main(tmp_path, lr=0.01, **options)
+    expert_ideas.main(tmp_path, lr=0.01, own_scale=True, **options)
     record = json.loads((tmp_path / "ideas.json").read_text())
     assert set(record["measured"]) == {"anchored", "anchored-learned"}
-    repeats = f"expert_ideas.py OUTPUT --idea anchored-learned --task '{TASK}' --lr 0.01 --bottleneck 4 --epochs 4"
-    assert record["command"] == f"python benchmarks/{repeats} --seeds 1"
+    what = f"--idea anchored-learned --task '{TASK}' --own-scale --lr 0.01 --bottleneck 4 --epochs 4 --seeds 1"
+    assert record["command"] == f"python benchmarks/expert_ideas.py OUTPUT {what}"
     assert f"`{record['command']}`, " in (tmp_path / "ideas.md").read_text()
     (difference,) = record["differences"]
     learned, random = (record["measured"][key][TASK][0] for key in ("anchored-learned", "anchored"))
@@ -136,7 +142,7 @@ def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) ->
     changed = json.loads(cell.read_text())
     changed["measured"]["mean"]["accuracy"] = 12.5
     cell.write_text(json.dumps(changed))
-    expert_ideas.main(tmp_path, lr=0.01, **options)
+    expert_ideas.main(tmp_path, lr=0.01, own_scale=True, **options)
     again = json.loads((tmp_path / "ideas.json").read_text())
     assert again["measured"]["anchored-learned"][TASK] == [12.5]  # read, not run again
 
@@ -154,7 +160,7 @@ def test_every_idea_is_a_run_of_its_own() -> None:
     assert (settings["random"].adapter.scale, settings["random"].recipe.dropout) == (2.5, 0.0)
     assert (settings["dropout"].adapter.scale, settings["dropout"].recipe.dropout) == (1.0, 0.3)
     counting = expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), ["count"])
-    controls = [idea for idea in own if idea.origin == "control"]
+    controls = [idea for idea in own if idea.key in ("adaptformer", "dropout", "dropout-two-pass")]
     there = {
         run.idea: run.cell.settings for run in expert_ideas.make_runs(counting, controls, [0], expert_ideas.Changes())
     }

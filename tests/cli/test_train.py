@@ -209,6 +209,7 @@ def test_lists_are_read() -> None:
     adapter = settings_of(lists, None).adapter
     assert (adapter.num_experts, adapter.lora_targets) == ((4, 4, 2), ("q", "proj"))
     assert settings_of({"data": "x", "num_experts": "3"}, None).adapter.num_experts == 3
+    assert settings_of({"data": "x", "num_experts": "1:4"}, None).adapter.num_experts == "1:4"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,8 @@ def test_lists_are_read() -> None:
         (("--data", "offline:digits", "--mixed-precision", "fp16", "--cpu"), "fp16 needs a GPU"),
         (("--data", "offline:digits", "--accumulate", "3"), "accumulate: expected a divisor of the batch size 128"),
         (("--data", "offline:digits", "--layers", "first"), "layers: expected numbers of blocks such as 0,1,5"),
-        (("--data", "offline:digits", "--num-experts", "few"), "num_experts: expected a number, or one per block"),
+        (("--data", "offline:digits", "--num-experts", "few"), "num_experts: expected a number, one per block"),
+        (("--data", "offline:digits", "--num-experts", "1:x"), "or the first and the last as '1:4', got '1:x'"),
         (("--data", "offline:digits", "--bottleneck", "0"), "bottleneck: expected at least 1, got 0"),
         (("--data", "/no/such/folder", "--model", "resnet18"), "model: expected a timm ViT"),
         (("--data", "/no/such/folder", "--layers", "4"), "layers: expected indices from -4 to 3 for 4 blocks, got 4"),

@@ -25,7 +25,9 @@ def test_defaults_of_a_style_fill_what_is_none() -> None:
         style=st.sampled_from(sorted(set(STYLES) - {"lora"})),
         mode=st.sampled_from(("dense", "mosa")),
         bottleneck=st.integers(1, 300),
-        num_experts=st.integers(1, 255) | st.lists(st.integers(1, 255), min_size=1, max_size=3).map(tuple),
+        num_experts=st.integers(1, 255)
+        | st.lists(st.integers(1, 255), min_size=1, max_size=3).map(tuple)
+        | st.tuples(st.integers(1, 255), st.integers(1, 255)).map("{0[0]}:{0[1]}".format),
         scale=st.none() | st.floats(-1, 1),
         norm=st.none() | st.booleans(),
         expert_scale=st.just("N") | st.floats(0.1, 4),
@@ -60,6 +62,11 @@ def test_json_refuses_what_it_does_not_know() -> None:
         ("num_experts", 256, "at most 255"),
         ("num_experts", [4, 0], "at least 1"),
         ("num_experts", [], "one for each block"),
+        ("num_experts", "4", "the first and the last as '1:4', got '4'"),
+        ("num_experts", "1:", "the first and the last"),
+        ("num_experts", "-1:4", "the first and the last"),
+        ("num_experts", "0:4", "at least 1"),
+        ("num_experts", "1:256", "at most 255"),
         ("lora_targets", ["q", "qkv"], "some of q, k, v, proj"),
         ("lora_targets", ["q", "q"], "each once"),
         ("lora_targets", [], "some of q, k, v, proj"),
@@ -97,6 +104,8 @@ def test_each_error_names_field_expected_and_got(field: str, value: object, expe
 def test_options_that_contradict_each_other() -> None:
     with pytest.raises(ValueError, match="num_experts: expected at least 2 for mode 'pruned'"):
         MoSAConfig(mode="pruned", num_experts=1)
+    with pytest.raises(ValueError, match="num_experts: expected at least 2 for mode 'pruned', got 1:4"):
+        MoSAConfig(mode="pruned", num_experts="1:4")
     with pytest.raises(ValueError, match="anchored: expected False for mode 'dense'"):
         MoSAConfig(mode="dense", anchored=True)
     with pytest.raises(ValueError, match="anchored: expected False for sparse 'none'"):
@@ -122,6 +131,13 @@ def test_experts_of_each_block() -> None:
     assert MoSAConfig(num_experts=[3, 1]).experts_of(2) == [3, 1]  # type: ignore[arg-type]
     assert MoSAConfig(num_experts=3, mode="dense").experts_of(2) == [1, 1]
     assert MoSAConfig(num_experts=3, sparse="none").experts_of(2) == [1, 1]
+    assert MoSAConfig(num_experts="1:4").experts_of(4) == [1, 2, 3, 4]
+    assert MoSAConfig(num_experts="1:4").experts_of(12) == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert MoSAConfig(num_experts="1:4").experts_of(6) == [1, 1, 2, 3, 3, 4]
+    assert MoSAConfig(num_experts="1:4").experts_of(2) == [1, 3]
+    assert MoSAConfig(num_experts="3:1").experts_of(3) == [3, 2, 1]
+    assert MoSAConfig(num_experts="2:2").experts_of(2) == [2, 2]
+    assert MoSAConfig(num_experts="1:4", mode="dense").experts_of(2) == [1, 1]
     with pytest.raises(ValueError, match=r"num_experts: expected one number, or one for each of the 3 blocks .* got 2"):
         MoSAConfig(num_experts=(3, 1)).experts_of(3)
 
