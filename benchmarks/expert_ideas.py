@@ -290,25 +290,21 @@ IDEAS = (
         against="adaptformer",
         origin="control",
     ),
-    Idea(
-        "dropout-rising",
-        "the same, dropout 0, 0.1, 0.2 and 0.3 with depth",
-        "dropout-two-pass-wide",
-        choose=lambda: Dropouts(0.0, 0.1, 0.2, 0.3),
-        own_scale={"lr": 0.01, "scale": 2.5},
-        elsewhere={"count": {"scale": 1.0}},
-        against="dropout-two-pass",
-        origin="control",
-    ),
-    Idea(
-        "dropout-rising-high",
-        "the same, dropout 0, 0.2, 0.4 and 0.6 with depth",
-        "dropout-two-pass-wide",
-        choose=lambda: Dropouts(0.0, 0.2, 0.4, 0.6),
-        own_scale={"lr": 0.01, "scale": 2.5},
-        elsewhere={"count": {"scale": 1.0}},
-        against="dropout-two-pass",
-        origin="control",
+    *(
+        Idea(
+            key,
+            f"the same, dropout {words} with depth",
+            "dropout-two-pass-wide",
+            choose=functools.partial(Dropouts, *probabilities),
+            own_scale={"lr": 0.01, "scale": 2.5},
+            elsewhere={"count": {"scale": 1.0}},
+            against="dropout-two-pass",
+            origin="control",
+        )
+        for key, words, probabilities in (
+            ("dropout-rising", "0, 0.1, 0.2 and 0.3", (0.0, 0.1, 0.2, 0.3)),
+            ("dropout-rising-high", "0, 0.2, 0.4 and 0.6", (0.0, 0.2, 0.4, 0.6)),
+        )
     ),
 )
 
