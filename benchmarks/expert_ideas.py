@@ -1,11 +1,11 @@
 """What else experts could do than be drawn at random everywhere, always: each idea against MoSA without it.
 
     python benchmarks/expert_ideas.py benchmarks/accuracy/ideas
-    python benchmarks/expert_ideas.py benchmarks/accuracy/ideas_scale --own-scale
+    python benchmarks/expert_ideas.py benchmarks/accuracy/ideas_scale --table ours-3
 
 Every idea is the MoSA of `table ours-2` that does best (an expert of two per sample, multiplied by N; two passes) with
-one thing changed, at the learning rate that validation chose there, as ablations are run in the paper, beside that
-table's controls at what it chose for them; with --own-scale, at the scale, too, that it chose in `table ours-3`.
+one thing changed, at what validation chose for it there, as ablations are run in the paper, beside that table's
+controls at what it chose for them. Other tables chose the scale as well (ours-3), or have other tasks (ours-4, ours-5).
 Eight seeds, each tested once. Runs that are done are not done again.
 """
 
@@ -41,7 +41,10 @@ from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_spec import Changes, Row, Table, Task, cell_settings, read_table
 from mosa_kernels.train.variant_report import Variant, command_of, write_variants
 
+CHOICES = Path(__file__).parent / "accuracy" / "offline"  # what validation chose in each table
+TABLES = ("ours-2", "ours-3", "ours-4", "ours-5")
 SHARE = 0.25  # of the epochs, for what happens in the beginning or the end
+Numbers = dict[str, float]
 Choose = Callable[[Tensor, Trainer], "Tensor | int | None"]  # labels of a batch, trainer -> experts; None: at random
 
 
@@ -184,31 +187,32 @@ class Idea:
 
     Attributes:
         key, title: for files and for readers.
-        variant: of the table of tables that it starts from.
+        variant: the row that it starts from, in the words that all tables share.
         adapter: overrides of its adapter options.
         passes: of each batch; None: the variant's.
         choose: makes the rule by which experts are chosen; None: at random.
-        numbers: what validation chose in table ours-2.
-        own_scale: what it chose in table ours-3, where it had the choice of the scale.
-        elsewhere: what it chose there otherwise, by task.
         against: the key of what it is held against.
+        sets_dropout: in place of what was chosen.
         origin: "ours" or "control"; what is ours is held against every control, too.
     """
 
     key: str
     title: str
-    variant: str = "mosa-scaled-n2"
+    variant: str = "mosa-n2"
     adapter: Mapping[str, Any] = field(default_factory=dict)
     passes: int | None = None
     choose: Callable[[], Choose] | None = None
-    numbers: Mapping[str, float] = field(default_factory=lambda: {"lr": 0.03})
-    own_scale: Mapping[str, float] = field(default_factory=lambda: {"lr": 0.01, "scale": 2.5})
-    elsewhere: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     against: str = "random"
+    sets_dropout: bool = False
     origin: str = "ours"
 
-    def numbers_of(self, task: Task) -> dict[str, float]:
-        return {**self.numbers, **self.elsewhere.get(task.name, {})}
+
+def variant_in(table: Table, idea: Idea) -> str:
+    """The row of a table that an idea starts from: ours-2, whose scale is given, has names of its own for some."""
+    if table.number != "ours-2":
+        return f"{idea.variant}-own-scale"
+    own = {"mosa-n2": "mosa-scaled-n2", "dropout": "dropout-wide", "dropout-two-pass": "dropout-two-pass-wide"}
+    return own.get(idea.variant, idea.variant)
 
 
 IDEAS = (
@@ -216,6 +220,7 @@ IDEAS = (
     Idea("deep", "experts in the deeper half of the blocks alone", adapter={"num_experts": [1, 1, 2, 2]}),
     Idea("shallow", "experts in the shallower half alone", adapter={"num_experts": [2, 2, 1, 1]}),
     Idea("rising", "1, 2, 3 and 4 experts with depth", adapter={"num_experts": [1, 2, 3, 4]}),
+    Idea("rising-steep", "1, 3, 5 and 7 experts with depth", adapter={"num_experts": [1, 3, 5, 7]}),
     Idea("falling", "4, 3, 2 and 1 experts with depth", adapter={"num_experts": [4, 3, 2, 1]}),
     Idea("merged-first", "merged in the first quarter (dense warm-up)", choose=lambda: merged_first),
     Idea("merged-last", "merged in the last quarter", choose=lambda: merged_last),
@@ -263,30 +268,18 @@ IDEAS = (
         against="anchored",
     ),
     Idea(
-        "adaptformer",
-        "AdaptFormer",
-        "adaptformer",
-        elsewhere={"count": {"scale": 1.0}},
-        against="adaptformer",
-        origin="control",
+        "anchored-rising",
+        "anchored, 1, 2, 3 and 4 experts with depth",
+        "mosa-anchored-n2",
+        adapter={"num_experts": [1, 2, 3, 4]},
+        against="anchored",
     ),
-    Idea(
-        "dropout",
-        "AdaptFormer + dropout",
-        "dropout-wide",
-        numbers={"lr": 0.03, "dropout": 0.1},
-        own_scale={"lr": 0.01, "scale": 1.0, "dropout": 0.3},
-        elsewhere={"count": {"dropout": 0.1}},
-        against="adaptformer",
-        origin="control",
-    ),
+    Idea("adaptformer", "AdaptFormer", "adaptformer", against="adaptformer", origin="control"),
+    Idea("dropout", "AdaptFormer + dropout", "dropout", against="adaptformer", origin="control"),
     Idea(
         "dropout-two-pass",
         "AdaptFormer + dropout, two passes + KL",
-        "dropout-two-pass-wide",
-        numbers={"lr": 0.03, "dropout": 0.1},
-        own_scale={"lr": 0.01, "scale": 2.5, "dropout": 0.1},
-        elsewhere={"count": {"scale": 1.0}},
+        "dropout-two-pass",
         against="adaptformer",
         origin="control",
     ),
@@ -294,11 +287,10 @@ IDEAS = (
         Idea(
             key,
             f"the same, dropout {words} with depth",
-            "dropout-two-pass-wide",
+            "dropout-two-pass",
             choose=functools.partial(Dropouts, *probabilities),
-            own_scale={"lr": 0.01, "scale": 2.5},
-            elsewhere={"count": {"scale": 1.0}},
             against="dropout-two-pass",
+            sets_dropout=True,
             origin="control",
         )
         for key, words, probabilities in (
@@ -334,12 +326,35 @@ class Run:
         return next(idea.choose for idea in IDEAS if idea.key == self.idea)
 
 
-def make_runs(table: Table, ideas: Sequence[Idea], seeds: Sequence[int], changes: Changes) -> list[Run]:
+def chosen_numbers(table: Table, ideas: Sequence[Idea], lr: float | None = None) -> dict[tuple[str, str], Numbers]:
+    """What validation chose for each idea on each task of a table, which its record holds.
+
+    Args:
+        table: which.
+        ideas: what they set themselves is left out.
+        lr: in place of what was chosen.
+    """
+    rows, numbers = read_json(CHOICES / f"{table.number}.json")["rows"], {}
+    for idea, task in itertools.product(ideas, table.tasks):
+        chosen = dict(rows[variant_in(table, idea)]["tasks"][task.name]["choice"]["numbers"])
+        if idea.sets_dropout:
+            del chosen["dropout"]
+        numbers[idea.key, task.name] = chosen if lr is None else {**chosen, "lr": lr}
+    return numbers
+
+
+def make_runs(
+    table: Table,
+    ideas: Sequence[Idea],
+    numbers: Mapping[tuple[str, str], Numbers],
+    seeds: Sequence[int],
+    changes: Changes,
+) -> list[Run]:
     """Every idea on every task with every seed."""
     runs = []
     for idea, task, seed in itertools.product(ideas, table.tasks, seeds):
-        row = dataclasses.replace(row_of(table, idea.variant), adapter=idea.adapter)
-        settings = cell_settings(table, row, task, idea.numbers_of(task), seed, changes, tuning=False)
+        row = dataclasses.replace(row_of(table, variant_in(table, idea)), adapter=idea.adapter)
+        settings = cell_settings(table, row, task, numbers[idea.key, task.name], seed, changes, tuning=False)
         if idea.passes is not None:
             settings = dataclasses.replace(settings, passes=idea.passes)
         runs.append(Run(idea.key, task.name, Cell(f"{idea.key} {task.name} seed {seed}", settings, test=True)))
@@ -367,14 +382,21 @@ def keep(run: Run, folder: Path) -> dict[str, Any]:
     return result
 
 
-def report(table: Table, ideas: Sequence[Idea], results: Mapping[Run, Any], command: str, output: Path) -> str:
+def report(
+    table: Table,
+    ideas: Sequence[Idea],
+    numbers: Mapping[tuple[str, str], Numbers],
+    results: Mapping[Run, Any],
+    command: str,
+    output: Path,
+) -> str:
     """Writes table, picture and record, which name the command; returns the Markdown."""
     measured: dict[str, dict[str, Measured]] = {}
     for idea, task in itertools.product(ideas, table.tasks):
         found = [result for run, result in results.items() if (run.idea, run.task) == (idea.key, task.name)]
         measured.setdefault(idea.key, {})[task.name] = Measured(
             accuracies=tuple(accuracy_of(result) for result in found),
-            choice=Choice(idea.numbers_of(task), math.nan, ()),
+            choice=Choice(numbers[idea.key, task.name], math.nan, ()),
             parameters=found[0]["parameters"]["adapter"],
             seconds=statistics.fmean(result["seconds"] for result in found),
         )
@@ -396,10 +418,10 @@ def report(table: Table, ideas: Sequence[Idea], results: Mapping[Run, Any], comm
         table,
         variants,
         measured,
-        note="Test accuracy in percent, ± over seeds. " + chosen_numbers(ideas, table.tasks),
+        note="Test accuracy in percent, ± over seeds. " + told_numbers(ideas, table.tasks, numbers),
         how=f"`{command}`, {spent:.0f} s of one thread",
         record={
-            "numbers": {idea.key: {task.name: idea.numbers_of(task) for task in table.tasks} for idea in ideas},
+            "numbers": {idea.key: {task.name: numbers[idea.key, task.name] for task in table.tasks} for idea in ideas},
             "command": command,
         },
     )
@@ -408,9 +430,9 @@ def report(table: Table, ideas: Sequence[Idea], results: Mapping[Run, Any], comm
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the table, the picture and the runs' files.")],
     idea: Annotated[list[str] | None, typer.Option(help="Only these, by key, and what they are held against.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Some of the tasks of table ours-2; repeat.")] = None,
-    own_scale: Annotated[bool, typer.Option(help="Learning rate, scale and dropout of table ours-3.")] = False,
-    lr: Annotated[float | None, typer.Option(help="In place of what those tables chose.", min=0)] = None,
+    table: Annotated[str, typer.Option(help="Whose tasks and choices: " + ", ".join(TABLES) + ".")] = TABLES[0],
+    task: Annotated[list[str] | None, typer.Option(help="Some of its tasks; repeat.")] = None,
+    lr: Annotated[float | None, typer.Option(help="In place of what the table chose.", min=0)] = None,
     bottleneck: Annotated[int, typer.Option(help="r.", min=1)] = 64,
     epochs: Annotated[int | None, typer.Option(help="Another length of each run.", min=1)] = None,
     seeds: Annotated[int, typer.Option(help="How many.", min=1, max=100)] = 8,
@@ -420,10 +442,11 @@ def main(
     """Compares ways to use experts."""
     command = command_of("benchmarks/expert_ideas.py", main, locals())
     console, began = Console(), time.perf_counter()
-    ideas = [with_numbers(each, own_scale, lr) for each in chosen_ideas(idea)]
-    table = chosen_tasks(dataclasses.replace(read_table("ours-2"), bottleneck=bottleneck), task)
+    ideas = chosen_ideas(idea)
+    compared = chosen_tasks(dataclasses.replace(chosen_table(table), bottleneck=bottleneck), task)
+    numbers = chosen_numbers(compared, ideas, lr)
     changes = Changes(recipe={} if epochs is None else {"epochs": epochs})
-    runs = make_runs(table, ideas, range(first_seed, first_seed + seeds), changes)
+    runs = make_runs(compared, ideas, numbers, range(first_seed, first_seed + seeds), changes)
     folder = output / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     missing, done = [run for run in runs if run.result(folder) is None], itertools.count(1)
@@ -436,30 +459,23 @@ def main(
         )
 
     run_side_by_side(missing, functools.partial(keep, folder=folder), workers, tell)
-    markdown = report(table, ideas, {run: keep(run, folder) for run in runs}, command, output)
+    markdown = report(compared, ideas, numbers, {run: keep(run, folder) for run in runs}, command, output)
     console.print(markdown, highlight=False, markup=False)
     console.print(f"{time.perf_counter() - began:.0f} s; written to {output}/", highlight=False)
 
 
-def with_numbers(idea: Idea, own_scale: bool, lr: float | None) -> Idea:
-    """The idea at what one of the tables chose, with another learning rate where one is asked for."""
-    numbers = dict(idea.own_scale if own_scale else idea.numbers)
-    elsewhere = idea.elsewhere if own_scale else {}
-    return dataclasses.replace(idea, numbers=numbers if lr is None else {**numbers, "lr": lr}, elsewhere=elsewhere)
-
-
-def chosen_numbers(ideas: Sequence[Idea], tasks: Sequence[Task]) -> str:
+def told_numbers(ideas: Sequence[Idea], tasks: Sequence[Task], numbers: Mapping[tuple[str, str], Numbers]) -> str:
     """What every row has as the first has it, and what others have."""
-    first = ideas[0].numbers_of(tasks[0])
+    first = numbers[ideas[0].key, tasks[0].name]
     others = [
-        f"{idea.title}: {words(idea.numbers_of(task))}" + (f" on {task.name}" if len(tasks) > 1 else "")
+        f"{idea.title}: {words(its)}" + (f" on {task.name}" if len(tasks) > 1 else "")
         for idea, task in itertools.product(ideas, tasks)
-        if idea.numbers_of(task) != first
+        if (its := numbers[idea.key, task.name]) != first
     ]
     return "; ".join([f"Every row has {words(first)}, as validation chose it for the first", *others]) + "."
 
 
-def words(numbers: Mapping[str, float]) -> str:
+def words(numbers: Numbers) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in numbers.items())
 
 
@@ -475,6 +491,17 @@ def chosen_ideas(keys: Sequence[str] | None) -> tuple[Idea, ...]:
         raise typer.BadParameter(f"expected some of {', '.join(known)}, got {', '.join(unknown)}", param_hint="--idea")
     wanted = set(keys or known) | {known[key].against for key in keys or ()}
     return tuple(idea for idea in IDEAS if idea.key in wanted)
+
+
+def chosen_table(name: str) -> Table:
+    """The table of that name.
+
+    Raises:
+        BadParameter: none whose choices are used here.
+    """
+    if name not in TABLES:
+        raise typer.BadParameter(f"expected one of {', '.join(TABLES)}, got {name}", param_hint="--table")
+    return read_table(name)
 
 
 def chosen_tasks(table: Table, names: Sequence[str] | None) -> Table:

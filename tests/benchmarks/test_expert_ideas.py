@@ -126,10 +126,10 @@ def test_each_expert_owns_the_half_that_its_classes_pull_at() -> None:
 def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     options = {"idea": ["anchored-learned"], "task": [TASK], "bottleneck": 4, "epochs": 4, "seeds": 1, "workers": 1}
-    expert_ideas.main(tmp_path, lr=0.01, own_scale=True, **options)
+    expert_ideas.main(tmp_path, lr=0.01, table="ours-3", **options)
     record = json.loads((tmp_path / "ideas.json").read_text())
     assert set(record["measured"]) == {"anchored", "anchored-learned"}
-    what = f"--idea anchored-learned --task '{TASK}' --own-scale --lr 0.01 --bottleneck 4 --epochs 4 --seeds 1"
+    what = f"--idea anchored-learned --table ours-3 --task '{TASK}' --lr 0.01 --bottleneck 4 --epochs 4 --seeds 1"
     assert record["command"] == f"python benchmarks/expert_ideas.py OUTPUT {what}"
     assert f"`{record['command']}`, " in (tmp_path / "ideas.md").read_text()
     (difference,) = record["differences"]
@@ -142,39 +142,59 @@ def test_a_comparison_is_written_and_goes_on_where_it_stopped(tmp_path: Path) ->
     changed = json.loads(cell.read_text())
     changed["measured"]["mean"]["accuracy"] = 12.5
     cell.write_text(json.dumps(changed))
-    expert_ideas.main(tmp_path, lr=0.01, own_scale=True, **options)
+    expert_ideas.main(tmp_path, lr=0.01, table="ours-3", **options)
     again = json.loads((tmp_path / "ideas.json").read_text())
     assert again["measured"]["anchored-learned"][TASK] == [12.5]  # read, not run again
 
 
+def runs_of(table: str, task: str, ideas=expert_ideas.IDEAS, seeds=(0,)) -> list:
+    compared = expert_ideas.chosen_tasks(expert_ideas.chosen_table(table), [task])
+    numbers = expert_ideas.chosen_numbers(compared, ideas)
+    return expert_ideas.make_runs(compared, ideas, numbers, seeds, expert_ideas.Changes())
+
+
 def test_every_idea_is_a_run_of_its_own() -> None:
-    table = expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), [TASK])
-    runs = expert_ideas.make_runs(table, expert_ideas.IDEAS, [0], expert_ideas.Changes())
-    assert len({(run.cell.identity, run.choose) for run in runs}) == len(expert_ideas.IDEAS)
-    own = [expert_ideas.with_numbers(idea, True, None) for idea in expert_ideas.IDEAS]
-    scaled = expert_ideas.make_runs(table, own, [0], expert_ideas.Changes())
-    further = expert_ideas.make_runs(table, expert_ideas.IDEAS[:1], range(8, 10), expert_ideas.Changes())
-    assert [run.cell.settings.data_seed for run in further] == [8, 9]
+    runs, scaled = runs_of("ours-2", TASK), runs_of("ours-3", TASK)
+    for each in (runs, scaled):
+        assert len({(run.cell.identity, run.choose) for run in each}) == len(expert_ideas.IDEAS)
     assert not {run.cell.identity for run in runs} & {run.cell.identity for run in scaled}
-    settings = {run.idea: run.cell.settings for run in scaled}
-    assert (settings["random"].adapter.scale, settings["random"].recipe.dropout) == (2.5, 0.0)
-    assert (settings["dropout"].adapter.scale, settings["dropout"].recipe.dropout) == (1.0, 0.3)
-    counting = expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), ["count"])
-    controls = [idea for idea in own if idea.key in ("adaptformer", "dropout", "dropout-two-pass")]
-    there = {
-        run.idea: run.cell.settings for run in expert_ideas.make_runs(counting, controls, [0], expert_ideas.Changes())
-    }
-    assert (there["adaptformer"].adapter.scale, there["dropout"].recipe.dropout) == (1.0, 0.1)
-    assert expert_ideas.chosen_numbers(controls, counting.tasks) == (
-        "Every row has lr 0.01, scale 1, as validation chose it for the first; AdaptFormer + dropout: lr 0.01, "
-        "scale 1, dropout 0.1; AdaptFormer + dropout, two passes + KL: lr 0.01, scale 1, dropout 0.1."
-    )
+    further = runs_of("ours-2", TASK, expert_ideas.IDEAS[:1], range(8, 10))
+    assert [run.cell.settings.data_seed for run in further] == [8, 9]
     layers = {run.idea: run.cell.settings.adapter.num_experts for run in runs}
     assert (layers["deep"], layers["random"]) == ((1, 1, 2, 2), 2)
+
+
+def test_each_idea_has_what_validation_chose_in_the_table() -> None:
+    def numbers(table: str, task: str) -> dict[str, tuple[float, float, float]]:
+        settings = {run.idea: run.cell.settings for run in runs_of(table, task)}
+        return {key: (each.recipe.lr, each.adapter.scale, each.recipe.dropout) for key, each in settings.items()}
+
+    there = numbers("ours-2", "count")
+    assert (there["random"], there["dropout"]) == ((0.03, None, 0.0), (0.03, None, 0.1))
+    there = numbers("ours-3", TASK)
+    assert {there[key] for key in ("random", "rising", "anchored-class", "dropout-rising")} == {(0.01, 2.5, 0.0)}
+    assert (there["dropout"], there["dropout-two-pass"]) == ((0.01, 1.0, 0.3), (0.01, 2.5, 0.1))
+    there = numbers("ours-3", "count")
+    assert (there["adaptformer"], there["dropout"]) == ((0.01, 1.0, 0.0), (0.01, 1.0, 0.1))
+    assert (there["rising"], there["dropout-rising"]) == ((0.01, 2.5, 0.0), (0.01, 1.0, 0.0))
+    there = numbers("ours-4", "20 labels a class, 40 % wrong")
+    assert (there["rising"], there["dropout-two-pass"]) == ((0.01, 2.5, 0.0), (0.01, 2.5, 0.4))
+    there = numbers("ours-5", "weaves, 5 labels a class")
+    assert (there["rising"], there["anchored"]) == ((0.01, 1.0, 0.0), (0.003, 1.0, 0.0))
+
+    counting = expert_ideas.chosen_tasks(expert_ideas.chosen_table("ours-3"), ["count"])
+    controls = expert_ideas.chosen_ideas(["adaptformer", "dropout-two-pass"])
+    told = expert_ideas.told_numbers(controls, counting.tasks, expert_ideas.chosen_numbers(counting, controls))
+    assert told == (
+        "Every row has lr 0.01, scale 1, as validation chose it for the first; AdaptFormer + dropout, two passes + KL: "
+        "lr 0.01, scale 1, dropout 0.1."
+    )
 
 
 def test_wrong_words_are_named() -> None:
     with pytest.raises(typer.BadParameter, match=r"expected some of random, .* got best"):
         expert_ideas.chosen_ideas(["best"])
     with pytest.raises(typer.BadParameter, match=r"expected some of digits, .* got digits"):
-        expert_ideas.chosen_tasks(expert_ideas.read_table("ours-2"), ["digits"])
+        expert_ideas.chosen_tasks(expert_ideas.chosen_table("ours-2"), ["digits"])
+    with pytest.raises(typer.BadParameter, match=r"expected one of ours-2, .* got ours-1"):
+        expert_ideas.chosen_table("ours-1")
