@@ -50,6 +50,9 @@ def table(
     weight_decay: Annotated[
         str | None, typer.Option(help="Of every run; of several, as 0.01,0, validation chooses for each row and task.")
     ] = None,
+    one_recipe: Annotated[
+        bool, typer.Option("--one-recipe", help="Validation chooses for each row once, by the mean over the tasks.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of each run: not the real figures.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say how many runs there are, and run none.")] = False,
 ) -> None:
@@ -87,13 +90,16 @@ def table(
                     raise
                 left_out.append(str(error))
                 continue
-            grids.append(Grid(dataclasses.replace(found, tune_more=tune_more), changes, seeds, tuning_seeds))
+            found = dataclasses.replace(found, tune_more=tune_more, one_recipe=one_recipe or found.one_recipe)
+            grids.append(Grid(found, changes, seeds, tuning_seeds))
         if not grids:
             raise ValueError(f"no table is left: {'; '.join(left_out)}")
         for why in left_out:
             console.print(f"left out: {why}", highlight=False)
         if checkpoint is not None:
             check_one_backbone(grids)
+        if one_recipe:
+            check_several_tasks(grids)
         processes, cells = workers or usual_workers(), output / "cells"
         choosing, testing = count_cells(grids)
         console.print(where_from(grids), highlight=False)
@@ -178,6 +184,18 @@ def check_one_backbone(grids: Sequence[Grid]) -> None:
             f"--checkpoint: expected tables of one backbone, got {several}; give the tables one by one, each with the "
             "weights of its backbone, and the same --output"
         )
+
+
+def check_several_tasks(grids: Sequence[Grid]) -> None:
+    """Refuses one recipe for all tasks where a single task chooses anyway.
+
+    Raises:
+        ValueError: naming the tables.
+    """
+    alone = {grid.table.number: grid.tuning_tasks(grid.table.tasks[0]) for grid in grids}
+    named = [f"table {number}, where {tasks[0].name!r} chooses" for number, tasks in alone.items() if len(tasks) == 1]
+    if named:
+        raise ValueError(f"--one-recipe: expected tables of which several tasks choose, got {'; '.join(named)}")
 
 
 def numbers_of(name: str, text: str) -> list[float]:

@@ -41,15 +41,19 @@ class Grid:
         if self.tuning_seeds < 1:
             raise ValueError(f"tuning_seeds: expected at least 1, got {self.tuning_seeds}")
 
-    def tuning_task(self, task: Task) -> Task:
-        """The task whose validation images choose for this one; itself, where the other is not in the table."""
-        return next((other for other in self.table.tasks if other.name == task.tuned_on), task)
+    def tuning_tasks(self, task: Task) -> list[Task]:
+        """The tasks whose validation images choose for this one: the one whose choice it takes over, or itself where
+        that is not in the table; with one recipe for all, those of every task, each once."""
+        known = {other.name: other for other in self.table.tasks}
+        served = self.table.tasks if self.table.one_recipe else (task,)
+        found = [known.get(each.tuned_on, each) for each in served]
+        return list({each.name: each for each in found}.values())
 
     def tuning_cells(self, row: Row, task: Task) -> list[list[Cell]]:
         """For each of the row's candidates, the runs that speak for it."""
-        row, task = tuned_row(row), self.tuning_task(task)
+        row, seeds = tuned_row(row), range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.tuning_seeds)
         return [
-            [self._cell(row, task, numbers, FIRST_TUNING_SEED + n, tuning=True) for n in range(self.tuning_seeds)]
+            [self._cell(row, each, numbers, seed, tuning=True) for each in self.tuning_tasks(task) for seed in seeds]
             for numbers in candidates(self.table, row)
         ]
 

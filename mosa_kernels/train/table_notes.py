@@ -28,7 +28,8 @@ def what_was_chosen(grid: Grid) -> str:
         parts.append(f"{NAMES.get(name, name)} ({whose})")
     if not parts:
         return "Nothing was chosen: each row has one value of everything."
-    text = f"Chosen by mean validation accuracy over {grid.tuning_seeds} other seed(s): {'; '.join(parts)}."
+    over = "all tasks, each row once for all of them, and " if table.one_recipe else ""
+    text = f"Chosen by mean validation accuracy over {over}{grid.tuning_seeds} other seed(s): {'; '.join(parts)}."
     borrowed: dict[str, list[Row]] = {}
     for row in table.rows:
         source = tuned_row(row).variant
@@ -36,8 +37,11 @@ def what_was_chosen(grid: Grid) -> str:
             borrowed.setdefault(source, []).append(row)
     for source, rows in borrowed.items():
         text += f" What was chosen for {read_spec()['variants'][source]['title']} is taken over by: {_titles(rows)}."
+    if table.one_recipe:
+        silent = [task for task in table.tasks if task.name not in {each.name for each in grid.tuning_tasks(task)}]
+        return text + "".join(f" “{task.name}” had no say." for task in silent)
     for task in table.tasks:
-        other = grid.tuning_task(task)
+        (other,) = grid.tuning_tasks(task)
         if other.name != task.name:
             text += f" What was chosen on “{other.name}” is taken over on “{task.name}”."
     return text

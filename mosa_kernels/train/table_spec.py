@@ -100,6 +100,7 @@ class Table:
         tune: fewer values for numbers that a row chooses, where another table has shown which.
         tune_more: values of further numbers of the recipe, from which every row chooses.
         by_task: differences are told task by task rather than of the mean over tasks.
+        one_recipe: each row has one choice for all tasks, the best by the mean over them.
         sweep: the adapter option that runs through several values, or None.
         unavailable: titles of rows that this version cannot train, with the reason.
     """
@@ -120,6 +121,7 @@ class Table:
     tune: Mapping[str, list[float]] = field(default_factory=dict)
     tune_more: Mapping[str, list[float]] = field(default_factory=dict)
     by_task: bool = False
+    one_recipe: bool = False
     sweep: str | None = None
 
     @property
@@ -217,6 +219,7 @@ def read_table(number: str, root: str | None = None, *, every_task: bool = False
         rates=own.get("rates", {}),
         tune=own.get("tune", {}),
         by_task=raw.get("by_task", False),
+        one_recipe=raw.get("one_recipe", False),
         sweep=option,
     )
 

@@ -225,6 +225,16 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     assert result.output.count("which does not exist") == 19
 
 
+def test_one_recipe_wants_several_tasks_that_choose() -> None:
+    assert "0 of the 16 are done" in plan("9", "--rows", "mosa", "--one-recipe").output
+    result = plan("9", "--one-recipe", *TASK)
+    assert result.exit_code == 1
+    assert (
+        "--one-recipe: expected tables of which several tasks choose, got table 9, where 'digits, 10 labels a class' "
+        in (result.output)
+    )
+
+
 def test_a_large_table_leaves_out_tasks_that_can_be_asked_for() -> None:
     assert [task.name for task in read_table("14").tasks] == ["digits, 20 labels a class"]
     assert {task.name for task in read_table("14", every_task=True).tasks} > {"count"}

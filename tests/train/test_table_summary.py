@@ -139,6 +139,10 @@ def test_the_page_says_what_was_chosen_and_what_is_counted():
     ) in page("1")
     assert "other seed(s): learning rate (all rows); scale of the adapter (all rows); dropout (Ada" in page("ours-3")
     assert "other seed(s): scale of the adapter (all rows); dropout (AdaptFormer + dropout; Ada" in page("ours-4")
+    one = page("ours-3", one_recipe=True)
+    assert "accuracy over all tasks, each row once for all of them, and 4 other seed(s): learning rate (all" in one
+    assert ". “digits, 10 labels a class” had no say. Each" in one
+    assert "had no say" not in page("ours-6")
     assert "weight decay (all rows)" in page("9", tune_more={"weight_decay": [0.01, 0.0]})
     assert "What was chosen for MoSA (paper: an expert per batch) is taken over by: 2; 3; 5; 8." in page("9")
     assert "Nothing was chosen" in page("9", tune={"lr": [0.01], "dropout": [0.3]})
