@@ -2,9 +2,9 @@
 
     python scripts/tune_demo.py
 
-Each contender's learning rate, and dropout where it has one, is the one of the grid with the highest mean validation
-accuracy over four seeds, none of which the demo itself uses; no test image is looked at. Each finished run is written
-down at once, so that an interrupted search goes on where it stopped.
+Each contender's learning rate and scale, and dropout where it has one, are those of the grid with the highest mean
+validation accuracy over four seeds, none of which the demo itself uses; no test image is looked at. Each finished run
+is written down at once, so that an interrupted search goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from mosa_kernels.train.comparison_runs import Task, data_of, run_task
 from mosa_kernels.train.folder import versions, write_json
 
 SEEDS = (101, 102, 103, 104)
+SHARED = {"base_lr": (3e-3, 1e-2, 3e-2), "scale": (1.0, 2.5)}
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "linear": {"base_lr": (1e-2, 3e-2, 1e-1)},
-    "adaptformer": {"base_lr": (1e-2, 3e-2, 1e-1)},
-    "dropout": {"base_lr": (1e-2, 3e-2, 1e-1), "dropout": (0.3, 0.6)},
-    "dropout-two-pass": {"base_lr": (1e-2, 3e-2, 1e-1), "dropout": (0.15, 0.3, 0.45)},
-    "mosa-batch": {"base_lr": (1e-2, 3e-2, 1e-1)},
-    "mosa-sample": {"base_lr": (1e-2, 3e-2, 1e-1)},
-    "mosa-anchored": {"base_lr": (1e-2, 3e-2, 1e-1)},
+    "adaptformer": SHARED,
+    "dropout": {**SHARED, "dropout": (0.1, 0.3)},
+    "dropout-two-pass": {**SHARED, "dropout": (0.1, 0.3)},
+    "mosa-batch": SHARED,
+    "mosa-rising": SHARED,
+    "mosa-anchored": SHARED,
 }
 
 

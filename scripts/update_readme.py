@@ -38,7 +38,7 @@ def demo_section() -> str:
             "![Sample images, accuracies and training curves](docs/demo.png)",
             record["markdown"].strip(),
             f"`make demo` on {record['machine']}: {record['seconds']:.0f} s. Mean and standard deviation over seeds "
-            f"{', '.join(map(str, record['seeds']))}; learning rates and dropout were chosen beforehand on "
+            f"{', '.join(map(str, record['seeds']))}; learning rates, scales and dropout were chosen beforehand on "
             "validation data of other seeds; `mosa_kernels/assets/demo_settings.json` lists what was tried, and how "
             "the settings came about. Stored: what inference needs once the adapters are merged. The ranking holds for "
             "this recipe on this small backbone and says nothing about larger ones.",

@@ -37,9 +37,9 @@ from mosa_kernels.train.comparison_report import (
 from mosa_kernels.train.comparison_runs import Step, Task, run_tasks
 from mosa_kernels.train.folder import require_writable, versions, write_json, write_text
 
-SEEDS = (10, 11, 12)  # 0 to 2 were looked at before the settings were final
+SEEDS = (30, 31, 32)  # those before were looked at when what is compared was decided
 QUICK_EPOCHS = 3
-KEPT = "mosa-sample"  # whose adapter and merged weights of the first seed are written
+KEPT = "mosa-rising"  # whose adapter and merged weights of the first seed are written
 
 
 def demo(
@@ -60,8 +60,8 @@ def demo(
         splits = demo_splits(seeds[0])
         console.print(
             f"[bold]MoSA on handwritten digits[/bold]: {MODEL}, {len(splits.train)} training images (20 labels a "
-            f"class), {len(splits.test)} test images, {len(tasks)} runs on {processes} core(s). Learning rates and "
-            f"dropout were chosen beforehand on validation data of other seeds ({CHOSEN.name})."
+            f"class), {len(splits.test)} test images, {len(tasks)} runs on {processes} core(s). Learning rates, "
+            f"scales and dropout were chosen beforehand on validation data of other seeds ({CHOSEN.name})."
         )
         outcomes = watch(tasks, processes, console)
         seconds = time.perf_counter() - began

@@ -1,6 +1,6 @@
 """Several methods on the same data and seeds, by the one training loop: what `mosa-kernels demo` shows.
 
-Each contender's learning rate (and dropout) was chosen beforehand on validation data of other seeds by
+Each contender's learning rate, scale and dropout were chosen beforehand on validation data of other seeds by
 `scripts/tune_demo.py`; `assets/demo_settings.json` holds the choice, the grids, what was tried outside them, and what
 has to be said of how the choice came about.
 """
@@ -22,7 +22,7 @@ from mosa_kernels.train.evaluate import MECHANISMS, evaluate
 from mosa_kernels.train.keeping import save_trained
 from mosa_kernels.train.loop import Row
 from mosa_kernels.train.merging import check_merge, merged_card, merged_copy, write_merged
-from mosa_kernels.train.methods import AdapterOptions, find_method
+from mosa_kernels.train.methods import AdapterOptions, find_method, split_numbers
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import Recipe
 from mosa_kernels.train.settings import Settings
@@ -52,7 +52,7 @@ class Contender:
         title: for people.
         method, passes, overrides: as in `Settings` and `Recipe`.
         adapter: what differs from the adapter of the others, by field of `AdapterOptions`.
-        tuned: which numbers of the recipe were chosen on validation data.
+        tuned: which numbers of recipe and adapter were chosen on validation data.
     """
 
     key: str
@@ -60,30 +60,31 @@ class Contender:
     method: str
     passes: int = 1
     overrides: dict[str, Any] = field(default_factory=dict)
-    tuned: tuple[str, ...] = ("base_lr",)
+    tuned: tuple[str, ...] = ("base_lr", "scale")
     adapter: dict[str, Any] = field(default_factory=dict)
 
 
 CONTENDERS = (
-    Contender("linear", "linear probing", "linear"),
+    Contender("linear", "linear probing", "linear", tuned=("base_lr",)),
     Contender("adaptformer", "AdaptFormer", "adaptformer"),
-    Contender("dropout", "AdaptFormer + dropout", "adaptformer", tuned=("base_lr", "dropout")),
+    Contender("dropout", "AdaptFormer + dropout", "adaptformer", tuned=("base_lr", "scale", "dropout")),
     Contender(
         "dropout-two-pass",
         "AdaptFormer + dropout, two passes + KL",
         "adaptformer",
         passes=2,
         overrides={"align": "none", "beta": 0.0},
-        tuned=("base_lr", "dropout"),
+        tuned=("base_lr", "scale", "dropout"),
     ),
     Contender("mosa-batch", "MoSA, expert per batch (paper)", "mosa", 2, {"expert_per": "batch"}),
     # Without alignment, as the control with dropout: it costs accuracy here (63.7 against 65.9 % at lr 0.03, one seed).
     Contender(
-        "mosa-sample",
-        "MoSA, expert per sample, two passes + KL",
+        "mosa-rising",
+        "MoSA, 1 to 4 experts with depth x N",
         "mosa",
         2,
         {"expert_per": "sample", "align": "none", "beta": 0.0},
+        adapter={"num_experts": "1:4", "expert_scale": "N"},
     ),
     Contender(
         "mosa-anchored",
@@ -150,7 +151,8 @@ def demo_settings(contender: Contender, numbers: dict[str, float], seed: int, ep
         seed: of the data; all else is drawn from `seed + INITIAL_SEED`.
         epochs: fewer than the demo's, for a quick look.
     """
-    changes: dict[str, Any] = {**contender.overrides, **numbers, "seed": seed + INITIAL_SEED}
+    adapter, rest = split_numbers(numbers)
+    changes: dict[str, Any] = {**contender.overrides, **rest, "seed": seed + INITIAL_SEED}
     recipe = dataclasses.replace(DEMO, **changes)
     if epochs is not None:
         recipe = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=epochs / 10)
@@ -160,7 +162,7 @@ def demo_settings(contender: Contender, numbers: dict[str, float], seed: int, ep
         data_seed=seed,
         labels_per_class=LABELS_PER_CLASS,
         method=contender.method,
-        adapter=AdapterOptions(**{"bottleneck": 64, "num_experts": 4, **contender.adapter}),
+        adapter=AdapterOptions(**{"bottleneck": 64, "num_experts": 4, **contender.adapter, **adapter}),
         passes=contender.passes,
         recipe=recipe,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,15 @@ class AdapterOptions:
         for name in ("layers", "num_experts", "lora_targets"):  # JSON has lists only
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+def split_numbers(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Numbers that were chosen together: those that are options of the adapters, and those of the recipe."""
+    of_adapters = {option.name for option in dataclasses.fields(AdapterOptions)}
+    parts: tuple[dict[str, float], dict[str, float]] = {}, {}
+    for name, value in numbers.items():
+        parts[name not in of_adapters][name] = value
+    return parts
 
 
 def adapt(model: nn.Module, method: Method, options: AdapterOptions, recipe: Recipe, seed: int) -> MoSAConfig | None:

@@ -16,12 +16,11 @@ from mosa_kernels._files import expanded
 from mosa_kernels.data.lists import find_folder
 from mosa_kernels.data.published import FGVC, VTAB
 from mosa_kernels.peft.styles import STYLES
-from mosa_kernels.train.methods import DEFAULT_STYLE, METHODS, AdapterOptions
+from mosa_kernels.train.methods import DEFAULT_STYLE, METHODS, AdapterOptions, split_numbers
 from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.settings import Settings
 
 SPEC = Path(__file__).resolve().parent.parent / "assets" / "tables.json"
-ADAPTER_OPTIONS = frozenset(option.name for option in dataclasses.fields(AdapterOptions))
 BENCHMARKS = {"fgvc": FGVC, "vtab": VTAB, "vtab1000": VTAB}  # by the kind of address
 INITIAL_SEED = 1000  # added to the data's seed: initial weights, splits, experts and order have seeds of their own
 
@@ -348,8 +347,7 @@ def cell_settings(
     """
     variant = read_spec()["variants"][row.variant]
     scale = read_spec()["scales"][table.scale]
-    shape = {name: value for name, value in chosen.items() if name in ADAPTER_OPTIONS}
-    rest = {name: value for name, value in chosen.items() if name not in shape}
+    shape, rest = split_numbers(chosen)
     numbers = {**scale["recipe"], **task.recipe, **variant.get("recipe", {}), **changes.recipe, **rest}
     adapter = {"bottleneck": table.bottleneck, **variant.get("adapter", {}), **row.adapter, **shape}
     return Settings(

@@ -40,7 +40,7 @@ def test_quick_demo_leaves_tables_picture_and_weights(command: Any, tmp_path: Pa
         assert 0 < method["accuracy"] <= 100
         assert method["seconds"] > 0
         assert method["parameters_trained"] > 0
-    mosa = record["methods"]["mosa-sample"]["mechanisms"]
+    mosa = record["methods"]["mosa-rising"]["mechanisms"]
     assert {"fixed", "stochastic", "ensemble", "mean", "jigsaw"} <= mosa.keys()
     assert record["verdict"] in (tmp_path / "demo.md").read_text()
     assert (tmp_path / "demo.md").read_text().startswith("QUICK")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from typing import Any
@@ -17,6 +18,7 @@ from mosa_kernels.train.comparison_report import (
     summarise,
     verdict,
 )
+from mosa_kernels.train.methods import AdapterOptions
 from mosa_kernels.train.recipe import Recipe
 
 
@@ -44,19 +46,19 @@ def outcomes(**accuracies: tuple[float, ...]) -> list[Outcome]:
 
 
 def test_summaries_are_means_and_sample_deviations():
-    (summary,) = summarise(outcomes(mosa_sample=(60.0, 64.0, 65.0)))
+    (summary,) = summarise(outcomes(mosa_rising=(60.0, 64.0, 65.0)))
     assert summary.accuracy == pytest.approx(63)
     assert summary.spread == pytest.approx(statistics.stdev((60, 64, 65)))
     assert summary.mechanisms["jigsaw"]["accuracy"] == pytest.approx(63)
 
 
 def test_the_order_of_runs_does_not_matter():
-    runs = outcomes(adaptformer=(60.0, 64.0), mosa_sample=(61.0, 70.0))
+    runs = outcomes(adaptformer=(60.0, 64.0), mosa_rising=(61.0, 70.0))
     assert verdict(summarise(runs)) == verdict(summarise(runs[:1] + runs[2:3] + runs[:0:-1][:1] + runs[1:2]))
 
 
 def test_the_sentence_names_the_winner_and_does_not_flatter_mosa():
-    said = verdict(summarise(outcomes(adaptformer=(60, 61, 62), dropout=(70, 71, 72), mosa_sample=(65, 66, 67))))
+    said = verdict(summarise(outcomes(adaptformer=(60, 61, 62), dropout=(70, 71, 72), mosa_rising=(65, 66, 67))))
     assert said.startswith("AdaptFormer + dropout has the highest accuracy here, 71.0 ± 1.0 %")
     assert "5.0 points behind AdaptFormer + dropout (more than two standard errors" in said
     assert "5.0 points ahead of AdaptFormer (more than two standard errors of 0.0; ahead in 3 of 3 seeds)" in said
@@ -115,11 +117,16 @@ def test_each_run_has_its_own_data_and_initial_seed():
     assert all(s.recipe.seed != s.data_seed for s in settings)
     by_key = {c.key: demo_settings(c, numbers[c.key], 0) for c in CONTENDERS}
     assert by_key["mosa-batch"].recipe.expert_per == "batch"
-    assert by_key["mosa-sample"].recipe.expert_per == "sample"
+    assert by_key["mosa-rising"].recipe.expert_per == "sample"
     assert (by_key["mosa-batch"].recipe.alpha, by_key["mosa-batch"].recipe.beta) == (1, 1)
     assert by_key["dropout-two-pass"].recipe.beta == 0
     adapters = {c.key: s.adapter for c, s in zip(CONTENDERS, settings[::2], strict=True) if s.method != "linear"}
+    by_adapter = dict(adapters)
     anchored = adapters.pop("mosa-anchored")
     assert (anchored.anchored, anchored.expert_scale, anchored.num_experts) == (True, "N", 2)
-    (shared,) = set(adapters.values())
-    assert anchored.bottleneck == shared.bottleneck
+    rising = adapters.pop("mosa-rising")
+    assert (rising.expert_scale, rising.num_experts) == ("N", "1:4")
+    assert all(adapter.scale == numbers[key]["scale"] for key, adapter in by_adapter.items())
+    usual = AdapterOptions(bottleneck=64)
+    assert {dataclasses.replace(adapter, scale=None) for adapter in adapters.values()} == {usual}
+    assert {anchored.bottleneck, rising.bottleneck} == {64}
