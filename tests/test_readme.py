@@ -47,7 +47,10 @@ def test_commands_have_the_options_shown(line: str) -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
-            assert (ROOT / target).is_file(), target
+            name, _, section = target.partition("#")
+            assert (ROOT / name).is_file(), target
+            headings = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(), re.MULTILINE) if section else []
+            assert not section or section in {heading.lower().replace(" ", "-") for heading in headings}, target
 
 
 def test_figures_are_those_of_the_reports() -> None:

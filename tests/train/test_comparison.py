@@ -127,6 +127,6 @@ def test_each_run_has_its_own_data_and_initial_seed():
     rising = adapters.pop("mosa-rising")
     assert (rising.expert_scale, rising.num_experts) == ("N", "1:4")
     assert all(adapter.scale == numbers[key]["scale"] for key, adapter in by_adapter.items())
-    usual = AdapterOptions(bottleneck=64)
+    usual = AdapterOptions(style="adaptformer", bottleneck=64)
     assert {dataclasses.replace(adapter, scale=None) for adapter in adapters.values()} == {usual}
     assert {anchored.bottleneck, rising.bottleneck} == {64}
