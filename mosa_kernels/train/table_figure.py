@@ -1,5 +1,5 @@
-"""A table as a picture: our means with their spread and every seed, and beside them the paper's; a sweep as curves;
-differences by task."""
+"""A table as a picture: our means with their spread and every seed, and beside them the paper's, or each task; a sweep
+as curves; differences by task."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels.data.published import GROUPS
 from mosa_kernels.train.comparison_report import spread
 from mosa_kernels.train.plots import save_figure
-from mosa_kernels.train.table_summary import MEAN, Difference, Summary, printed_mean
+from mosa_kernels.train.table_summary import GROUP_MEAN, MEAN, Difference, Summary, printed_mean
 
 COLOURS = {"paper": "#4c72b0", "control": "#8c8c8c", "ours": "#2f8f83"}
 PRINTED = "#c44e52"
+MOST_TASKS = 4  # that a picture shows one by one
 
 
 def draw_table(summaries: Sequence[Summary], title: str, path: Path) -> None:
@@ -27,29 +29,44 @@ def draw_table(summaries: Sequence[Summary], title: str, path: Path) -> None:
 
     printed = [printed_mean(s.row) for s in summaries]
     known = [value for value in printed if value is not None]
-    figure: Any = Figure(figsize=(12, 1.6 + 0.42 * len(summaries)), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for place, summary in enumerate(summaries):
-        value = summary.values[MEAN]
-        if value.by_seed:
-            colour = COLOURS[summary.row.origin]
-            left.barh(place, value.mean, xerr=value.spread, color=colour, height=0.7, capsize=3)
-            left.plot(value.by_seed, [place] * len(value.by_seed), "k.", markersize=4)
-            left.text(max(*value.by_seed, value.mean + value.spread), place, f" {value}", va="center", fontsize=8)
-        if printed[place] is not None:
-            right.barh(place, printed[place], color=PRINTED, height=0.7)
-            right.text(printed[place], place, f" {printed[place]:.2f}", va="center", fontsize=8)
-    _cut(left, [point for summary in summaries for point in summary.values[MEAN].by_seed])
-    _cut(right, known)
-    left.set_yticks(range(len(summaries)), [summary.row.title for summary in summaries], fontsize=8)
-    left.invert_yaxis()
-    left.set_title("here: mean over tasks, ± over seeds (controls in grey, ours in green; axis cut)", fontsize=9)
-    right.set_title("the paper, on its own data sets (axis cut)" if known else "the paper prints no mean", fontsize=9)
-    for axes in (left, right):
+    columns = _columns_of(summaries, bool(known))
+    panels = len(columns) + bool(known)
+    figure: Any = Figure(figsize=(4 + 4 * panels, 1.8 + 0.42 * len(summaries)), layout="constrained")
+    figure.suptitle(f"{title}\npercent, ± over seeds; controls in grey, ours in green; axes cut", fontsize=10)
+    every = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axes, column in zip(every, columns, strict=False):
+        for place, summary in enumerate(summaries):
+            value = summary.values[column]
+            if value.by_seed:
+                colour = COLOURS[summary.row.origin]
+                axes.barh(place, value.mean, xerr=value.spread, color=colour, height=0.7, capsize=3)
+                axes.plot(value.by_seed, [place] * len(value.by_seed), "k.", markersize=4)
+                axes.text(max(*value.by_seed, value.mean + value.spread), place, f" {value}", va="center", fontsize=8)
+        _cut(axes, [point for summary in summaries for point in summary.values[column].by_seed])
+        axes.set_title(
+            ("here, mean over tasks" if known else "mean over tasks") if column == MEAN else column, fontsize=9
+        )
+    if known:
+        for place, figure_of_paper in enumerate(printed):
+            if figure_of_paper is not None:
+                every[-1].barh(place, figure_of_paper, color=PRINTED, height=0.7)
+                every[-1].text(figure_of_paper, place, f" {figure_of_paper:.2f}", va="center", fontsize=8)
+        _cut(every[-1], known)
+        every[-1].set_title("the paper, on its own data sets", fontsize=9)
+    every[0].set_yticks(range(len(summaries)), [summary.row.title for summary in summaries], fontsize=8)
+    every[0].invert_yaxis()
+    for axes in every:
         axes.set_xlabel("%")
         axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)
+
+
+def _columns_of(summaries: Sequence[Summary], beside_the_paper: bool) -> list[str]:
+    """The mean alone beside the paper's, or of many tasks; else a few tasks one by one, and their mean."""
+    tasks = [name for name in summaries[0].values if name not in (MEAN, GROUP_MEAN, *GROUPS)]
+    if beside_the_paper or len(tasks) > MOST_TASKS:
+        return [MEAN]
+    return tasks if len(tasks) == 1 else [*tasks, MEAN]
 
 
 def draw_sweep(summaries: Sequence[Summary], option: str, title: str, path: Path) -> None:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mosa_kernels.train.table_figure import draw_by_task, draw_table
 from mosa_kernels.train.table_grid import Choice, Grid, Measured
@@ -168,6 +169,21 @@ def test_differences_by_task_are_drawn_and_told(tmp_path: Path):
     assert "AdaptFormer on 5 labels a class: +2.17" in str(few)
     draw_by_task(found, "a map", tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 10_000
+
+
+def test_a_table_without_figures_of_the_paper_is_drawn_task_by_task(tmp_path: Path):
+    def drawn(number: str, **changes: object) -> tuple[int, int]:
+        table = dataclasses.replace(read_table(number), **changes)  # type: ignore[arg-type]
+        draw_table(summarise_table(table, measured(table, {})), "a table", tmp_path / "table.png")
+        with Image.open(tmp_path / "table.png") as picture:
+            return picture.size
+
+    ours = read_table("ours-6")
+    (wide, high), (beside, _) = drawn("ours-3"), drawn("1")
+    assert wide / beside == pytest.approx(20 / 12, rel=0.01)  # three tasks and their mean; one mean beside the paper's
+    assert drawn("ours-6")[0] / beside == pytest.approx(8 / 12, rel=0.01)  # the mean of six tasks alone
+    assert drawn("ours-6", tasks=ours.tasks[:1])[0] / beside == pytest.approx(8 / 12, rel=0.01)
+    assert high > 300
 
 
 def cells_title(table: Table, key: str) -> str:
