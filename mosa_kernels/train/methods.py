@@ -133,13 +133,13 @@ class AdapterOptions:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
+ADAPTER_OPTIONS = frozenset(option.name for option in dataclasses.fields(AdapterOptions))
+
+
 def split_numbers(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """Numbers that were chosen together: those that are options of the adapters, and those of the recipe."""
-    of_adapters = {option.name for option in dataclasses.fields(AdapterOptions)}
-    parts: tuple[dict[str, float], dict[str, float]] = {}, {}
-    for name, value in numbers.items():
-        parts[name not in of_adapters][name] = value
-    return parts
+    shape = {name: value for name, value in numbers.items() if name in ADAPTER_OPTIONS}
+    return shape, {name: value for name, value in numbers.items() if name not in shape}
 
 
 def adapt(model: nn.Module, method: Method, options: AdapterOptions, recipe: Recipe, seed: int) -> MoSAConfig | None:

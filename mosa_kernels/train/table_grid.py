@@ -57,14 +57,13 @@ class Grid:
             for numbers in candidates(self.table, row)
         ]
 
+    def row_tuning_cells(self, row: Row) -> list[Cell]:
+        """The runs that choose for a row on any task; with one recipe, those of the first task are those of all."""
+        tasks = self.table.tasks[:1] if self.table.one_recipe else self.table.tasks
+        return [cell for task in tasks for group in self.tuning_cells(row, task) for cell in group]
+
     def all_tuning_cells(self) -> list[Cell]:
-        return [
-            cell
-            for row in self.table.rows
-            for task in self.table.tasks
-            for group in self.tuning_cells(row, task)
-            for cell in group
-        ]
+        return [cell for row in self.table.rows for cell in self.row_tuning_cells(row)]
 
     def choose(self, row: Row, task: Task, folder: Path) -> Choice:
         """The candidate of the highest mean validation accuracy, the first of equals; a run that failed counts as 0."""
@@ -76,6 +75,14 @@ class Grid:
         best = max(range(len(numbers)), key=means.__getitem__)
         return Choice(numbers[best], means[best], _edges(numbers, best))
 
+    def choices(self, row: Row, folder: Path) -> list[tuple[Task, Choice]]:
+        """What was chosen for a row on each task; with one recipe it is looked up once."""
+        tasks = self.table.tasks
+        if self.table.one_recipe:
+            one = self.choose(row, tasks[0], folder)
+            return [(task, one) for task in tasks]
+        return [(task, self.choose(row, task, folder)) for task in tasks]
+
     def final_cells(self, row: Row, task: Task, choice: Choice) -> list[Cell]:
         """The runs that are reported, a run a seed."""
         return [self._cell(row, task, choice.numbers, seed, tuning=False) for seed in range(self.seeds)]
@@ -83,8 +90,8 @@ class Grid:
     def possible_cells(self) -> Iterator[Cell]:
         """Every run that the table may rest on, whatever validation chooses."""
         for row in self.table.rows:
+            yield from self.row_tuning_cells(row)
             for task in self.table.tasks:
-                yield from (cell for group in self.tuning_cells(row, task) for cell in group)
                 for numbers in candidates(self.table, tuned_row(row)):
                     yield from self.final_cells(row, task, Choice(numbers, 0.0, ()))
 
@@ -152,8 +159,8 @@ def all_final_cells(grid: Grid, folder: Path) -> list[Cell]:
     return [
         cell
         for row in grid.table.rows
-        for task in grid.table.tasks
-        for cell in grid.final_cells(row, task, grid.choose(row, task, folder))
+        for task, choice in grid.choices(row, folder)
+        for cell in grid.final_cells(row, task, choice)
     ]
 
 
@@ -177,8 +184,7 @@ def collect(grid: Grid, folder: Path) -> dict[str, dict[str, Measured]]:
     """
     found: dict[str, dict[str, Measured]] = {}
     for row in grid.table.rows:
-        for task in grid.table.tasks:
-            choice = grid.choose(row, task, folder)
+        for task, choice in grid.choices(row, folder):
             results = [_result(cell, folder) for cell in grid.final_cells(row, task, choice)]
             found.setdefault(row.key, {})[task.name] = Measured(
                 accuracies=tuple(accuracy_of(result, row.mechanism) for result in results),

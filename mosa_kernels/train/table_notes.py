@@ -38,8 +38,8 @@ def what_was_chosen(grid: Grid) -> str:
     for source, rows in borrowed.items():
         text += f" What was chosen for {read_spec()['variants'][source]['title']} is taken over by: {_titles(rows)}."
     if table.one_recipe:
-        silent = [task for task in table.tasks if task.name not in {each.name for each in grid.tuning_tasks(task)}]
-        return text + "".join(f" “{task.name}” had no say." for task in silent)
+        choosing = {task.name for task in grid.tuning_tasks(table.tasks[0])}
+        return text + "".join(f" “{task.name}” had no say." for task in table.tasks if task.name not in choosing)
     for task in table.tasks:
         (other,) = grid.tuning_tasks(task)
         if other.name != task.name:
