@@ -25,7 +25,8 @@
 //
 // Backward over tokens and weights at once, on request (`one_launch`): adapter_backward_cluster_kernel.h.
 //
-// What an expert owns nothing of is left out where the assignment is such that this pays (AdapterOwned).
+// What an expert owns nothing of is left out where the assignment is such that this pays (AdapterOwned). Plain calls
+// have forward and backward kernels over tokens of their own (adapter_plain.h).
 #pragma once
 
 #include <cstdint>

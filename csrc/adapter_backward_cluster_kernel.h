@@ -101,19 +101,20 @@ __device__ inline void fetch(const AdapterParams& p, const AdapterBackward& b, c
                              int buffer, ClusterShared<E, kRank>& shared) {
   using Rows = typename ClusterShared<E, kRank>::Rows;
   const auto take = [&](int row) { return row < tile.tokens; };
+  const auto left = [&](int at) { return p.width - at; };
   const auto fill = [&](const AdapterTensor& from, E* to) {
     Rows rows;
-    rows.begin(from, from.wide, tile.first, take, column, p.width, to);
+    rows.begin(from, from.wide, tile.first, take, column, left, to);
     rows.finish(from, false, false, to, [](int, int, float (&)[kVector]) {});
   };
   Rows direct;
   if (p.x.wide) {
-    direct.begin(p.x, true, tile.first, take, column, p.width, shared.x[buffer]);
+    direct.begin(p.x, true, tile.first, take, column, left, shared.x[buffer]);
   } else {
     fill(p.x, shared.x[buffer]);
   }
   if (b.grad_out.wide) {
-    direct.begin(b.grad_out, true, tile.first, take, column, p.width, shared.grad[buffer]);
+    direct.begin(b.grad_out, true, tile.first, take, column, left, shared.grad[buffer]);
   } else {
     fill(b.grad_out, shared.grad[buffer]);
   }

@@ -15,10 +15,17 @@ struct LaunchBackwardTokens {
 
   template <int kRank>
   int at() const {
+    const bool wide = backward.grad_out.wide && backward.wide_dx;
+    return for_known<E, kListed>(params, wide, [&](const auto& known) { return with<kRank>(known); });
+  }
+
+ private:
+  template <int kRank, typename Params>
+  int with(const Params& p) const {
     constexpr int kTokens = Step<E, kRank>::kTokens;
-    const dim3 blocks(static_cast<unsigned>((params.tokens + kTokens - 1) / kTokens));
-    return launch_blocks(adapter_backward_tokens_kernel<E, kRank, kListed>, blocks,
-                         sizeof(TokensShared<E, kRank, kListed>), stream, params, backward, buffers);
+    const dim3 blocks(static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens));
+    return launch_blocks(adapter_backward_tokens_kernel<E, kRank, kListed, Params>, blocks,
+                         sizeof(TokensShared<E, kRank, kListed>), stream, p, backward, buffers);
   }
 };
 

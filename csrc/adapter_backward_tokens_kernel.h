@@ -43,8 +43,8 @@ struct TokensShared {
 };
 
 // dh += dout w_up_e for the rows of expert e, without scale and factor. Begins and ends with a barrier.
-template <typename E, int kRank, bool kListed, typename Accumulators>
-__device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& grad_out, int first, int e,
+template <typename E, int kRank, bool kListed, typename Params, typename Tensor, typename Accumulators>
+__device__ inline void pull_back(const Params& p, const Tensor& grad_out, int first, int e,
                                  TokensShared<E, kRank, kListed>& shared, Accumulators& dh) {
   using T = TokensShared<E, kRank, kListed>;
   using Grad = typename T::Grad;
@@ -53,6 +53,7 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
   constexpr int kBuffers = T::S::kBuffers;
   const bool direct = grad_out.dtype == Element<E>::kDType && grad_out.wide;
   const auto take = [&](int row) { return shared.tokens.expert[row] == e; };
+  const auto left = [&](int at) { return columns_from(p, at); };
   auto& pull = shared.pull;
 
   Grad grad;
@@ -63,7 +64,7 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
 #pragma unroll 1
   for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
     if (next < p.width) {
-      grad.begin(grad_out, direct, first, take, next, p.width, pull.grad[buffer]);
+      grad.begin(grad_out, direct, first, take, next, left, pull.grad[buffer]);
       up.begin(p, next);
     }
     if (next > 0) {
@@ -73,7 +74,8 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
         const TilesByColumn<T::First::kTiles> tiles = {OwnedTiles(p, e, next - kColumns), warp.column() / kUnit};
         dh.template multiply<false, false>(dout, Grad::kRow, w, Up::kRow, kUnit, kColumns, p.tf32, tiles);
       } else {
-        dh.template multiply<false, false>(dout, Grad::kRow, w, Up::kRow, kUnit, kColumns, p.tf32);
+        dh.template multiply<false, false, kStepsAtOnce<Params>>(dout, Grad::kRow, w, Up::kRow, kUnit, kColumns,
+                                                                 p.tf32);
       }
     }
     if (next >= p.width) break;
@@ -87,8 +89,8 @@ __device__ inline void pull_back(const AdapterParams& p, const AdapterTensor& gr
 
 // From z and dh: h and da of the rows that take(row), into the buffers, da into shared memory too, with c1 and c2 from
 // the rounded da, so that what LayerNorm projects out is gone exactly. Ends with a barrier.
-template <typename E, int kRank, bool kListed, typename Accumulators, typename Take>
-__device__ inline void through_activation(const AdapterParams& p, const TokenBuffers& buffers, int first, int group,
+template <typename E, int kRank, bool kListed, typename Params, typename Accumulators, typename Take>
+__device__ inline void through_activation(const Params& p, const TokenBuffers& buffers, int first, int group,
                                           float scale, const Take& take, const Accumulators& z, const Accumulators& dh,
                                           TokensShared<E, kRank, kListed>& shared) {
   using T = TokensShared<E, kRank, kListed>;
@@ -165,16 +167,16 @@ __device__ inline void through_activation(const AdapterParams& p, const TokenBuf
 }
 
 // dx = [dout] + rstd (da Wg - c1 - xhat c2), or [dout] + da w_down without LayerNorm, for the rows that take(row).
-template <typename E, int kRank, bool kListed, typename Take>
-__device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b, int first, int e, const Take& take,
-                                TokensShared<E, kRank, kListed>& shared) {
+template <typename E, int kRank, bool kListed, typename Params, typename Tensor, typename Take>
+__device__ inline void write_dx(const Params& p, const Tensor& grad_out, const AdapterBackward& b, int first, int e,
+                                const Take& take, TokensShared<E, kRank, kListed>& shared) {
   using T = TokensShared<E, kRank, kListed>;
   using P = typename T::SecondPatch;
   using Warp = typename T::Second;
   using Down = typename T::Down;
   constexpr int kColumns = T::S::kColumns;
   constexpr int kBuffers = T::S::kBuffers;
-  const bool norm = p.gamma.data != nullptr;
+  const bool norm = has_norm(p);
   const auto& tokens = shared.tokens;
   auto& output = shared.output;
 
@@ -206,15 +208,15 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
         const int row = warp.row() + patch.row(i);
         const int at = column + warp.column() + patch.column(i);
         const int64_t token = first + row;
-        count[i] = take(row) ? p.width - at : 0;
+        count[i] = take(row) ? columns_from(p, at) : 0;
         if (norm) x[i].begin(p.x, token * p.x.stride + at, count[i]);
-        if (p.add_input) grad[i].begin(b.grad_out, token * b.grad_out.stride + at, count[i]);
+        if (p.add_input) grad[i].begin(grad_out, token * grad_out.stride + at, count[i]);
       }
       Accumulator<E, Warp::kTiles> y;
       y.clear();
-      y.template multiply<false, false>(shared.da + warp.row() * T::kRow, T::kRow,
-                                        output.down[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column(), Down::kRow, kUnit,
-                                        kRank, p.tf32);
+      y.template multiply<false, false, kStepsAtOnce<Params>>(
+          shared.da + warp.row() * T::kRow, T::kRow, output.down[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column(),
+          Down::kRow, kUnit, kRank, p.tf32);
       float value[P::kCount][kVector];
       patch.spread(y, 0, value);
 #pragma unroll
@@ -233,10 +235,10 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
           }
         }
         if (p.add_input) {
-          grad[i].finish(b.grad_out, token * b.grad_out.stride + at, count[i], other);
+          grad[i].finish(grad_out, token * grad_out.stride + at, count[i], other);
           for (int n = 0; n < kVector; ++n) value[i][n] += other[n];
         }
-        store_vector(b.x.data, p.x.dtype, b.wide_dx, token * p.width + at, count[i], value[i]);
+        store_vector(b.x.data, p.x.dtype, kIsPlain<Params> || b.wide_dx, token * p.width + at, count[i], value[i]);
       }
     }
     if (next >= p.width) break;
@@ -246,20 +248,21 @@ __device__ inline void write_dx(const AdapterParams& p, const AdapterBackward& b
   }
 }
 
-template <typename E, int kRank, bool kListed>
-__global__ void __launch_bounds__(kThreads, 2)
-    adapter_backward_tokens_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterBackward b,
+template <typename E, int kRank, bool kListed, typename Params>
+__global__ void __launch_bounds__(kThreads, kBlocks<Params, kRank, 64>)
+    adapter_backward_tokens_kernel(const __grid_constant__ Params p, const __grid_constant__ AdapterBackward b,
                                    const __grid_constant__ TokenBuffers buffers) {
   if (!kServed<E>) return __trap();
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   using T = TokensShared<E, kRank, kListed>;
   auto& shared = *reinterpret_cast<T*>(dynamic_shared);
   auto& tokens = shared.tokens;
+  const auto& grad_out = grad_out_of(p, b);
   const int first = static_cast<int>(blockIdx.x) * T::S::kTokens;
   const float scale = p.scale.data != nullptr ? load_number(p.scale, 0) : p.scale_value;
   if (thread_of_block() < kWarps) shared.scale[thread_of_block()] = 0.0f;
   tokens.load(p, first);
-  if (p.gamma.data != nullptr) {
+  if (has_norm(p)) {
     for (int row = thread_of_block(); row < T::S::kTokens; row += kThreads) {
       if (!tokens.valid(row)) continue;
       tokens.mean[row] = b.mean[first + row];
@@ -279,11 +282,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     project<false>(p, first, group, tokens, shared.project, shared.units, z);
     dh.clear();
     do {
-      pull_back(p, b.grad_out, first, e, shared, dh);
+      pull_back(p, grad_out, first, e, shared, dh);
       e = tokens.next_expert(e);
     } while (together && e != kNoExpert);
     through_activation(p, buffers, first, group, scale, take, z, dh, shared);
-    if (b.x.data != nullptr) write_dx(p, b, first, group, take, shared);
+    if (b.x.data != nullptr) write_dx(p, grad_out, b, first, group, take, shared);
     __syncthreads();
   }
   if (buffers.scale != nullptr && thread_of_block() == 0) {

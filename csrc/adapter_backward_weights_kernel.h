@@ -80,8 +80,8 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
     const int token = run.token;
     const auto take = [&](int row) { return belongs(p, work, id, run, row); };
     if (token < work.end) {
-      left.begin(units, true, token, take, 0, kRank, operands.left[buffer]);
-      right.begin(from, direct, token, take, work.column, p.width, operands.right[buffer]);
+      left.begin(units, true, token, take, 0, [](int) { return kVector; }, operands.left[buffer]);
+      right.begin(from, direct, token, take, work.column, [&](int at) { return p.width - at; }, operands.right[buffer]);
       next = next_run<kTokens>(p, work, id, token + kTokens);
     }
     if (step > 0) {

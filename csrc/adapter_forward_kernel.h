@@ -34,8 +34,8 @@ struct ForwardShared {
 };
 
 // h = dropout(act(z)) as the second product takes it; stores mean and rstd. Ends with a barrier.
-template <typename E, int kRank, bool kListed>
-__device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& out, int first, int e,
+template <typename E, int kRank, bool kListed, typename Params>
+__device__ inline void bottleneck(const Params& p, const AdapterForward& out, int first, int e,
                                   ForwardShared<E, kRank, kListed>& shared) {
   using F = ForwardShared<E, kRank, kListed>;
   using Warp = typename F::First;
@@ -43,7 +43,7 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
   auto& tokens = shared.tokens;
   Accumulator<E, Warp::kTiles> z;
   project<true>(p, first, e, tokens, shared.project, shared.units, z);
-  if (p.gamma.data != nullptr) {
+  if (has_norm(p)) {
     for (int row = thread_of_block(); row < F::S::kTokens; row += kThreads) {
       if (!tokens.valid(row)) continue;
       out.mean[first + row] = tokens.mean[row];
@@ -83,8 +83,8 @@ __device__ inline void bottleneck(const AdapterParams& p, const AdapterForward& 
 }
 
 // [x] + [residual] + scale * (h w_up_e^T + b_up_e) for the tokens of expert e.
-template <typename E, int kRank, bool kListed>
-__device__ inline void write_output(const AdapterParams& p, const AdapterForward& out, int first, int e, float scale,
+template <typename E, int kRank, bool kListed, typename Params>
+__device__ inline void write_output(const Params& p, const AdapterForward& out, int first, int e, float scale,
                                     ForwardShared<E, kRank, kListed>& shared) {
   using F = ForwardShared<E, kRank, kListed>;
   using Warp = typename F::Second;
@@ -113,7 +113,7 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
         const int row = warp.row() + patch.row(i);
         const int at = column + warp.column() + patch.column(i);
         const int64_t token = first + row;
-        count[i] = tokens.expert[row] == e ? p.width - at : 0;
+        count[i] = tokens.expert[row] == e ? columns_from(p, at) : 0;
         if (p.add_input) x[i].begin(p.x, token * p.x.stride + at, count[i]);
         if (p.residual.data != nullptr) residual[i].begin(p.residual, token * p.residual.stride + at, count[i]);
       }
@@ -125,7 +125,8 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
         const TilesByUnit<Warp::kTiles> tiles(OwnedTiles(p, e, column + warp.column()));
         y.template multiply<false, true>(h, F::kRow, w, Up::kRow, kUnit * Up::kRow, kRank, p.tf32, tiles);
       } else {
-        y.template multiply<false, true>(h, F::kRow, w, Up::kRow, kUnit * Up::kRow, kRank, p.tf32);
+        y.template multiply<false, true, kStepsAtOnce<Params>>(h, F::kRow, w, Up::kRow, kUnit * Up::kRow, kRank,
+                                                               p.tf32);
       }
       float value[P::kCount][kVector];
       patch.spread(y, 0, value);
@@ -145,7 +146,7 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
           residual[i].finish(p.residual, token * p.residual.stride + at, count[i], summand);
           for (int n = 0; n < kVector; ++n) value[i][n] += summand[n];
         }
-        store_vector(out.out, p.x.dtype, out.wide_out, token * p.width + at, count[i], value[i]);
+        store_vector(out.out, p.x.dtype, kIsPlain<Params> || out.wide_out, token * p.width + at, count[i], value[i]);
       }
     }
     if (next >= p.width) break;
@@ -156,9 +157,9 @@ __device__ inline void write_output(const AdapterParams& p, const AdapterForward
   }
 }
 
-template <typename E, int kRank, bool kListed>
-__global__ void __launch_bounds__(kThreads, 2)
-    adapter_forward_kernel(const __grid_constant__ AdapterParams p, const __grid_constant__ AdapterForward out) {
+template <typename E, int kRank, bool kListed, typename Params>
+__global__ void __launch_bounds__(kThreads, kBlocks<Params, kRank, 32>)
+    adapter_forward_kernel(const __grid_constant__ Params p, const __grid_constant__ AdapterForward out) {
   if (!kServed<E>) return __trap();
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   auto& shared = *reinterpret_cast<ForwardShared<E, kRank, kListed>*>(dynamic_shared);

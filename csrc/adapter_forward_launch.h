@@ -14,10 +14,16 @@ struct LaunchForward {
 
   template <int kRank>
   int at() const {
+    return for_known<E, kListed>(params, forward.wide_out, [&](const auto& known) { return with<kRank>(known); });
+  }
+
+ private:
+  template <int kRank, typename Params>
+  int with(const Params& p) const {
     constexpr int kTokens = Step<E, kRank>::kTokens;
-    const dim3 blocks(static_cast<unsigned>((params.tokens + kTokens - 1) / kTokens));
-    return launch_blocks(adapter_forward_kernel<E, kRank, kListed>, blocks, sizeof(ForwardShared<E, kRank, kListed>),
-                         stream, params, forward);
+    const dim3 blocks(static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens));
+    return launch_blocks(adapter_forward_kernel<E, kRank, kListed, Params>, blocks,
+                         sizeof(ForwardShared<E, kRank, kListed>), stream, p, forward);
   }
 };
 

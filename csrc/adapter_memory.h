@@ -74,7 +74,8 @@ __device__ inline void unpack(const RawOf<kWords>& raw, uint8_t dtype, float (&v
   }
 }
 
-__device__ inline void load_vector(const AdapterTensor& from, int64_t index, int count, float (&value)[kVector]) {
+template <typename Tensor>
+__device__ inline void load_vector(const Tensor& from, int64_t index, int count, float (&value)[kVector]) {
   unpack(load_raw(from.data, from.dtype, from.wide, index, count), from.dtype, value);
 }
 
@@ -86,11 +87,16 @@ struct EarlyVector {
   static constexpr int kWords = sizeof(E) == sizeof(float) ? 8 : 4;
   RawOf<kWords> raw;
 
-  __device__ static bool early(const AdapterTensor& from) { return kWords == 8 || from.dtype != kFloat32; }
-  __device__ void begin(const AdapterTensor& from, int64_t index, int count) {
+  template <typename Tensor>
+  __device__ static constexpr bool early(const Tensor& from) {
+    return kWords == 8 || from.dtype != kFloat32;
+  }
+  template <typename Tensor>
+  __device__ void begin(const Tensor& from, int64_t index, int count) {
     if (early(from)) raw = load_raw<kWords>(from.data, from.dtype, from.wide, index, count);
   }
-  __device__ void finish(const AdapterTensor& from, int64_t index, int count, float (&value)[kVector]) const {
+  template <typename Tensor>
+  __device__ void finish(const Tensor& from, int64_t index, int count, float (&value)[kVector]) const {
     if (early(from)) {
       unpack(raw, from.dtype, value);
     } else {
@@ -99,17 +105,17 @@ struct EarlyVector {
   }
 
   // The same of eight units of a row (adapter_owned.h).
-  template <typename Units>
-  __device__ void begin(const AdapterTensor& from, const Units& units, int64_t row, int column, int rank) {
-    if (early(from)) raw = units.template load<kWords>(from, row, column, rank);
+  template <typename Tensor, typename Units>
+  __device__ void begin(const Tensor& from, const Units& units, int64_t row, int column, int limit) {
+    if (early(from)) raw = units.template load<kWords>(from, row, column, limit);
   }
-  template <typename Units>
-  __device__ void finish(const AdapterTensor& from, const Units& units, int64_t row, int column, int rank,
+  template <typename Tensor, typename Units>
+  __device__ void finish(const Tensor& from, const Units& units, int64_t row, int column, int limit,
                          float (&value)[kVector]) const {
     if (early(from)) {
       unpack(raw, from.dtype, value);
     } else {
-      unpack(units.template load<8>(from, row, column, rank), from.dtype, value);
+      unpack(units.template load<8>(from, row, column, limit), from.dtype, value);
     }
   }
 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "adapter_memory.h"
+#include "adapter_plain.h"
 #include "adapter_units.h"
 
 namespace mosa {
@@ -52,12 +53,17 @@ template <bool kListed>
 struct VectorUnits {
   __device__ void find(const UnitsOf<kListed>&, int) {}
 
-  template <int kWords>
-  __device__ RawOf<kWords> load(const AdapterTensor& from, int64_t row, int column, int rank) const {
-    return load_raw<kWords>(from.data, from.dtype, from.wide, row + column, rank - column);
+  // What `load` takes for a row that is there: the units that are left.
+  template <typename Params>
+  __device__ static int limit(const Params& p, int column) {
+    return units_from(p, column);
   }
-  __device__ Owners load(const uint8_t* owners, bool wide, int64_t row, int column, int rank) const {
-    return load_owners(owners, wide, row + column, rank - column);
+  template <int kWords, typename Tensor>
+  __device__ RawOf<kWords> load(const Tensor& from, int64_t row, int column, int left) const {
+    return load_raw<kWords>(from.data, from.dtype, from.wide, row + column, left);
+  }
+  __device__ Owners load(const uint8_t* owners, bool wide, int64_t row, int column, int left) const {
+    return load_owners(owners, wide, row + column, left);
   }
 };
 
@@ -73,9 +79,13 @@ struct VectorUnits<true> {
     }
   }
 
+  template <typename Params>
+  __device__ static int limit(const Params& p, int) {
+    return p.rank;
+  }
   // Zeros for units from `rank` on: for all of them where it is 0.
-  template <int kWords>
-  __device__ RawOf<kWords> load(const AdapterTensor& from, int64_t row, int, int rank) const {
+  template <int kWords, typename Tensor>
+  __device__ RawOf<kWords> load(const Tensor& from, int64_t row, int, int rank) const {
     RawOf<kWords> raw = {};
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -104,9 +114,9 @@ struct VectorUnits<true> {
 };
 
 // Whether a kernel looks at the table of tiles for tokens of expert e: the merged adapter needs them all.
-template <int kRank, bool kListed>
-__device__ inline bool leaves_out_tiles(const AdapterParams& p, int e) {
-  if constexpr (kListed || kRank <= kNarrowRank) return false;
+template <int kRank, bool kListed, typename Params>
+__device__ inline bool leaves_out_tiles(const Params& p, int e) {
+  if constexpr (kListed || kRank <= kNarrowRank || kIsPlain<Params>) return false;
   return p.owned.tiles != nullptr && e >= 0;
 }
 

@@ -87,16 +87,16 @@ struct UnitTable {
 
 // What LayerNorm's tokens are multiplied with on their way into a product in half precision: a column of 100 000 in a
 // float32 stream, which LayerNorm makes small, is beyond fp16.
-template <typename E>
-__device__ inline float reach_of(const AdapterParams& p) {
-  const bool wider = Element<E>::kDType == kFloat16 && p.x.dtype != kFloat16 && p.gamma.data != nullptr;
+template <typename E, typename Params>
+__device__ inline float reach_of(const Params& p) {
+  const bool wider = Element<E>::kDType == kFloat16 && p.x.dtype != kFloat16 && has_norm(p);
   return wider ? 0.0625f : 1.0f;
 }
 
 // accumulators = x Wg^T for expert e, or reach_of (x - shift) Wg^T where x is converted on its way; fills `units`. With
 // kStatistics it finds mean and rstd, else they are in the table. Ends with a barrier.
-template <bool kStatistics, typename E, int kRank, bool kListed, typename Accumulators>
-__device__ inline void project(const AdapterParams& p, int first, int e, TokenTable<Step<E, kRank>::kTokens>& tokens,
+template <bool kStatistics, typename E, int kRank, bool kListed, typename Params, typename Accumulators>
+__device__ inline void project(const Params& p, int first, int e, TokenTable<Step<E, kRank>::kTokens>& tokens,
                                ProjectTiles<E, kRank, kListed>& shared, UnitTable<kRank>& units,
                                Accumulators& accumulators) {
   using Tiles = ProjectTiles<E, kRank, kListed>;
@@ -105,10 +105,11 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
   using Warp = WarpTiles<Step<E, kRank>::kTokens, kRank>;
   constexpr int kColumns = Tiles::kColumns;
   constexpr int kBuffers = Step<E, kRank>::kBuffers;
-  const bool norm = p.gamma.data != nullptr;
+  const bool norm = has_norm(p);
   const bool direct = p.x.dtype == Element<E>::kDType && p.x.wide && !(norm && p.x.dtype == kFloat32);
   const bool centre = norm && !direct;
   const auto take = [&](int row) { return tokens.valid(row); };
+  const auto left = [&](int at) { return columns_from(p, at); };
   const float reach = reach_of<E>(p);
 
   X x;
@@ -130,7 +131,7 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
 #pragma unroll 1
   for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
     if (next < p.width) {
-      x.begin(p.x, direct, first, take, next, p.width, shared.x[buffer]);
+      x.begin(p.x, direct, first, take, next, left, shared.x[buffer]);
       down.begin(p, next);
     }
     if (next == 0 && norm && kStatistics) {
@@ -146,7 +147,7 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
       }
     }
     if (next > 0) {
-      accumulators.template multiply<false, true>(
+      accumulators.template multiply<false, true, kStepsAtOnce<Params>>(
           shared.x[buffer ^ 1] + warp.row() * X::kRow, X::kRow,
           shared.down[kBuffers == 1 ? 0 : buffer ^ 1] + warp.column() * Down::kRow, Down::kRow, kUnit * Down::kRow,
           kColumns, p.tf32);
@@ -155,7 +156,7 @@ __device__ inline void project(const AdapterParams& p, int first, int e, TokenTa
     if (kBuffers == 1) __syncthreads();
     x.finish(p.x, direct, norm && kStatistics, shared.x[buffer], [&](int j, int, float (&value)[kVector]) {
       if (!norm) return;
-      const int count = p.width - next - x.column();
+      const int count = columns_from(p, next + x.column());
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         value[i] -= shift[j];

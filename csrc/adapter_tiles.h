@@ -9,6 +9,7 @@
 #include "adapter_math.h"
 #include "adapter_memory.h"
 #include "adapter_owned.h"
+#include "adapter_plain.h"
 #include "adapter_units.h"
 
 namespace mosa {
@@ -77,16 +78,17 @@ struct RowTile : Spread<kRows, kColumns> {
   static constexpr int kSize = kRows * kRow;
   Raw raw[S::kCount];
 
-  // Row i of the tile is row `first + i` of the tensor, zeros where not take(i).
-  template <typename Take>
-  __device__ void begin(const AdapterTensor& from, bool direct, int64_t first, const Take& take, int column, int width,
+  // Row i of the tile is row `first + i` of the tensor, zeros where not take(i), of which left(at) elements are there
+  // from column `at` on.
+  template <typename Tensor, typename Take, typename Left>
+  __device__ void begin(const Tensor& from, bool direct, int64_t first, const Take& take, int column, const Left& left,
                         E* tile) {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
       const int row = this->row(j);
       const int at = column + this->column();
-      const int count = take(row) ? width - at : 0;
+      const int count = take(row) ? left(at) : 0;
       if (direct) {
         const E* source = static_cast<const E*>(from.data);
         start_copy(tile + row * kRow + this->column(), count > 0 ? source + (first + row) * from.stride + at : source,
@@ -100,8 +102,8 @@ struct RowTile : Spread<kRows, kColumns> {
 
   // Calls change(j, row, value) on every vector of this thread, in float32, and puts it into the tile. A direct tile
   // has arrived by then, for the thread that copied it, and stays as it is; `look` says whether it is looked at.
-  template <typename Change>
-  __device__ void finish(const AdapterTensor& from, bool direct, bool look, E* tile, const Change& change) {
+  template <typename Tensor, typename Change>
+  __device__ void finish(const Tensor& from, bool direct, bool look, E* tile, const Change& change) {
     if (direct) wait_for_copies();
     if (direct && !look) return;
 #pragma unroll
@@ -120,7 +122,8 @@ struct RowTile : Spread<kRows, kColumns> {
   }
 
   // The vector itself before `finish`: what a direct tile needs to have arrived for.
-  __device__ void peek(const AdapterTensor& from, bool direct, const E* tile, int j, float (&value)[kVector]) const {
+  template <typename Tensor>
+  __device__ void peek(const Tensor& from, bool direct, const E* tile, int j, float (&value)[kVector]) const {
     if (direct) {
       get_vector(tile + this->row(j) * kRow + this->column(), value);
     } else {
@@ -150,9 +153,13 @@ struct DownTile : Spread<kRank, kColumns> {
   }
 
   __device__ static int index_of(const AdapterParams& p, int unit, int at) { return unit * p.width + at; }
-  __device__ static int count_of(const AdapterParams& p, int unit, int at) { return unit < p.rank ? p.width - at : 0; }
+  template <typename Params>
+  __device__ static int count_of(const Params& p, int unit, int at) {
+    return unit < p.rank ? columns_from(p, at) : 0;
+  }
 
-  __device__ void begin(const AdapterParams& p, int column) {
+  template <typename Params>
+  __device__ void begin(const Params& p, int column) {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
@@ -162,15 +169,16 @@ struct DownTile : Spread<kRank, kColumns> {
     }
   }
 
-  __device__ void finish(const AdapterParams& p, int column, int e, E* tile) {
+  template <typename Params>
+  __device__ void finish(const Params& p, int column, int e, E* tile) {
     const int at = column + this->column();
     // Both are on their way before one is waited for, which takes fewer registers too: on sm_80 the bf16 backward
     // kernel over tokens spills 364 bytes so in place of 468 at r = 64, and 320 in place of 576 at r = 128.
-    const auto whole = [&](const AdapterTensor& from) {
-      return load_raw(from.data, from.dtype, from.wide, at, from.data != nullptr ? p.width - at : 0);
+    const auto whole = [&](const auto& from, bool given) {
+      return load_raw(from.data, from.dtype, from.wide, at, given ? columns_from(p, at) : 0);
     };
-    const Raw raw_gamma = whole(p.gamma);
-    const Raw raw_beta = whole(p.beta);
+    const Raw raw_gamma = whole(p.gamma, has_norm(p));
+    const Raw raw_beta = whole(p.beta, has_beta(p));
     float gamma[kVector];
     float beta[kVector];
     unpack(raw_gamma, p.gamma.dtype, gamma);
@@ -182,10 +190,10 @@ struct DownTile : Spread<kRank, kColumns> {
       float value[kVector];
       early[j].finish(p.w_down, index_of(p, unit, at), count_of(p, unit, at), value);
       if (p.assignment_down != nullptr) see(p, e, unit, at, value);
-      if (p.beta.data != nullptr) {
+      if (has_beta(p)) {
         for (int i = 0; i < kVector; ++i) biases[j] += value[i] * beta[i];
       }
-      if (p.gamma.data != nullptr) {
+      if (has_norm(p)) {
         for (int i = 0; i < kVector; ++i) value[i] *= gamma[i];
       }
       put_rounded(tile + this->row(j) * kRow + this->column(), value);
@@ -234,21 +242,26 @@ struct UpTile : Spread<kColumns, kRank> {
   VectorUnits<kListed> units;
 
   __device__ void open(const AdapterParams& p, int e) { units.find(UnitsOf<kListed>(p, e), this->column()); }
-  __device__ static int rank_of(const AdapterParams& p, int at) { return at < p.width ? p.rank : 0; }
+  template <typename Params>
+  __device__ int limit(const Params& p, int at) const {
+    return kIsPlain<Params> || at < p.width ? units.limit(p, this->column()) : 0;
+  }
 
-  __device__ void begin(const AdapterParams& p, int column) {
+  template <typename Params>
+  __device__ void begin(const Params& p, int column) {
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
       if (!this->has(j)) continue;
       const int at = column + this->row(j);
-      early[j].begin(p.w_up, units, at * p.rank, this->column(), rank_of(p, at));
+      early[j].begin(p.w_up, units, at * p.rank, this->column(), limit(p, at));
       if (p.assignment != nullptr) {
-        owners[j] = units.load(p.assignment, p.wide_assignment, at * p.rank, this->column(), rank_of(p, at));
+        owners[j] = units.load(p.assignment, p.wide_assignment, at * p.rank, this->column(), limit(p, at));
       }
     }
   }
 
-  __device__ void finish(const AdapterParams& p, int column, int e, E* tile) {
+  template <typename Params>
+  __device__ void finish(const Params& p, int column, int e, E* tile) {
     const bool masked = p.assignment != nullptr && e >= 0;
 #pragma unroll
     for (int j = 0; j < S::kCount; ++j) {
@@ -266,7 +279,7 @@ struct UpTile : Spread<kColumns, kRank> {
         continue;
       }
       float value[kVector];
-      early[j].finish(p.w_up, units, at * p.rank, this->column(), rank_of(p, at), value);
+      early[j].finish(p.w_up, units, at * p.rank, this->column(), limit(p, at), value);
       if (masked) {
         for (int i = 0; i < kVector; ++i) value[i] = owners[j].of(i) == e ? value[i] : 0.0f;
       }

@@ -127,10 +127,10 @@ struct Accumulator<E, kTiles, true> {
 
   // tile[j] += A B_j with A [16, depth] and B_j [depth, 16]; B_j begins `step` elements after B_(j-1). The whole warp
   // takes part.
-  template <bool kTransposedA, bool kTransposedB, typename Tiles = AllTiles>
+  template <bool kTransposedA, bool kTransposedB, int kAtOnce = 1, typename Tiles = AllTiles>
   __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool,
                            const Tiles& tiles = Tiles()) {
-#pragma unroll 1
+#pragma unroll kAtOnce
     for (int k = 0; k < depth; k += kUnit) {
       const uint32_t marked = tiles.of(k / kUnit);
       if (Tiles::kSome && marked == 0) continue;
@@ -176,7 +176,7 @@ struct Accumulator<float, kTiles, true> {
     }
   }
 
-  template <bool kTransposedA, bool kTransposedB, typename Tiles = AllTiles>
+  template <bool kTransposedA, bool kTransposedB, int = 1, typename Tiles = AllTiles>
   __device__ void multiply(const float* a, int lda, const float* b, int ldb, int step, int depth, bool tf32,
                            const Tiles& tiles = Tiles()) {
     using TF32 = nvcuda::wmma::precision::tf32;
@@ -231,7 +231,7 @@ struct Accumulator<E, kTiles, false> {
     }
   }
 
-  template <bool kTransposedA, bool kTransposedB, typename Tiles = AllTiles>
+  template <bool kTransposedA, bool kTransposedB, int = 1, typename Tiles = AllTiles>
   __device__ void multiply(const E* a, int lda, const E* b, int ldb, int step, int depth, bool,
                            const Tiles& tiles = Tiles()) {
     const E* own_row = a + row() * (kTransposedA ? 1 : lda);

@@ -29,13 +29,16 @@ ALLOWED = {
     "masked_adamw_kernel": Allowance(registers=64, shared=2052),
     # Two blocks of 256 threads share a multiprocessor's registers.
     "adapter_forward_kernel": Allowance(registers=128, shared=0, stack=128),
+    "adapter_forward_kernel of plain calls": Allowance(registers=128, shared=0, stack=16),
     "adapter_backward_tokens_kernel": Allowance(registers=128, shared=0, stack=272),
+    "adapter_backward_tokens_kernel of plain calls": Allowance(registers=128, shared=0, stack=24),
     "adapter_backward_weights_kernel": Allowance(registers=128, shared=0),
     "adapter_backward_cluster_kernel": Allowance(registers=128, shared=0, stack=40),
     "adapter_backward_reduce_kernel": Allowance(registers=40, shared=5376),
 }
-# Its compiler takes two registers more for the kernel over weights with lists of 64 units.
+# Its compiler takes two registers more for the kernel over weights with lists of 64 units, and for r = 256.
 ALLOWED_ON_V100 = ALLOWED | {
+    "adapter_forward_kernel of plain calls": ALLOWED["adapter_forward_kernel of plain calls"]._replace(stack=24),
     "adapter_backward_weights_kernel": ALLOWED["adapter_backward_weights_kernel"]._replace(stack=8),
 }
 needs_cuobjdump = pytest.mark.skipif(cubins.find_cuobjdump() is None, reason="no cuobjdump: no CUDA toolkit, no Triton")
@@ -58,7 +61,7 @@ def test_every_kernel_has_an_allowance() -> None:
     sources = cubins.kernel_sources()
     missing = {kernel: path.name for kernel, path in sources.items() if kernel not in ALLOWED}
     assert not missing, f"kernels without a row in ALLOWED of {Path(__file__).name}: {missing}"
-    assert set(ALLOWED) == set(sources), "rows of ALLOWED without a kernel"
+    assert {name.removesuffix(cubins.PLAIN) for name in ALLOWED} == set(sources), "rows of ALLOWED without a kernel"
 
 
 @needs_cuobjdump
@@ -71,7 +74,7 @@ def test_kernels_of_the_compiled_module_stay_within_it() -> None:
     usages = cubins.resource_usage(Path(built.module.__file__))
     for architecture in (name.removesuffix("-real") for name in architectures if name.endswith("-real")):
         found = {usage.kernel for usage in usages if usage.architecture == f"sm_{architecture}"}
-        missing = set(cubins.kernel_sources()) - found
+        missing = set(ALLOWED) - found
         assert not missing, f"mosa_kernels._C lacks {missing} for sm_{architecture}: build it again"
     assert not [line for usage in usages for line in excess(usage)]
 
@@ -165,4 +168,6 @@ def test_names_of_kernels() -> None:
         == "masked_adamw_kernel"
     )
     assert cubins.kernel_name("_Z4kernILi2EEvPf") == "kern"
+    plain = "_ZN4mosa12split_kernelIfNS_11PlainParamsIffEEEEvT0_"
+    assert cubins.kernel_name(plain) == "split_kernel of plain calls"
     assert cubins.kernel_name("plain") == "plain"

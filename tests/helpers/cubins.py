@@ -13,6 +13,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
+PLAIN = " of plain calls"
+"""What is added to the name of a kernel that takes PlainParams of csrc/adapter_plain.h."""
 _SPILLS = ("STACK", "LOCAL")
 _FIRST_RESERVING, _RESERVED = 90, 1024  # from sm_90 on the system keeps shared memory of every block to itself
 
@@ -64,7 +66,7 @@ def _own_shared(architecture: str, shared: int) -> int:
 
 
 def kernel_name(symbol: str) -> str:
-    """The function's own name in a mangled one: `split_kernel` of `_ZN4mosa12split_kernelE...`."""
+    """The function's own name in a mangled one: `split_kernel` of `_ZN4mosa12split_kernelE...`; with `PLAIN`."""
     match = re.match(r"_ZN?", symbol)
     if match is None:
         return symbol
@@ -72,7 +74,7 @@ def kernel_name(symbol: str) -> str:
     while part := re.match(r"(\d+)", rest):
         end = part.end() + int(part[1])
         name, rest = rest[part.end() : end], rest[end:]
-    return name
+    return name + PLAIN if "11PlainParams" in symbol else name
 
 
 def kernels_of(source: Path) -> set[str]:

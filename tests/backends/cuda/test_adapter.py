@@ -429,6 +429,7 @@ def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
     machine.check(full_call(3, 23, 100, 33, dtype, expert=torch.tensor([0, -1, 2]), **sparse_down(100, 33)))
     machine.check(full_call(1, 67, 136, 64, dtype, expert=torch.tensor(1), dropout_p=0.3))
     machine.check(full_call(1, 9, 23, 200, dtype, assignment=None))
+    machine.check(full_call(1, 67, 128, 40, dtype, expert=torch.tensor(1)))  # a plain call
     for granularity in ("column", "block"):  # 50 listed units, and tiles beyond both ends
         assignment = split((23, 200), 4, granularity, torch.Generator().manual_seed(2))
         machine.check(full_call(3, 9, 23, 200, dtype, assignment=assignment, expert=torch.tensor([0, -1, 2])))
