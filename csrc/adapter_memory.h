@@ -200,22 +200,32 @@ __device__ inline void put_vector(E* to, const float (&value)[kVector]) {
   store_vector(to, Element<E>::kDType, true, 0, kVector, value);
 }
 
+template <typename E>
+__device__ inline void unpack_pair(uint32_t bits, float& low, float& high) {
+  low = from_bits(bits & 0xffffu, Element<E>::kDType);
+  high = from_bits(bits >> 16, Element<E>::kDType);
+}
+
 // Two numbers as a product takes them.
 template <typename E>
 __device__ inline void round_pair(float& low, float& high) {
-  if constexpr (sizeof(E) != sizeof(float)) {
-    const uint32_t bits = pack_pair(low, high, Element<E>::kDType);
-    low = from_bits(bits & 0xffffu, Element<E>::kDType);
-    high = from_bits(bits >> 16, Element<E>::kDType);
-  }
+  if constexpr (sizeof(E) != sizeof(float)) unpack_pair<E>(pack_pair(low, high, Element<E>::kDType), low, high);
 }
 
-// Leaves in `value` what was put, rounded.
+// Leaves in `value` what was put, rounded. (Rounded first and then put, 16-bit numbers would be packed twice.)
 template <typename E>
 __device__ inline void put_rounded(E* to, float (&value)[kVector]) {
+  if constexpr (sizeof(E) == sizeof(float)) {
+    put_vector(to, value);
+  } else {
+    Wide bits;
 #pragma unroll
-  for (int i = 0; i < kVector; i += 2) round_pair<E>(value[i], value[i + 1]);
-  put_vector(to, value);
+    for (int i = 0; i < 4; ++i) {
+      bits.word[i] = pack_pair(value[2 * i], value[2 * i + 1], Element<E>::kDType);
+      unpack_pair<E>(bits.word[i], value[2 * i], value[2 * i + 1]);
+    }
+    *reinterpret_cast<Wide*>(to) = bits;
+  }
 }
 
 template <typename E>
