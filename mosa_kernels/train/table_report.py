@@ -36,7 +36,8 @@ def rows_of_table(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     head = ["method"]
     for column in columns_of(summaries):
         head += [column, "paper"] if column in printed else [column]
-    rows = [(*head, "params (M)", "paper")]
+    counted = any(summary.row.paper_params is not None for summary in summaries)
+    rows = [(*head, "params (M)", *(["paper"] if counted else []))]
     best = max((s.values[MEAN].mean for s in summaries if s.values[MEAN].by_seed), default=None)
     for summary in summaries:
         cells = [summary.row.title + ("" if summary.row.origin == "paper" else f" ({summary.row.origin})")]
@@ -45,8 +46,11 @@ def rows_of_table(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
             cells.append(f"**{value}**" if bold else str(value))
             if column in printed:
                 cells.append(f"{summary.paper[column]:.2f}" if column in summary.paper else "-")
-        paper = summary.row.paper_params
-        rows.append((*cells, f"{summary.parameters:.3f}", "-" if paper is None else f"{paper:.2f}"))
+        cells.append(f"{summary.parameters:.3f}")
+        if counted:
+            paper = summary.row.paper_params
+            cells.append("-" if paper is None else f"{paper:.2f}")
+        rows.append(tuple(cells))
     return rows
 
 

@@ -190,6 +190,15 @@ def cells_title(table: Table, key: str) -> str:
     return next(row.title for row in table.rows if row.key == key)
 
 
+def test_a_column_of_the_papers_counts_only_where_it_prints_one():
+    for number, printed in (("1", True), ("ours-3", False)):
+        table = read_table(number)
+        head, *body = rows_of_table(summarise_table(table, measured(table, {})))
+        assert (head[-1] == "paper") == printed
+        assert head.count("params (M)") == 1
+        assert all(len(row) == len(head) for row in body)
+
+
 def test_markdown_csv_and_json_hold_the_same_numbers():
     table = table_2()
     cells = measured(table, {("mosa", "count"): (80.0, 81.0, 82.0)})
