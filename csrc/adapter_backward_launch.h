@@ -16,7 +16,7 @@ struct LaunchBackwardTokens {
   template <int kRank>
   int at() const {
     const bool wide = backward.grad_out.wide && backward.wide_dx;
-    return for_known<E, kListed>(params, wide, [&](const auto& known) { return with<kRank>(known); });
+    return for_known<E, kRank, kListed>(params, wide, [&](const auto& known) { return with<kRank>(known); });
   }
 
  private:

@@ -14,7 +14,8 @@ struct LaunchForward {
 
   template <int kRank>
   int at() const {
-    return for_known<E, kListed>(params, forward.wide_out, [&](const auto& known) { return with<kRank>(known); });
+    return for_known<E, kRank, kListed>(params, forward.wide_out,
+                                        [&](const auto& known) { return with<kRank>(known); });
   }
 
  private:

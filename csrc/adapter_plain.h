@@ -14,7 +14,8 @@
 
 namespace mosa {
 
-constexpr int kPlainWidth = 64;  // a multiple of every step's columns
+constexpr int kPlainWidth = 64;      // a multiple of every step's columns
+constexpr int kMostPlainRank = 128;  // above, products take most of the time, and as much again to compile
 
 // An AdapterTensor of known type and alignment.
 template <typename T>
@@ -116,10 +117,10 @@ inline bool is_plain(const AdapterParams& p) {
 
 // Calls launch(params) with what is known of the call: PlainParams in types that are used together, for products of E.
 // `wide`: so are the tensors beside the parameters.
-template <typename E, bool kListed, typename Launch>
+template <typename E, int kRank, bool kListed, typename Launch>
 int for_known(const AdapterParams& p, bool wide, const Launch& launch) {
   constexpr uint8_t kProducts = Element<E>::kDType;
-  if constexpr (!kListed) {
+  if constexpr (!kListed && kRank <= kMostPlainRank) {
     const bool plain = wide && is_plain(p);
     const auto typed = [&](uint8_t x, uint8_t weights) { return plain && p.x.dtype == x && p.w_down.dtype == weights; };
     if (typed(kProducts, kProducts)) return launch(PlainParams<E, E>(p));

@@ -36,12 +36,21 @@ TWO_RANKS: Changes = {
       return launch.template at<64>();
 """,
     ),
+    "adapter_plain.h": (
+        """    if constexpr (kProducts != kFloat32) {
+      if (typed(kProducts, kFloat32)) return launch(PlainParams<E, float>(p));
+      if (typed(kFloat32, kFloat32)) return launch(PlainParams<float, float>(p));
+    }
+""",
+        "",
+    ),
     "adapter_served.h": (
         "p.owned.listed == kFewListed ? launch.template at<kFewListed>() : launch.template at<kMostListed>()",
         "launch.template at<kMostListed>()",
     ),
 }
-"""Without the kernels of two of the padded ranks, 64 and 256 being left: half the time to compile."""
+"""Without the kernels of two of the padded ranks, 64 and 256 being left, and those of plain calls with tensors of two
+types: half the time to compile."""
 
 
 class Machine:

@@ -28,7 +28,7 @@ BATCH = 3
 def plain_calls(draw: st.DrawFn) -> AdapterArguments:
     """A call with LayerNorm, a width of whole steps, whole vectors of units, and any option that is left."""
     dtype, parameter_dtype, compute_dtype = draw(st.sampled_from(TYPES))
-    d, r = 64 * draw(st.integers(1, 3)), 8 * draw(st.sampled_from((1, 2, 3, 4, 5, 8, 9, 16, 17, 32)))
+    d, r = 64 * draw(st.integers(1, 3)), 8 * draw(st.sampled_from((1, 2, 3, 4, 5, 8, 9, 16)))
     options: dict[str, object] = {}
     for name in ("b_down", "b_up", "assignment", "residual"):
         if draw(st.integers(0, 3)) == 0:
@@ -57,7 +57,7 @@ def plain_calls(draw: st.DrawFn) -> AdapterArguments:
 
 
 @on_machines
-@settings(max_examples=60, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
 @given(args=plain_calls())
 def test_any_plain_call(machine: Machine, args: AdapterArguments) -> None:
     machine.check(args)
@@ -65,7 +65,7 @@ def test_any_plain_call(machine: Machine, args: AdapterArguments) -> None:
 
 @on_machines
 @pytest.mark.parametrize(("dtype", "parameter_dtype", "compute_dtype"), TYPES)
-@pytest.mark.parametrize("r", [24, 64, 128, 256])
+@pytest.mark.parametrize("r", [24, 64, 128])
 def test_experts_beside_the_merged_adapter(
     machine: Machine, dtype: torch.dtype, parameter_dtype: torch.dtype, compute_dtype: torch.dtype | None, r: int
 ) -> None:
@@ -83,7 +83,7 @@ def test_the_same_bits_as_kernels_for_any_call(
 ) -> None:
     """Which a residual that does not begin at a multiple of 16 bytes leads to."""
     machine = Machine("cpu")
-    for r in (8, 40, 96, 200):
+    for r in (8, 40, 96):
         args = full_call(
             2, 37, 128, r, dtype, parameter_dtype, compute_dtype=compute_dtype, expert=torch.tensor([2, -1]),
             dropout_p=0.2, seed_id=5,
