@@ -41,8 +41,22 @@ const CpuKernels* kernels_of(InstructionSet set) {
 #endif
 }
 
+// Intel's CPUs, which mean the tiles of AMX for bf16, multiply pairs of bf16 at half the rate of fp32 or at the same:
+// 90 and 179 GFLOP/s of a core of a Xeon (family 6, model 207), while the products of an EPYC 9004 reach 224 and 116.
+// On the Xeon forward + backward in bf16 take 0.57 of the time with fp32 operands (12608 tokens, d 768, r 64).
+bool has_faster_bf16_products() {
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const CpuKernels* choose_kernels(const AdapterCpuParams& p) {
-  const int highest = std::min<int>(p.instruction_set, p.bf16_products ? kAvx512Bf16 : kAvx512);
+  int highest = p.instruction_set;
+  if (highest == kFastest) highest = adapter_cpu_fastest(p.bf16_products);
+  highest = std::min<int>(highest, p.bf16_products ? kAvx512Bf16 : kAvx512);
   for (int set = highest; set >= kPortable; --set) {
     if (const CpuKernels* kernels = kernels_of(static_cast<InstructionSet>(set))) return kernels;
   }
@@ -273,6 +287,13 @@ std::vector<CpuSums> take_sums(const AdapterCpuParams& p, const Plan& plan, Aren
 }  // namespace
 
 bool adapter_cpu_has(InstructionSet set) { return kernels_of(set) != nullptr; }
+
+InstructionSet adapter_cpu_fastest(bool bf16_products) {
+  for (int set = bf16_products && has_faster_bf16_products() ? kAvx512Bf16 : kAvx512; set > kPortable; --set) {
+    if (adapter_cpu_has(static_cast<InstructionSet>(set))) return static_cast<InstructionSet>(set);
+  }
+  return kPortable;
+}
 
 int adapter_cpu_forward(const AdapterCpuParams& params, const AdapterCpuOutputs& outputs) {
   if (const int code = check(params); code != kOk) return code;

@@ -5,7 +5,7 @@
 //
 // The norm's weight and bias go into the down-projection while it is packed: w_down * gamma, b_down + w_down @ beta.
 // Everything between x and out lives in a tile of 48 tokens in the L2 cache. Sums are in fp32; with bf16 products and a
-// CPU that has them, the operands of the matrix products are bf16.
+// CPU that has them and is faster with them, the operands of the matrix products are bf16.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,9 @@ namespace mosa {
 
 // What the tiles are compiled for. Which of them this CPU and this build have: adapter_cpu_has.
 enum InstructionSet : uint8_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kInstructionSetCount = 4 };
+constexpr uint8_t kFastest = 255;  // whichever of them takes the least time
 bool adapter_cpu_has(InstructionSet set);
+InstructionSet adapter_cpu_fastest(bool bf16_products);
 
 enum Activation : uint8_t { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSilu = 3, kIdentity = 4, kActivationCount = 5 };
 
@@ -58,7 +60,7 @@ struct AdapterCpuParams {
   uint8_t activation;
   bool add_input;
   bool bf16_products;       // allowed, where the CPU has them
-  uint8_t instruction_set;  // the highest to use
+  uint8_t instruction_set;  // the highest to use, or kFastest
   int32_t threads;
 };
 

@@ -56,6 +56,8 @@ AdapterCpuParams adapter_params(const py::tuple& tensors, const py::tuple& sizes
   return p;
 }
 
+const char* const kInstructionSets[kInstructionSetCount] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
 void require_ok(int code, const char* name) {
   if (code == kOk) return;
   throw std::runtime_error(std::string(name) + " failed: " + status_message(code));
@@ -68,13 +70,16 @@ void bind_adapter_cpu(py::module_& m) {
       "adapter_cpu_instruction_sets",
       [] {
         py::dict found;
-        const char* const names[kInstructionSetCount] = {"portable", "avx2", "avx512", "avx512_bf16"};
         for (int set = 0; set < kInstructionSetCount; ++set) {
-          if (adapter_cpu_has(static_cast<InstructionSet>(set))) found[names[set]] = set;
+          if (adapter_cpu_has(static_cast<InstructionSet>(set))) found[kInstructionSets[set]] = set;
         }
         return found;
       },
       "Those that this CPU and this build have, by name, with their numbers.");
+  m.def(
+      "adapter_cpu_fastest_instruction_set",
+      [](bool bf16_products) { return kInstructionSets[adapter_cpu_fastest(bf16_products)]; }, py::arg("bf16_products"),
+      "The name of the one that calls run with, in bf16 or in fp32.");
   m.def(
       "adapter_cpu_forward",
       [](const py::tuple& tensors, const py::tuple& sizes, double scale, double expert_scale, double merged_scale,

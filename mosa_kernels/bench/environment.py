@@ -60,7 +60,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     """The machine, the versions and the commit, ready for JSON. Call it while the device is warm: clocks count."""
     built = extension()
     info: dict[str, Any] = {} if built.module is None else dict(built.module.build_info)
-    compiled = built.reason or ", ".join(getattr(built.module, "adapter_cpu_instruction_sets", list)())
+    compiled = built.reason
+    if built.module is not None:
+        fastest = built.module.adapter_cpu_fastest_instruction_set(bf16_products=True)
+        compiled = f"{', '.join(built.module.adapter_cpu_instruction_sets())} (in bf16 {fastest})"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine(),
         "device_type": device.type,

@@ -64,10 +64,11 @@ def split(
             tiles), "even_rows" or "even_columns" (every row, or column, is shared equally among the experts). Of an
             up-projection split by "column", the Triton kernels compute the active expert's units alone where the
             bottleneck is wider than 64; the others leave no whole tile of a matrix product to skip. The C++ kernels
-            multiply owned entries alone whatever the granularity, for bf16 on CPUs with AVX-512 BF16, where that is
-            faster: from about N = 3 on ("even_rows" gives them columns of equal length, which suits them best). There,
-            at 768 x 64 and N = 4, both passes ran 1.10 to 1.14 times as fast by "block", 1.03 to 1.07 by "column" and
-            0.87 by "row", whose products stay dense (`mosa-kernels bench --only granularity`; on a GPU not measured).
+            multiply owned entries alone whatever the granularity, for bf16 on AMD's CPUs with AVX-512 BF16, where that
+            is faster: from about N = 3 on ("even_rows" gives them columns of equal length, which suits them best).
+            There, at 768 x 64 and N = 4, both passes ran 1.10 to 1.14 times as fast by "block", 1.03 to 1.07 by
+            "column" and 0.87 by "row", whose products stay dense (`mosa-kernels bench --only granularity`; on a GPU not
+            measured).
         generator: source of the random number, on any device. None: the CPU's default generator.
         block_size: side of the tiles of "block"; the last ones may be smaller.
         device: where the assignment is made; by default that of the generator, else the CPU.

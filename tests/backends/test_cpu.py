@@ -1,6 +1,7 @@
 """The CPU backend against the float64 oracle, never more than twice as far from it as eager PyTorch.
 
-Everything is asked of both its paths: the compiled kernels, and the tiles in PyTorch that stand in for them.
+Everything is asked of all its paths: the compiled kernels, those with bf16 products where the CPU has these and is
+faster without them, and the tiles in PyTorch that stand in for compiled ones.
 """
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,17 +40,46 @@ FLOOR = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """Errors below a few units in the last place of the largest element are not compared: both sides may be exact."""
 
 
+BUILT = extension().module
+INSTRUCTION_SETS = {} if BUILT is None else BUILT.adapter_cpu_instruction_sets()
+FASTEST = {
+    dtype: None if BUILT is None else BUILT.adapter_cpu_fastest_instruction_set(bf16_products=dtype == torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16)
+}
+
+
+@contextmanager
+def highest_instruction_set(name: str) -> Iterator[None]:
+    if name not in INSTRUCTION_SETS:
+        pytest.skip(f"this CPU or build has no {name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_HIGHEST_INSTRUCTION_SET", INSTRUCTION_SETS[name])
+        yield
+
+
+def with_bf16_products(function: Callable[..., Any]) -> Callable[..., Any]:
+    return highest_instruction_set("avx512_bf16")(function)
+
+
 PATHS = {
     "compiled": compiled,
+    "bf16 products": SimpleNamespace(
+        adapter_forward=with_bf16_products(compiled.adapter_forward),
+        adapter_backward=with_bf16_products(compiled.adapter_backward),
+    ),
     "tiles": SimpleNamespace(adapter_forward=forward.adapter_forward, adapter_backward=backward.adapter_backward),
 }
-INSTRUCTION_SETS = {} if extension().reason else extension().module.adapter_cpu_instruction_sets()
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest) -> str:
     if request.param == "compiled" and extension().reason:
         pytest.skip(extension().reason)
+    if request.param == "bf16 products":
+        if "avx512_bf16" not in INSTRUCTION_SETS:
+            pytest.skip("this CPU or build has no avx512_bf16")
+        if FASTEST[torch.bfloat16] == "avx512_bf16":
+            pytest.skip("what the compiled path runs here in bf16")
     return request.param
 
 
@@ -53,11 +87,28 @@ def path(request: pytest.FixtureRequest) -> str:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(args=adapter_calls(dtypes=(torch.float32, torch.bfloat16), max_width=200, max_bottleneck=70, max_tokens=120))
 def test_every_instruction_set(name: str, args: AdapterArguments) -> None:
-    if name not in INSTRUCTION_SETS:
-        pytest.skip(f"this CPU or build has no {name}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_HIGHEST_INSTRUCTION_SET", INSTRUCTION_SETS[name])
+    with highest_instruction_set(name):
         assert_as_accurate_as_eager("compiled", args)
+
+
+@pytest.mark.skipif(not INSTRUCTION_SETS or not Path("/proc/cpuinfo").exists(), reason="not built, or not Linux")
+@pytest.mark.parametrize("dtype", FASTEST)
+def test_calls_run_with_the_fastest_instruction_set(dtype: torch.dtype) -> None:
+    """For bf16 products Intel's CPUs have AMX; pairs of bf16 they multiply more slowly than floats."""
+    expected = [name for name in INSTRUCTION_SETS if name != "avx512_bf16" or dtype == torch.bfloat16]
+    if "GenuineIntel" in Path("/proc/cpuinfo").read_text():
+        expected = [name for name in expected if name != "avx512_bf16"]
+    assert FASTEST[dtype] == expected[-1]
+
+    args = detached(vit_like((2, 50), 96, 32, dtype))
+    out, _, _ = compiled.adapter_forward(args)
+    outputs = {}
+    for name in INSTRUCTION_SETS:
+        with highest_instruction_set(name):
+            outputs[name] = compiled.adapter_forward(args)[0]
+    assert torch.equal(out, outputs[expected[-1]])
+    if dtype == torch.bfloat16 and "avx512_bf16" in outputs:
+        assert not torch.equal(outputs["avx512"], outputs["avx512_bf16"])
 
 
 def detached(args: AdapterArguments) -> AdapterArguments:
@@ -250,20 +301,21 @@ SPARSE_SHAPES = {  # width, bottleneck, experts, tokens: whole groups and chunks
 }
 
 
-@pytest.mark.skipif(bool(extension().reason), reason=extension().reason or "")
+@pytest.mark.parametrize("path", ["compiled", "bf16 products"], indirect=True)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", SPARSE_SHAPES)
-def test_an_expert_of_many(shape: str, granularity: str) -> None:
+def test_an_expert_of_many(path: str, shape: str, granularity: str) -> None:
     d, r, experts, tokens = SPARSE_SHAPES[shape]
     args = vit_like(tokens, d, r, torch.bfloat16, num_experts=experts)
     generator = torch.Generator().manual_seed(1)
     args = args._replace(assignment=split((d, r), experts, granularity, generator, block_size=4))
-    assert_as_accurate_as_eager("compiled", args._replace(expert=None, expert_id=experts - 1))
+    assert_as_accurate_as_eager(path, args._replace(expert=None, expert_id=experts - 1))
     each = torch.arange(tokens[0]) % experts - 1  # a merged sample first
-    assert_as_accurate_as_eager("compiled", args._replace(expert=each, dropout_p=0.3))
+    assert_as_accurate_as_eager(path, args._replace(expert=each, dropout_p=0.3))
 
 
 @pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="this CPU or build has no avx512_bf16")
+@highest_instruction_set("avx512_bf16")
 def test_what_an_expert_does_not_own_is_not_multiplied() -> None:
     args = vit_like((1, 50), 96, 64, torch.bfloat16, activation="relu")
     assert args.b_down is not None
@@ -403,11 +455,8 @@ def test_declines_with_a_reason() -> None:
     assert "float16" in reason
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.skipif(extension().reason is not None, reason=str(extension().reason))
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.skipif(bool(extension().reason), reason=extension().reason or "")
-def test_threads_share_the_work_and_change_no_bit_up_to_eight() -> None:
+@pytest.mark.parametrize("path", ["compiled", "bf16 products"], indirect=True)
+def test_threads_share_the_work_and_change_no_bit_up_to_eight(path: str) -> None:
     args = vit_like((24, 197), 64, 32, torch.bfloat16)._replace(expert=torch.arange(24) % 4, expert_id=MERGED)
     grad_out = torch.randn_like(args.x)
     before = torch.get_num_threads()
@@ -415,7 +464,7 @@ def test_threads_share_the_work_and_change_no_bit_up_to_eight() -> None:
     try:
         for threads in (1, 3, 8, 20):
             torch.set_num_threads(threads)
-            out, grads = run_cpu("compiled", args, grad_out)
+            out, grads = run_cpu(path, args, grad_out)
             found[threads] = [out, *(value for value in grads if isinstance(value, Tensor))]
     finally:
         torch.set_num_threads(before)
@@ -425,6 +474,9 @@ def test_threads_share_the_work_and_change_no_bit_up_to_eight() -> None:
         torch.testing.assert_close(many, few, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.skipif(bool(extension().reason), reason=extension().reason or "")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_no_threads_of_its_parent() -> None:
     """An OpenMP runtime waits for ever for its threads, which fork leaves behind; plain threads are started anew."""
     generator = torch.Generator().manual_seed(0)

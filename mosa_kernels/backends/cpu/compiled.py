@@ -16,7 +16,7 @@ _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "identity": 4}
 _DESCRIBED = ("x", "residual", "w_down", "w_down_init", "b_down", "w_up", "b_up", "norm_weight", "norm_bias")
 _WHOLE_NUMBERS = ("assignment", "assignment_down", "expert", "seed")
 _HIGHEST_INSTRUCTION_SET = 255
-"""The kernels use the highest that the CPU has, up to this one."""
+"""The kernels use the highest that the CPU has, up to this one; 255 stands for the fastest."""
 
 
 def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
