@@ -204,8 +204,9 @@ def _figures(case: Case, prepared: Prepared, seconds: float, limits: Limits | No
     found["share_of_limit"] = limits.seconds(case.floor, dtype) / seconds
     if work is not None:
         found["copy_share"] = work.bytes / seconds / (limits.copy * 1e9)
-        if work.flops and dtype in limits.matrix:
-            found["matrix_share"] = work.flops / seconds / (limits.matrix[dtype] * 1e12)
+        rate = limits.products(dtype)
+        if work.flops and rate:
+            found["matrix_share"] = work.flops / seconds / (rate * 1e12)
     return found
 
 

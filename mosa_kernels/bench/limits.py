@@ -63,9 +63,15 @@ class Limits(NamedTuple):
     copy: float  # GB/s, bytes read plus bytes written
     matrix: dict[str, float]  # TFLOP/s by dtype
 
+    def products(self, dtype: str) -> float | None:
+        """TFLOP/s of matrix products of this dtype, also those in fp32: CPUs without units for bf16 are faster so."""
+        if dtype not in self.matrix:
+            return None
+        return max(self.matrix[dtype], self.matrix.get("fp32", 0.0))
+
     def seconds(self, work: Work, dtype: str) -> float:
         """The least time for this work: its bytes or its products, whichever takes longer."""
-        rate = self.matrix.get(dtype)
+        rate = self.products(dtype)
         products = work.flops / (rate * 1e12) if rate else 0.0
         return max(work.bytes / (self.copy * 1e9), products)
 

@@ -137,6 +137,9 @@ def test_the_limit_is_the_longer_of_copying_and_products() -> None:
     assert limits.seconds(Work(10**9, 10**9), "fp32") == pytest.approx(0.01)
     assert limits.seconds(Work(10**6, 10**12), "fp32") == pytest.approx(1)
     assert limits.seconds(Work(10**6, 10**12), "bf16") == pytest.approx(1e-5)  # nobody measured that rate
+    slow = Limits(copy=100.0, matrix={"fp32": 1.0, "bf16": 0.5})
+    assert slow.seconds(Work(10**6, 10**12), "bf16") == pytest.approx(1)  # it may multiply in fp32
+    assert (slow.products("bf16"), slow.products("fp16")) == (1.0, None)
 
 
 def test_limits_of_this_machine_and_its_description() -> None:
