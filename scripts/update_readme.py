@@ -17,6 +17,8 @@ DEMO = ROOT / "benchmarks" / "accuracy" / "demo.json"
 REPORTS = ROOT / "benchmarks" / "reports"
 CPU = "cpu"
 """The folder among the reports whose figures stand in the README; `mosa-kernels bench` writes such folders."""
+CPU_ALL, CPU_OTHER = "cpu_all", "cpu_xeon"
+"""The same machine's longer report, and that of another CPU."""
 CPU_MODELS = "cpu_models"
 """The one whose whole models do."""
 
@@ -46,13 +48,13 @@ def demo_section() -> str:
     )
 
 
-def ratios_of_large_calls(reports: Path, dtype: str) -> str:
-    """How far eager time / ours spreads over both CPU reports: 64 images of ViT-B, r 64.
+def ratios_of_large_calls(reports: Path, names: tuple[str, ...], dtype: str) -> str:
+    """How far eager time / ours spreads over these reports: 64 images of ViT-B, r 64.
 
     Every row of that call counts: the part granularity times it again, where the split is of random entries.
     """
     found: dict[str, list[float]] = {}
-    for path in (reports / name / "report.json" for name in (CPU, "cpu_all")):
+    for path in (reports / name / "report.json" for name in names):
         for record in json.loads(path.read_text())["kernels"] if path.exists() else ():
             case, operator = record["case"], record["operator"]
             direction = case.get("pass") if operator == "granularity" else _PASSES.get(operator)
@@ -93,6 +95,7 @@ def cpu_section(reports: Path = REPORTS) -> str:
             "for new pages each time, and may take twice as long."
         )
     head = ("shape", "dtype", "expert per", "pass", "cpu ms (min)", "eager ms (min)", "ratio")
+    both = (CPU, CPU_ALL)
     return "\n\n".join(
         [
             "Median milliseconds of runs in turn (the smallest in parentheses), and eager time / ours. Eager is the "
@@ -104,13 +107,28 @@ def cpu_section(reports: Path = REPORTS) -> str:
             "automatic choice is eager PyTorch; the threshold and its figures are in "
             "`mosa_kernels/backends/choice.py`, and `mosa-kernels bench --choose --device cpu` puts a table measured "
             "on your machine in its place. "
-            f"[This report](benchmarks/reports/{CPU}/report.md). A [longer one](benchmarks/reports/cpu_all/report.md) "
-            "sets `torch.compile`, N copies and a merged adapter beside them, and measures backward alone, merge, "
-            "optimizer, alignment, whole models and how cost grows. Over all rows of the same call in both reports the "
-            f"ratios at 64 x 197 are, in fp32, {ratios_of_large_calls(reports, 'fp32')}, in bf16, "
-            f"{ratios_of_large_calls(reports, 'bf16')}; {memory} Where ours loses, they say so.",
+            f"[This report](benchmarks/reports/{CPU}/report.md). "
+            f"A [longer one](benchmarks/reports/{CPU_ALL}/report.md) sets `torch.compile`, N copies and a merged "
+            "adapter beside them, and measures backward alone, merge, optimizer, alignment, whole models and how cost "
+            "grows. Over all rows of the same call in both reports the "
+            f"ratios at 64 x 197 are, in fp32, {ratios_of_large_calls(reports, both, 'fp32')}, in bf16, "
+            f"{ratios_of_large_calls(reports, both, 'bf16')}; {memory} Where ours loses, they say so.",
+            *_other_cpu(reports),
         ]
     )
+
+
+def _other_cpu(reports: Path) -> list[str]:
+    path = reports / CPU_OTHER / "report.json"
+    if not path.exists():
+        return []
+    machine = json.loads(path.read_text())["machine"]
+    ratios = {dtype: ratios_of_large_calls(reports, (CPU_OTHER,), dtype) for dtype in ("fp32", "bf16")}
+    return [
+        f"On another CPU, {machine['cpu']} without AMX ([report](benchmarks/reports/{CPU_OTHER}/report.md)), they are, "
+        f"in fp32, {ratios['fp32']}, in bf16, {ratios['bf16']}: it multiplies pairs of bf16 at half the rate of fp32, "
+        "so our kernels multiply in fp32 there. AMX has no kernels yet."
+    ]
 
 
 def models_section(reports: Path = REPORTS) -> str:

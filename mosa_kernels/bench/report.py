@@ -27,10 +27,11 @@ _EXPLANATION = """Median milliseconds with the 20th and 80th percentile; all pro
 the share of what the device was measured to do, counting the least bytes and products that any implementation needs.
 *bytes*: what the provider itself moves, counted by formula; *copy*: these over its time and the measured copy
 bandwidth; *products*: its matrix products over its time and what the device was measured to do in that type or in
-fp32, whichever is more. *x base*: how many times as fast as the row named there. *error*: the output or gradient furthest off, against float64, relative root mean
-square, and eager PyTorch's beside it; a provider further off than twice eager and 1e-6 (8 roundings of float32) has no
-time. *saved*: kept for the backward pass beyond inputs and weights. A warm cache is one that holds the whole call:
-memory is no limit there. In bold: the fastest that computes the same."""
+fp32, whichever is more. *x base*: how many times as fast as the row named there. *error*: the output or gradient
+furthest off, against float64, relative root mean square, and eager PyTorch's beside it; a provider further off than
+twice eager and 1e-6 (8 roundings of float32) has no time. *saved*: kept for the backward pass beyond inputs and
+weights. A warm cache is one that holds the whole call: memory is no limit there. In bold: the fastest that computes
+the same."""
 
 _GROWING = {"bottleneck r": "r", "experts N": "N", "adapters": "layers"}  # axis: what a case calls it
 _GROWTH = """Median milliseconds, in bold where ours is slower than another. *saved*: kept for the backward pass;
