@@ -42,7 +42,7 @@ struct TokensShared {
   float scale[kWarps];  // each warp's share of the gradient of the scale
 };
 
-// dh += dout w_up_e for the rows of expert e, without scale and factor. Begins and ends with a barrier.
+// dh += dout w_up_e for the rows of expert e, without scale and factor. Comes after a barrier and ends with one.
 template <typename E, int kRank, bool kListed, typename Params, typename Tensor, typename Accumulators>
 __device__ inline void pull_back(const Params& p, const Tensor& grad_out, int first, int e,
                                  TokensShared<E, kRank, kListed>& shared, Accumulators& dh) {
@@ -60,7 +60,6 @@ __device__ inline void pull_back(const Params& p, const Tensor& grad_out, int fi
   Up up;
   up.open(p, e);
   const typename T::First warp;
-  __syncthreads();
 #pragma unroll 1
   for (int next = 0, buffer = 0;; next += kColumns, buffer ^= 1) {
     if (next < p.width) {

@@ -339,6 +339,19 @@ def test_what_the_kernel_does_not_take() -> None:
 
 
 @needs_compiler
+@pytest.mark.skipif(cuda_on_host.race_environment() is None, reason="no C++ compiler that watches races")
+def test_a_race_that_no_result_shows_is_found() -> None:
+    """Without the fence the block that counts up the steps might do so before another has read them."""
+    without = {"masked_adamw.cu": ("    __threadfence();\n    ticket", "    ticket")}
+    tensors, wanted = drawn(VIT), drawn(VIT)
+    step_on_host(wanted, OPTIONS)
+    step_on_host(tensors, OPTIONS, changes=without)
+    assert all(torch.equal(a, b) for a, b in zip(tensors.params, wanted.params, strict=True))
+    with pytest.raises(RuntimeError, match=r"a data race in global memory: .* at masked_adamw\.cu:"):
+        step_on_host(tensors, OPTIONS, changes=without, watch="races")
+
+
+@needs_compiler
 def test_launch_errors_name_launch_shape_and_cause() -> None:
     tensors = drawn((((4, 3), 4, False),))
     ticket, module = torch.zeros(1, dtype=torch.int32), cuda_on_host.build("masked_adamw")

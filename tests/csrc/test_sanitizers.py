@@ -1,8 +1,9 @@
-"""The kernels on the host again, under the address sanitizer, where every access is watched.
+"""The kernels on the host again, with every access watched: whether it is out of bounds, and what orders it.
 
-Their tests run in a process of their own, since the sanitizer's runtime has to be there before Python is. All memory of
-tensors is then fenced in, and so are the variables of threads and shared memory whose size a launch names. Arrays of
-shared memory are watched wherever kernels run on the host, by the sanitizer of undefined behaviour.
+Tests under the address sanitizer run in a process of their own, since its runtime has to be there before Python is. All
+memory of tensors is then fenced in, and so are the variables of threads and shared memory whose size a launch names.
+Arrays of shared memory are watched wherever kernels run on the host, by the sanitizer of undefined behaviour. Races
+are found by cuda_on_host/races.h, in whatever order the threads happen to run.
 """
 
 from __future__ import annotations
@@ -19,11 +20,8 @@ import cuda_on_host
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = cuda_on_host.sanitized_environment()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(ENVIRONMENT is None, reason="no C++ compiler with the address sanitizer"),
-]
+ENVIRONMENTS = {"addresses": cuda_on_host.sanitized_environment(), "races": cuda_on_host.race_environment()}
+pytestmark = pytest.mark.slow
 
 
 class Selection(NamedTuple):
@@ -40,14 +38,16 @@ TESTS = {
         "tests/csrc/test_masked_adamw.py", "cuda_on_host and (off_the_vectors or many_blocks)"
     ),
 }
-ELSEWHERE = {"adapter_*.cu": "tests/backends/cuda/test_adapter.py::test_under_the_address_sanitizer"}
+ELSEWHERE = {"adapter_*.cu": "tests/backends/cuda/test_adapter.py::test_kernels_are_watched"}
 """What runs like that from a test of its own."""
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    assert ENVIRONMENT is not None
+def run(watch: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = ENVIRONMENTS[watch]
+    if environment is None:
+        pytest.skip(f"no C++ compiler that watches {watch}")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -61,10 +61,11 @@ def test_every_file_with_kernels_has_tests() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("watch", ENVIRONMENTS)
 @pytest.mark.parametrize("pattern", TESTS)
-def test_no_access_out_of_bounds(pattern: str) -> None:
+def test_kernels_are_watched(pattern: str, watch: str) -> None:
     tests = TESTS[pattern]
-    answer = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests.file, "-k", tests.names)
+    answer = run(watch, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests.file, "-k", tests.names)
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-8000:]
     assert " passed" in answer.stdout
     assert "skipped" not in answer.stdout
@@ -72,7 +73,7 @@ def test_no_access_out_of_bounds(pattern: str) -> None:
 
 SPLIT = """
 import cuda_on_host, torch
-module = cuda_on_host.build("split", {changes!r}, sanitize={sanitize})
+module = cuda_on_host.build("split", {changes!r}, watch={watch!r})
 owners = torch.empty({size}, dtype=torch.uint8)
 module.split_cuda(owners.data_ptr(), 0, 5, (6, 10, 4, 60, 1, 0, 0, 10, 1), 0, 0)
 print("the kernel came to its end")
@@ -81,21 +82,21 @@ SHARED = "__shared__ int all[9]; (&all[0])[threadIdx.x % 12] = 1; uint32_t place
 
 
 @pytest.mark.parametrize(
-    ("changes", "size", "sanitize", "complaint"),
+    ("changes", "size", "watch", "complaint"),
     [
-        ({}, 60, True, None),
-        ({"split.cu": ("if (entry >= ", "if (entry > ")}, 60, True, "heap-buffer-overflow"),
-        ({}, 59, True, "heap-buffer-overflow"),
-        ({}, 60, False, None),
-        ({"split.cu": ("uint32_t place =", SHARED)}, 60, False, "insufficient space"),
+        ({}, 60, "addresses", None),
+        ({"split.cu": ("if (entry >= ", "if (entry > ")}, 60, "addresses", "heap-buffer-overflow"),
+        ({}, 59, "addresses", "heap-buffer-overflow"),
+        ({}, 60, "behaviour", None),
+        ({"split.cu": ("uint32_t place =", SHARED)}, 60, "behaviour", "insufficient space"),
     ],
     ids=["right", "one entry too many", "a tensor too small", "right shared memory", "shared memory"],
 )  # fmt: skip
 def test_an_access_out_of_bounds_is_found(
-    changes: dict[str, tuple[str, str]], size: int, sanitize: bool, complaint: str | None
+    changes: dict[str, tuple[str, str]], size: int, watch: str, complaint: str | None
 ) -> None:
     """A test of these tests."""
-    answer = run("-c", SPLIT.format(changes=changes, size=size, sanitize=sanitize))
+    answer = run("addresses", "-c", SPLIT.format(changes=changes, size=size, watch=watch))
     if complaint is None:
         assert answer.returncode == 0, answer.stderr[-4000:]
         assert "came to its end" in answer.stdout
@@ -103,3 +104,22 @@ def test_an_access_out_of_bounds_is_found(
         assert answer.returncode != 0
         assert complaint in answer.stderr
         assert "came to its end" not in answer.stdout
+
+
+@pytest.mark.skipif(ENVIRONMENTS["races"] is None, reason="no C++ compiler that watches races")
+def test_a_data_race_is_found(tmp_path: Path) -> None:
+    """A test of these tests: of each kernel of racy_kernels.cu the right form passes, and the other does not."""
+    program = cuda_on_host.build_program(cuda_on_host.STAND_IN / "racy_kernels.cu", "races", tmp_path)
+    answer = subprocess.run([program], capture_output=True, text=True, check=True)
+    said = [tuple(line.split(": ", 1)) for line in answer.stdout.splitlines()]
+    assert len(said) == 20
+    for kernel, found in said:
+        name, form = kernel.split(", ")
+        if form == "right":
+            assert found == "-", kernel
+            continue
+        memory = "global" if name in ("between_blocks", "by_ticket") else "shared"
+        assert found.startswith(f"a data race in {memory} memory: a "), (kernel, found)
+        assert found.endswith(", in no order")
+        assert "racy_kernels.cu:" in found
+    assert "an asynchronous copy that nobody has waited for" in answer.stdout

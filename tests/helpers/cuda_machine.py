@@ -56,8 +56,10 @@ types: half the time to compile."""
 class Machine:
     """Where the kernels run."""
 
-    def __init__(self, device: str, changes: Changes | None = None, has_bfloat16: bool = True) -> None:
-        self.device, self.changes, self.has_bfloat16 = device, changes, has_bfloat16
+    def __init__(
+        self, device: str, changes: Changes | None = None, has_bfloat16: bool = True, watch: str | None = None
+    ) -> None:
+        self.device, self.changes, self.has_bfloat16, self.watch = device, changes, has_bfloat16, watch
 
     def launch(self) -> adapter.Launch:
         if self.device == "cuda":
@@ -66,7 +68,7 @@ class Machine:
 
     @functools.cached_property
     def _built(self) -> ModuleType:
-        return cuda_on_host.build("adapter_cuda", self.changes, units=UNITS)
+        return cuda_on_host.build("adapter_cuda", self.changes, watch=self.watch, units=UNITS)
 
     def run(
         self, args: AdapterArguments, grad_out: Tensor, needs: AdapterNeeds | None = None

@@ -25,16 +25,21 @@ COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DMOSA_WITH
 # Compiling is most of the work: adapter_backward_bf16.cu takes 15 s with -O1, 9 s with -Og. Line numbers, without
 # variables, which take half as long again.
 KERNEL_FLAGS = (*COMMON, "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
 # Without the last, GCC 12 calls the function that would begin an `extern thread_local` array without asking whether
-# there is one; the other sanitizer implies it.
-ADDRESSES = ("-fsanitize=address", "-fno-omit-frame-pointer", "-fno-delete-null-pointer-checks")
-SANITIZE = "MOSA_SANITIZE"
-"""Set to 1, every kernel is built with the address sanitizer, whose runtime has to be there before Python starts.
-
-It takes the place of the other sanitizer, under which the same tests run where this is not set: with both, the file
-above takes 17 s, with this one 6.
-"""
+# there is one; the sanitizer of undefined behaviour implies it.
+HAS_NO_BEGINNING = "-fno-delete-null-pointer-checks"
+WATCHED = {
+    "behaviour": ("-fsanitize=undefined", "-fno-sanitize-recover=all"),
+    "addresses": ("-fsanitize=address", "-fno-omit-frame-pointer", HAS_NO_BEGINNING),
+    "races": ("-DCUDA_ON_HOST_RACES", HAS_NO_BEGINNING),
+}
+"""What is looked after while kernels run, and the compiler's flags for it: undefined behaviour, accesses out of bounds,
+or the order of accesses (cuda_on_host/races.h). With the first two at once adapter_backward_bf16.cu takes 17 s to
+compile, with the second alone 6."""
+CALLS_AT_ACCESS = ("-fsanitize=thread",)
+"""For the kernels alone, where races are watched; the sanitizer's own runtime is not linked."""
+WATCH = "MOSA_WATCH"
+"""The environment variable that says which of them; unset: undefined behaviour."""
 BINDING = """#include "{stem}_bindings.cpp"
 PYBIND11_MODULE(_C, m) {{ mosa::bind_{stem}(m); }}
 """
@@ -57,13 +62,22 @@ def sanitized_environment() -> dict[str, str] | None:
         return None
     # Python does not free all that it allocates, and every tensor has to be looked at, not only those of new sizes.
     options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0"
-    return {**os.environ, SANITIZE: "1", "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options}
+    return {**os.environ, WATCH: "addresses", "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options}
+
+
+def race_environment() -> dict[str, str] | None:
+    """The environment of a Python process in which a launch with a data race fails; None: the compiler is not GCC."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    answer = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    return {**os.environ, WATCH: "races"} if "Free Software Foundation" in answer.stdout else None
 
 
 def build(
     stem: str,
     changes: Mapping[str, tuple[str, str]] | None = None,
-    sanitize: bool | None = None,
+    watch: str | None = None,
     units: Sequence[str] | None = None,
 ) -> ModuleType:
     """A module with what `bind_<stem>` adds to `_C`; its `*_cuda` functions run on the host, on CPU tensors' addresses.
@@ -71,9 +85,9 @@ def build(
     Args:
         stem: of the operator's files, csrc/<stem>*.cpp and csrc/<stem>*.cu.
         changes: for a test of the tests: per file of csrc, a text that stands in it once and what takes its place.
-        sanitize: with the address sanitizer, which ends the process at the first access out of bounds; it works in
-            processes started with `sanitized_environment`. None: where that is so. False: with the sanitizer of
-            undefined behaviour.
+        watch: one of WATCHED; None: what the environment says. "addresses" ends the process at the first access out of
+            bounds, and works in processes started with `sanitized_environment`. "races" has a launch fail in which two
+            accesses are in no order; the error describes them.
         units: patterns of the operator's files in csrc, where the stem does not name them.
 
     Raises:
@@ -96,16 +110,23 @@ def build(
     glue = _Product(
         f"{stem}.o", (binding, headers, suffix), [*COMMON, "-c", *includes], headers | binding, ["module.cpp"]
     )
-    sanitize = os.environ.get(SANITIZE) == "1" if sanitize is None else sanitize
-    flags = [*KERNEL_FLAGS, *(ADDRESSES if sanitize else UNDEFINED)]
+    watch = watch or os.environ.get(WATCH) or "behaviour"
+    flags = [*KERNEL_FLAGS, *WATCHED[watch]]
     stand_in = _texts(STAND_IN.iterdir())
     compile_kernel = ["-c", f"-I{STAND_IN}", *flags]
+    calls_at_access = CALLS_AT_ACCESS if watch == "races" else ()
+    if watch == "races":
+        kernels["races.cpp"] = stand_in["races.cpp"]
     # Of an inline function that several files have, the linker takes the first: the one that was changed.
     names = sorted(kernels, key=lambda name: name not in (changes or {}))
     objects = _made(
         [
             _Product(
-                f"{name}.o", (kernels[name], headers, stand_in), compile_kernel, headers | {name: kernels[name]}, [name]
+                f"{name}.o",
+                (kernels[name], headers, stand_in),
+                [*compile_kernel, *(calls_at_access if name.endswith(".cu") else ())],
+                headers | {name: kernels[name]},
+                [name],
             )
             for name in names
         ]
@@ -122,6 +143,21 @@ def build(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def build_program(source: Path, watch: str, folder: Path) -> Path:
+    """A program from one .cu file of ours that has a `main`, in `folder`."""
+    compiler = find_compiler()
+    assert compiler is not None
+    flags = [*KERNEL_FLAGS, *WATCHED[watch], f"-I{STAND_IN}", f"-I{ROOT / 'csrc'}"]
+    objects = []
+    for unit in [source, *([STAND_IN / "races.cpp"] if watch == "races" else [])]:
+        objects.append(folder / f"{unit.name}.o")
+        calls = CALLS_AT_ACCESS if watch == "races" and unit == source else ()
+        subprocess.run([compiler, "-c", *flags, *calls, str(unit), "-o", str(objects[-1])], check=True)
+    program = folder / source.stem
+    subprocess.run([compiler, *WATCHED[watch], "-pthread", *map(str, objects), "-o", str(program)], check=True)
+    return program
 
 
 def _texts(paths: Iterable[Path]) -> dict[str, str]:

@@ -424,8 +424,8 @@ def test_a_slow_path_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
-    """Odd sizes, and rows that begin at 16 bytes but end elsewhere; what test_under_the_address_sanitizer runs."""
-    machine = Machine("cpu", TWO_RANKS if os.environ.get(cuda_on_host.SANITIZE) == "1" else None)
+    """Odd sizes, and rows that begin at 16 bytes but end elsewhere; what test_kernels_are_watched runs."""
+    machine = Machine("cpu", TWO_RANKS if cuda_on_host.WATCH in os.environ else None)
     machine.check(full_call(3, 23, 100, 33, dtype, expert=torch.tensor([0, -1, 2]), **sparse_down(100, 33)))
     machine.check(full_call(1, 67, 136, 64, dtype, expert=torch.tensor(1), dropout_p=0.3))
     machine.check(full_call(1, 9, 23, 200, dtype, assignment=None))
@@ -440,12 +440,15 @@ def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
 
 
 @needs_compiler
-@pytest.mark.skipif(cuda_on_host.sanitized_environment() is None, reason="no address sanitizer")
-def test_under_the_address_sanitizer() -> None:
+@pytest.mark.parametrize("watch", ["addresses", "races"])
+def test_kernels_are_watched(watch: str) -> None:
     """In a process of its own, which an access out of bounds ends."""
+    environments = {"addresses": cuda_on_host.sanitized_environment, "races": cuda_on_host.race_environment}
+    environment = environments[watch]()
+    if environment is None:
+        pytest.skip(f"no C++ compiler that watches {watch}")
     files = [__file__, str(Path(__file__).with_name("test_adapter_cluster.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "no_access", *files]
-    environment = cuda_on_host.sanitized_environment()
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
     assert "4 passed" in answer.stdout

@@ -18,7 +18,7 @@ from accuracy import Expected, all_needs, on, well_conditioned
 from calls import full_call, hard_tokens, relu_call, sparse_down
 from cases import adapter_calls
 from cuda_machine import TWO_RANKS, Machine, check_only_experts_that_ran, needs_compiler, tensors_of
-from cuda_on_host import SANITIZE
+from cuda_on_host import WATCH
 from hypothesis import Phase, assume, given, settings
 from torch import Tensor
 
@@ -236,8 +236,8 @@ def test_a_barrier_less_is_found(names: tuple[str, ...], complaint: str) -> None
 
 @needs_compiler
 def test_no_access_out_of_bounds() -> None:
-    """Odd sizes; what test_under_the_address_sanitizer of test_adapter.py runs."""
-    machine = ClusterMachine("cpu", TWO_RANKS if os.environ.get(SANITIZE) == "1" else None)
+    """Odd sizes; what test_kernels_are_watched of test_adapter.py runs."""
+    machine = ClusterMachine("cpu", TWO_RANKS if WATCH in os.environ else None)
     machine.check(full_call(3, 23, 100, 33, torch.float16, expert=torch.tensor([0, -1, 2])))
     machine.check(full_call(1, 67, 136, 64, torch.float16, expert=torch.tensor(1), dropout_p=0.3))
     args = full_call(1, 9, 132, 20, torch.bfloat16, norm_weight=None, norm_bias=None, residual=None)

@@ -3,16 +3,25 @@
 
 #include <algorithm>
 
-inline void __threadfence() {}
+#include "cuda_runtime.h"
+
+inline void __threadfence() {
+  const cuda_on_host::races::Unwatched unwatched;
+  cuda_on_host::races::fence();
+}
 
 template <typename T>
 T atomicAdd(T* address, T value) {
+  const cuda_on_host::races::Unwatched unwatched;
+  cuda_on_host::races::atomic();
   const T old = *address;
   *address = old + value;
   return old;
 }
 
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  const cuda_on_host::races::Unwatched unwatched;
+  cuda_on_host::races::atomic();
   const unsigned old = *address;
   *address = old >= limit ? 0 : old + 1;
   return old;
@@ -20,6 +29,8 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
 
 template <typename T>
 T atomicMax(T* address, T value) {
+  const cuda_on_host::races::Unwatched unwatched;
+  cuda_on_host::races::atomic();
   const T old = *address;
   *address = std::max(old, value);
   return old;

@@ -28,6 +28,7 @@ struct Cluster {
 inline size_t rank_of_block() { return static_cast<size_t>(block - block->cluster->blocks.data()); }
 
 inline void arrive_at_cluster() {
+  const races::Unwatched unwatched;
   if (self().arrived_at_cluster) deadlock("the cluster's barrier, where it has arrived before");
   self().arrived_at_cluster = true;
   ++self().cluster_arrivals;
@@ -36,17 +37,20 @@ inline void arrive_at_cluster() {
 }
 
 inline void wait_for_cluster() {
+  const races::Unwatched unwatched;
   const long target = self().cluster_arrivals;
   if (!self().arrived_at_cluster) deadlock("the cluster's barrier, where it has not arrived");
   self().arrived_at_cluster = false;
   // Nobody arrives anew before all have come, so the sum of arrivals tells.
   const auto threads = static_cast<long>(block->cluster->blocks.size() * block->fibers.size());
   while (block->cluster->arrivals < target * threads) yield();
+  self().cluster_waits = target;
   block->progress = true;
 }
 
 // The place in the shared memory of another block that `address` is in the shared memory of this one.
 inline void* at_block(const void* address, size_t rank) {
+  const races::Unwatched unwatched;
   const Cluster& cluster = *block->cluster;
   const auto* own = static_cast<const unsigned char*>(address);
   const unsigned char* begin = cluster.shared[rank_of_block()];
@@ -105,8 +109,10 @@ inline void run_clusters(const cudaLaunchConfig_t& config, unsigned size, const 
       cluster.blocks.push_back(block_of(config, uint3(first + rank, 0, 0), rank * threads, body));
     }
     const bool backwards = first / size % 2 == 1;
+    ++groups;
     for (Block& made : cluster.blocks) {
       made.cluster = &cluster;
+      made.group = groups;
       made.backwards = backwards;
     }
     cluster.shared.assign(size, nullptr);

@@ -22,8 +22,8 @@
 #include <utility>
 #include <vector>
 
-#include "atomics.h"
 #include "bytes.h"
+#include "races.h"
 
 #define __host__
 #define __device__
@@ -74,10 +74,13 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = 0;
   return cudaSuccess;
 }
+constexpr cudaError_t kRaceFound = 100001;
 inline const char* cudaGetErrorName(cudaError_t error) {
+  if (error == kRaceFound) return "race";
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "an error";
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == kRaceFound) return cuda_on_host::races::found();
   return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "no text on the host";
 }
 
@@ -137,6 +140,9 @@ struct Fiber {
   long block_barriers = 0;
   long warp_barriers = 0;
   long cluster_arrivals = 0;
+  long warp_orders = 0;                   // of the barriers of its warp, those that order accesses to memory
+  long cluster_waits = 0;                 // at the barrier of the cluster that have ended
+  bool fenced = false;                    // since its last atomic operation
   bool arrived_at_cluster = false;        // and not waited yet
   uint64_t exchanged = 0;                 // what it offers to its warp
   std::vector<std::vector<Copy>> copies;  // that it has started and not waited for, by commit; the last is open
@@ -155,6 +161,7 @@ struct Block {
   uint3 index;
   bool backwards = false;
   Cluster* cluster = nullptr;
+  uint64_t group = 0;  // a number that blocks of a cluster share, and no others
   size_t shared_bytes = 0;
   Barrier barrier;
   std::vector<Barrier> warp_barriers;
@@ -208,6 +215,7 @@ inline void wait_for_warp(const char* where) {
 // The value that `lane` of this warp offers; every lane of the warp has to take part.
 template <typename T>
 T exchange(T value, int lane) {
+  const races::Unwatched unwatched;
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves up to 8 bytes");
   std::memcpy(&self().exchanged, &value, sizeof(T));
   wait_for_warp("a warp shuffle");
@@ -221,7 +229,9 @@ T exchange(T value, int lane) {
 }
 
 inline void fiber_main() {
+  races::watch(true);
   block->body();
+  races::watch(false);
   self().done = block->progress = true;
   ++block->ended;
   swapcontext(&self().context, &block->scheduler);
@@ -229,7 +239,8 @@ inline void fiber_main() {
 
 inline void start(Fiber& fiber) {
   fiber.done = fiber.arrived_at_cluster = false;
-  fiber.block_barriers = fiber.warp_barriers = fiber.cluster_arrivals = 0;
+  fiber.block_barriers = fiber.warp_barriers = fiber.cluster_arrivals = fiber.warp_orders = fiber.cluster_waits = 0;
+  fiber.fenced = false;
   fiber.copies.assign(1, {});
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack;
@@ -274,6 +285,8 @@ inline char* stack_of(size_t thread) {
   while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
   return stacks[thread].get();
 }
+
+inline uint64_t groups = 0;  // of all launches
 
 // Bytes of dynamic shared memory that each kernel has asked for.
 inline std::map<const void*, size_t> asked_for;
@@ -334,6 +347,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
   const size_t most = cluster > 0 ? kSharedInClusters : kSharedAtMost;
   if (config.dynamicSmemBytes > std::min(allowed, most)) return cudaErrorInvalidValue;
   const std::function<void()> body = [&] { kernel(arguments...); };
+  races::begin_launch();
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   if (cluster > 0) {
@@ -342,13 +356,14 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
     }
     run_clusters(config, cluster, body);
     block = nullptr;
-    return cudaSuccess;
+    return races::found() == nullptr ? cudaSuccess : kRaceFound;
   }
   Block running = block_of(config, blockIdx, 0, body);
   for (unsigned z = 0; z < gridDim.z; ++z) {
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x; ++x) {
         running.index = uint3(x, y, z);
+        running.group = ++groups;
         running.backwards = (x + y) % 2 == 1;
         fill_shared_memory(config.dynamicSmemBytes, most);
         run_block(running);
@@ -357,7 +372,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
     }
   }
   block = nullptr;
-  return cudaSuccess;
+  return races::found() == nullptr ? cudaSuccess : kRaceFound;
 }
 
 }  // namespace cuda_on_host
@@ -380,6 +395,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 [[noreturn]] inline void __trap() { std::abort(); }
 
 inline void __syncthreads() {
+  const cuda_on_host::races::Unwatched unwatched;
   cuda_on_host::Block& own = *cuda_on_host::block;
   cuda_on_host::wait(0, own.fibers.size(), own.barrier, &cuda_on_host::Fiber::block_barriers, "__syncthreads");
 }
@@ -396,6 +412,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return cuda_on_host::exchange(value, lane ^ mask);
 }
 
-inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_host::wait_for_warp("__syncwarp"); }
+inline void __syncwarp(unsigned = 0xffffffffu) {
+  const cuda_on_host::races::Unwatched unwatched;
+  cuda_on_host::wait_for_warp("__syncwarp");
+  ++cuda_on_host::self().warp_orders;
+}
 
+#include "atomics.h"
 #include "clusters.h"

@@ -74,6 +74,7 @@ template <int m, int n, int k>
 struct fragment<accumulator, m, n, k, float, void> : Spread<m, n> {};
 template <int m, int n, int k, typename T, typename Layout>
 struct fragment<matrix_a, m, n, k, T, Layout> {
+  static constexpr size_t lines = std::is_same_v<Layout, row_major> ? m : k, line_elements = m * k / lines;
   static constexpr int num_elements = Spread<m, n>::num_elements * k;
   float x[num_elements];
   static int row(int i) { return Spread<m, n>::row(i / k); }
@@ -81,6 +82,7 @@ struct fragment<matrix_a, m, n, k, T, Layout> {
 };
 template <int m, int n, int k, typename T, typename Layout>
 struct fragment<matrix_b, m, n, k, T, Layout> {
+  static constexpr size_t lines = std::is_same_v<Layout, row_major> ? k : n, line_elements = n * k / lines;
   static constexpr int num_elements = k;
   float x[num_elements];
   static int row(int i) { return i; }
@@ -96,6 +98,11 @@ template <typename Use, int m, int n, int k, typename T, typename Layout, typena
 void load_matrix_sync(fragment<Use, m, n, k, T, Layout>& to, const Stored* from, unsigned stride) {
   using Fragment = fragment<Use, m, n, k, T, Layout>;
   on_host::check_address(from, stride);
+  // A lane may read any part of the tile.
+  for (size_t line = 0; line < Fragment::lines; ++line) {
+    cuda_on_host::races::read(from + line * stride, Fragment::line_elements * sizeof(Stored));
+  }
+  const cuda_on_host::races::Unwatched unwatched;
   for (int i = 0; i < Fragment::num_elements; ++i) {
     const auto row = static_cast<size_t>(Fragment::row(i));
     const auto column = static_cast<size_t>(Fragment::column(i));
@@ -124,7 +131,10 @@ inline float add_products(float before, const float* products, int count) {
 template <int m, int n, int k, typename T, typename LayoutA, typename LayoutB>
 void mma_sync(fragment<accumulator, m, n, k, float>& to, const fragment<matrix_a, m, n, k, T, LayoutA>& a,
               const fragment<matrix_b, m, n, k, T, LayoutB>& b, const fragment<accumulator, m, n, k, float>& c) {
-  if (on_host::lane() == 0) ++cuda_on_host_products;
+  if (on_host::lane() == 0) {
+    const cuda_on_host::races::Unwatched unwatched;
+    ++cuda_on_host_products;
+  }
   for (int i = 0; i < to.num_elements; ++i) {
     float product[k];
     for (int depth = 0; depth < k; ++depth) {
