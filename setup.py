@@ -1,6 +1,7 @@
 """Builds `mosa_kernels._C` with CMake and ninja. Needs neither PyTorch nor a GPU; metadata is in pyproject.toml.
 
 Environment:
+    MOSA_CPP: 0 leaves the whole module out: the package works without, with its pure Python backends only.
     MOSA_CUDA: 0 leaves the CUDA kernels out; 1 makes them a must; unset: they are built where nvcc is found.
     MOSA_STRICT: 1 turns compiler warnings, and a build that fails, into errors (development and CI).
     TORCH_CUDA_ARCH_LIST: GPU architectures, such as "8.0;9.0+PTX"; unset: all that nvcc and we know.
@@ -151,8 +152,10 @@ def find_tools(environment: Mapping[str, str]) -> dict[str, str]:
     """Paths of cmake, ninja, pybind11's CMake files and the C++ compiler.
 
     Raises:
-        MissingError: naming the first one that is not there.
+        MissingError: naming the first one that is not there, or that nothing is to be built.
     """
+    if truth(environment, "MOSA_CPP") is False:
+        raise MissingError("left out on request (MOSA_CPP=0)")
     cmake, ninja = find_program("cmake"), find_program("ninja")
     if cmake is None or ninja is None:
         raise MissingError(f"{'cmake' if cmake is None else 'ninja'} was not found (pip install cmake ninja pybind11)")
@@ -212,7 +215,8 @@ class CMakeBuild(build_ext):
             Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)  # of an earlier build
             record["native"] = reason
             record["cuda"] = record["cuda"] or reason
-            warn(f"mosa_kernels._C was not built: {reason}.\nThe package works with its pure Python backends only.")
+            if truth(os.environ, "MOSA_CPP") is not False:
+                warn(f"mosa_kernels._C was not built: {reason}.\nThe package works with its pure Python backends only.")
         partial = target / f"{BUILD_RECORD}.partial"
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(target / BUILD_RECORD)

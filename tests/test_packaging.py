@@ -396,6 +396,16 @@ def test_no_compiler_leaves_a_working_install_that_says_so(sources: Path, tmp_pa
 
 
 @pytest.mark.packaging
+def test_mosa_cpp_0_leaves_the_module_out_and_warns_of_nothing(sources: Path, tmp_path: Path) -> None:
+    target = tmp_path / "installed"
+    output = install(sources, target, MOSA_CPP="0")
+    assert "WARNING" not in output
+    assert not list((target / "mosa_kernels").glob("_C*"))
+    compiled = report_of(target, tmp_path)["compiled"]
+    assert compiled["cpp"] == "mosa_kernels._C was not built: left out on request (MOSA_CPP=0)"
+
+
+@pytest.mark.packaging
 def test_mosa_cuda_1_without_nvcc_is_an_error(sources: Path, tmp_path: Path) -> None:
     output = install(sources, tmp_path / "installed", ok=False, MOSA_CUDA="1", **NO_CUDA_HOME)
     assert "MOSA_CUDA=1 asks for the CUDA kernels, but CUDA_HOME is /nowhere, where bin/nvcc was not found" in output
