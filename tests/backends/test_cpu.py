@@ -314,7 +314,6 @@ def test_an_expert_of_many(path: str, shape: str, granularity: str) -> None:
     assert_as_accurate_as_eager(path, args._replace(expert=each, dropout_p=0.3))
 
 
-@pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="this CPU or build has no avx512_bf16")
 @highest_instruction_set("avx512_bf16")
 def test_what_an_expert_does_not_own_is_not_multiplied() -> None:
     args = vit_like((1, 50), 96, 64, torch.bfloat16, activation="relu")

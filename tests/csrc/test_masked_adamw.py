@@ -339,7 +339,7 @@ def test_what_the_kernel_does_not_take() -> None:
 
 
 @needs_compiler
-@pytest.mark.skipif(cuda_on_host.race_environment() is None, reason="no C++ compiler that watches races")
+@pytest.mark.skipif(cuda_on_host.watching_environment("races") is None, reason="no C++ compiler that watches races")
 def test_a_race_that_no_result_shows_is_found() -> None:
     """Without the fence the block that counts up the steps might do so before another has read them."""
     without = {"masked_adamw.cu": ("    __threadfence();\n    ticket", "    ticket")}

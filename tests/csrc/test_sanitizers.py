@@ -20,7 +20,7 @@ import cuda_on_host
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = {"addresses": cuda_on_host.sanitized_environment(), "races": cuda_on_host.race_environment()}
+ENVIRONMENTS = {watch: cuda_on_host.watching_environment(watch) for watch in ("addresses", "races")}
 pytestmark = pytest.mark.slow
 
 

@@ -51,27 +51,24 @@ def find_compiler() -> str | None:
     return shutil.which("g++" if "clang" in Path(named).name else named)
 
 
-def sanitized_environment() -> dict[str, str] | None:
-    """The environment of a Python process in which kernels run under the address sanitizer; None: there is none."""
+def watching_environment(watch: str) -> dict[str, str] | None:
+    """The environment of a Python process in which kernels are watched for "addresses" or "races"; None: none is.
+
+    An access out of bounds ends the process; a launch with a data race fails. Races are watched with GCC alone.
+    """
     compiler = find_compiler()
     if compiler is None:
         return None
+    if watch == "races":
+        answer = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+        return {**os.environ, WATCH: watch} if "Free Software Foundation" in answer.stdout else None
     answer = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True)
     runtime = Path(answer.stdout.strip())
     if answer.returncode != 0 or not runtime.is_absolute():
         return None
     # Python does not free all that it allocates, and every tensor has to be looked at, not only those of new sizes.
     options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0"
-    return {**os.environ, WATCH: "addresses", "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options}
-
-
-def race_environment() -> dict[str, str] | None:
-    """The environment of a Python process in which a launch with a data race fails; None: the compiler is not GCC."""
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    answer = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    return {**os.environ, WATCH: "races"} if "Free Software Foundation" in answer.stdout else None
+    return {**os.environ, WATCH: watch, "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options}
 
 
 def build(
@@ -86,7 +83,7 @@ def build(
         stem: of the operator's files, csrc/<stem>*.cpp and csrc/<stem>*.cu.
         changes: for a test of the tests: per file of csrc, a text that stands in it once and what takes its place.
         watch: one of WATCHED; None: what the environment says. "addresses" ends the process at the first access out of
-            bounds, and works in processes started with `sanitized_environment`. "races" has a launch fail in which two
+            bounds, and works in processes started with `watching_environment`. "races" has a launch fail in which two
             accesses are in no order; the error describes them.
         units: patterns of the operator's files in csrc, where the stem does not name them.
 
@@ -111,10 +108,7 @@ def build(
         f"{stem}.o", (binding, headers, suffix), [*COMMON, "-c", *includes], headers | binding, ["module.cpp"]
     )
     watch = watch or os.environ.get(WATCH) or "behaviour"
-    flags = [*KERNEL_FLAGS, *WATCHED[watch]]
     stand_in = _texts(STAND_IN.iterdir())
-    compile_kernel = ["-c", f"-I{STAND_IN}", *flags]
-    calls_at_access = CALLS_AT_ACCESS if watch == "races" else ()
     if watch == "races":
         kernels["races.cpp"] = stand_in["races.cpp"]
     # Of an inline function that several files have, the linker takes the first: the one that was changed.
@@ -124,7 +118,7 @@ def build(
             _Product(
                 f"{name}.o",
                 (kernels[name], headers, stand_in),
-                [*compile_kernel, *(calls_at_access if name.endswith(".cu") else ())],
+                ["-c", f"-I{STAND_IN}", *_flags(watch, name)],
                 headers | {name: kernels[name]},
                 [name],
             )
@@ -133,7 +127,7 @@ def build(
         + [glue]
     )
     inputs = [(path.name, path.parent.name) for path in objects]
-    link = ["-shared", *flags, "-x", "none"]
+    link = ["-shared", *KERNEL_FLAGS, *WATCHED[watch], "-x", "none"]
     (library,) = _made([_Product(f"_C{suffix}", inputs, link, {}, [str(path) for path in objects])])
 
     # pybind11 hands out a module that it has seen under the same full name, whatever file it is asked to load.
@@ -149,15 +143,21 @@ def build_program(source: Path, watch: str, folder: Path) -> Path:
     """A program from one .cu file of ours that has a `main`, in `folder`."""
     compiler = find_compiler()
     assert compiler is not None
-    flags = [*KERNEL_FLAGS, *WATCHED[watch], f"-I{STAND_IN}", f"-I{ROOT / 'csrc'}"]
+    includes = [f"-I{STAND_IN}", f"-I{ROOT / 'csrc'}"]
     objects = []
     for unit in [source, *([STAND_IN / "races.cpp"] if watch == "races" else [])]:
         objects.append(folder / f"{unit.name}.o")
-        calls = CALLS_AT_ACCESS if watch == "races" and unit == source else ()
-        subprocess.run([compiler, "-c", *flags, *calls, str(unit), "-o", str(objects[-1])], check=True)
+        flags = [*includes, *_flags(watch, unit.name)]
+        subprocess.run([compiler, "-c", *flags, str(unit), "-o", str(objects[-1])], check=True)
     program = folder / source.stem
     subprocess.run([compiler, *WATCHED[watch], "-pthread", *map(str, objects), "-o", str(program)], check=True)
     return program
+
+
+def _flags(watch: str, unit: str) -> list[str]:
+    """Of the compiler for a file: kernels call what watches them, and that does not call itself."""
+    calls = CALLS_AT_ACCESS if watch == "races" and unit.endswith(".cu") else ()
+    return [*KERNEL_FLAGS, *WATCHED[watch], *calls]
 
 
 def _texts(paths: Iterable[Path]) -> dict[str, str]:

@@ -443,8 +443,7 @@ def test_no_access_out_of_bounds(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("watch", ["addresses", "races"])
 def test_kernels_are_watched(watch: str) -> None:
     """In a process of its own, which an access out of bounds ends."""
-    environments = {"addresses": cuda_on_host.sanitized_environment, "races": cuda_on_host.race_environment}
-    environment = environments[watch]()
+    environment = cuda_on_host.watching_environment(watch)
     if environment is None:
         pytest.skip(f"no C++ compiler that watches {watch}")
     files = [__file__, str(Path(__file__).with_name("test_adapter_cluster.py"))]
