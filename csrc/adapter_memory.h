@@ -228,9 +228,22 @@ __device__ inline void put_rounded(E* to, float (&value)[kVector]) {
   }
 }
 
+// float32 by CUDA's own type, which is loaded whole: words of Wide were loaded one by one where some are used as bits
+// and some as numbers (at r = 128 the plain backward kernel over tokens had 80 such loads, and has 36), which of them
+// differed from one run of nvcc 13.0 to the next, and with it what was spilled.
 template <typename E>
 __device__ inline void get_vector(const E* from, float (&value)[kVector]) {
-  unpack(load_raw(from, Element<E>::kDType, true, 0, kVector), Element<E>::kDType, value);
+  if constexpr (sizeof(E) == sizeof(float)) {
+    for (int half = 0; half < 2; ++half) {
+      const float4 four = reinterpret_cast<const float4*>(from)[half];
+      value[4 * half] = four.x;
+      value[4 * half + 1] = four.y;
+      value[4 * half + 2] = four.z;
+      value[4 * half + 3] = four.w;
+    }
+  } else {
+    unpack(load_raw(from, Element<E>::kDType, true, 0, kVector), Element<E>::kDType, value);
+  }
 }
 
 // The first `taken` of 16 bytes, an even number, into shared memory, zeros after them. The functions of CUDA's header

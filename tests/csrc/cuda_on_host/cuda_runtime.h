@@ -51,6 +51,10 @@ struct dim3 {
 };
 using uint3 = dim3;
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr cudaError_t cudaErrorInvalidValue = 1;
