@@ -206,7 +206,7 @@ LIBRARY.impl("adapter_forward", _autograd_kernel, "Autograd")
 
 def _with_autocast_dtype(device_type: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     compute_dtype = _FIELDS.index("compute_dtype")
-    if arguments[compute_dtype] is not None:
+    if arguments[compute_dtype] is not None or arguments[_FIELDS.index("x")].dtype == torch.float64:
         return arguments
     return (*arguments[:compute_dtype], torch.get_autocast_dtype(device_type), *arguments[compute_dtype + 1 :])
 
@@ -266,7 +266,7 @@ def mosa_adapter(
     The gradient of `w_up` is exactly zero outside the entries of the experts that ran.
 
     Args:
-        x: tokens [..., d], floating point.
+        x: tokens [..., d], floating point. Autocast chooses the dtype of the matrix products, unless x is float64.
         w_down: down-projection [r, d], of x's dtype or float32, as all parameters.
         b_down: its bias [r], or None.
         w_up: up-projection [d, r], one copy for all experts.
@@ -307,9 +307,11 @@ def mosa_adapter(
     # PyTorch raises where it is asked about other devices; what is no tensor, `check_adapter` names.
     autocasts = isinstance(x, Tensor) and x.device.type != "meta"
     if autocasts and torch.is_autocast_enabled(x.device.type):
-        compute_dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype != torch.float64:  # which PyTorch's autocast leaves as it is, too
+            compute_dtype = torch.get_autocast_dtype(x.device.type)
         if isinstance(residual, Tensor) and residual.dtype != x.dtype:
             x = x.to(torch.promote_types(x.dtype, residual.dtype))  # a narrower residual is widened as it is added
+            residual = residual if compute_dtype is not None else residual.to(x.dtype)
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
     args = AdapterArguments(

@@ -52,7 +52,7 @@ class FusedMoSAAdapter(nn.Module):
         merge_rule: "mean", the expectation of a drawn expert, or "jigsaw" (Eq. 7).
         expert_per: draw an expert per "sample" or per "batch" (the paper).
         expert_scale: factor on the running expert's entries; "N" makes both merge rules the same.
-        learnable_scale: whether `scale` is a parameter.
+        learnable_scale: whether `scale` is a parameter, of shape [1].
         pruned: only expert 0 ever runs and the rest is pruned: SparseAdapter, with 1/N of a dense adapter.
         norm_eps: epsilon of the LayerNorm.
         out_dim: width of the up-projection's output, for subclasses that put it elsewhere; None: d.
@@ -144,7 +144,8 @@ class FusedMoSAAdapter(nn.Module):
         )
         self.scale: float | nn.Parameter = scale
         if learnable_scale:
-            self.scale = nn.Parameter(torch.tensor(scale, device=device, dtype=dtype or torch.get_default_dtype()))
+            # [1], since FSDP2 shards no scalars
+            self.scale = nn.Parameter(torch.tensor([scale], device=device, dtype=dtype or torch.get_default_dtype()))
         self.sampler = ExpertSampler(num_experts, expert_per, fixed=0 if pruned and num_experts > 1 else None)
         self.backend: str | None = None
         self._reset_weights()
@@ -255,7 +256,7 @@ class FusedMoSAAdapter(nn.Module):
             norm_bias=None if self.norm is None else self.norm.bias,
             norm_eps=1e-6 if self.norm is None else self.norm.eps,
             activation=self.activation,
-            scale=self.scale,
+            scale=self._factor(),
             residual=residual,
             add_input=add_input,
             dropout_p=self.dropout if self.training else 0.0,
@@ -270,6 +271,10 @@ class FusedMoSAAdapter(nn.Module):
         if empty and activity is not None:
             out = out + activity.sum().to(out.dtype)  # reports that no expert ran: the gradient is a sum of nothing
         return out
+
+    def _factor(self) -> float | Tensor:
+        """The scale as operators take it."""
+        return self.scale.squeeze() if isinstance(self.scale, nn.Parameter) else self.scale
 
     @property
     def activity(self) -> Tensor | None:
@@ -311,7 +316,7 @@ class FusedMoSAAdapter(nn.Module):
             b_up,
             None if self.norm is None else self.norm.weight,
             None if self.norm is None else self.norm.bias,
-            self.scale,
+            self._factor(),
             factor if self.up.assignment is not None else 1.0,
             initial,
             factor,

@@ -104,23 +104,24 @@ def inject_adapter(
         raise ValueError(f"num_classes: expected None or a number from 0, got {num_classes!r}")
     own_head = current_head(model)
 
-    made = _make(model, config, blocks, layers)
-    tuned = _make_tuned(model, config.method)
-    if book is None:
-        book = _open_book(model, blocks)
-        head = own_head
-        book.backbone_head = copy_head(head).requires_grad_(False)
-    else:
-        head = copy_head(own_head if book.backbone_head is None else book.backbone_head)
-    if num_classes is not None:
-        head = fresh_head(model, num_classes)
-    for index, adapters in made.items():
-        slot = book.slots()[index]
-        slot[adapter_name] = adapters
-    if tuned is not None:
-        book.tuned[adapter_name] = tuned
-    book.configs[adapter_name] = config
-    book.heads[adapter_name] = head
+    with torch.inference_mode(False):  # tensors made in it never train
+        made = _make(model, config, blocks, layers)
+        tuned = _make_tuned(model, config.method)
+        if book is None:
+            book = _open_book(model, blocks)
+            head = own_head
+            book.backbone_head = copy_head(head).requires_grad_(False)
+        else:
+            head = copy_head(own_head if book.backbone_head is None else book.backbone_head)
+        if num_classes is not None:
+            head = fresh_head(model, num_classes)
+        for index, adapters in made.items():
+            slot = book.slots()[index]
+            slot[adapter_name] = adapters
+        if tuned is not None:
+            book.tuned[adapter_name] = tuned
+        book.configs[adapter_name] = config
+        book.heads[adapter_name] = head
     return set_adapter(model, adapter_name).train(model.training)
 
 

@@ -24,6 +24,7 @@ from cases import adapter_calls
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import double, oracle_adapter
+from poison import poisoned_memory
 from torch import Tensor
 
 from mosa_kernels import mosa_adapter
@@ -406,22 +407,11 @@ def test_inputs_are_left_alone(path: str, args: AdapterArguments) -> None:
 def test_no_uninitialised_element_is_read_or_left(path: str, args: AdapterArguments) -> None:
     grad_out = torch.ones_like(args.x)
     args = args._replace(scale_tensor=torch.tensor(0.5))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "empty_like"):
-            patch.setattr(torch, name, poisoned(getattr(torch, name)))
-        patch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    with poisoned_memory():
         assert torch.empty(3).isnan().all()
         out, grads = run_cpu(path, args, grad_out)
     assert not out.isnan().any()
     assert not any(grad.isnan().any() for grad in grads if grad is not None)
-
-
-def poisoned(allocate):
-    def filled(*arguments, **options) -> Tensor:
-        tensor = allocate(*arguments, **options)
-        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
-
-    return filled
 
 
 @pytest.mark.parametrize("wanted", [*AdapterNeeds._fields, ""])

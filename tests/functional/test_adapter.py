@@ -153,6 +153,27 @@ def test_autocast_of_the_operator_itself() -> None:
         assert not torch.equal(implicit, torch.ops.mosa_kernels.adapter_forward(*args, "cpu")[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_float64_alone(dtype: torch.dtype) -> None:
+    w, assignment = _weights(), _assignment()
+    w = {name: tensor.detach().double().requires_grad_() for name, tensor in w.items()}
+    x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(2, 5, D)
+
+    def call(residual: Tensor) -> tuple[Tensor, ...]:
+        out = mk.mosa_adapter(x, assignment=assignment, expert=1, residual=residual, **w)
+        return (out, *torch.autograd.grad(out.square().sum(), [x, *w.values()]))
+
+    wanted = call(residual.double())
+    with torch.autocast("cpu", dtype):
+        found = call(residual)
+        compiled = torch.compile(lambda x: mk.mosa_adapter(x, assignment=assignment, expert=1, **w), backend="eager")(x)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float64
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(compiled + residual, wanted[0], rtol=1e-12, atol=1e-12)
+
+
 def test_dispatcher_and_direct_calls_agree() -> None:
     w, assignment = _weights(), _assignment()
     x = torch.randn(2, 5, D, requires_grad=True)

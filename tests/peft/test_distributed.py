@@ -38,8 +38,12 @@ def sharded(model: nn.Module) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
+def config_of(style: str) -> MoSAConfig:
+    return MoSAConfig(style=style, bottleneck=4, learnable_scale=True)
+
+
 def adapted(style: str = "adaptformer") -> Any:
-    model = inject_adapter(make(), MoSAConfig(style=style, bottleneck=4))
+    model = inject_adapter(make(), config_of(style))
     train_a_little(model)
     return model
 
@@ -51,7 +55,7 @@ def check_saving_and_loading(style: str, folder: Path) -> None:
     torch.distributed.barrier()
     assert torch.equal(load_adapter(make(), folder / style)(x), before)
 
-    fresh = sharded(inject_adapter(make(), MoSAConfig(style=style, bottleneck=4)))
+    fresh = sharded(inject_adapter(make(), config_of(style)))
     assert not torch.equal(fresh(x), before)
     load_adapter(fresh, folder / style)
     assert torch.equal(fresh(x), before)
@@ -101,14 +105,15 @@ def check_wrapped_models(folder: Path) -> None:
 def check_moves_of_a_sharded_model() -> None:
     model = sharded(adapted()).train()
     optimizer = MoSAAdamW(model)
-    weight = model.blocks[0].mosa.default.parallel_ffn.down.weight
+    adapter = model.blocks[0].mosa.default.parallel_ffn
     for _ in range(2):
         model.to("cpu")
-        before = weight.full_tensor().clone()
+        before = [adapter.down.weight.full_tensor().clone(), adapter.scale.full_tensor().clone()]
         model(images()).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert not torch.equal(weight.full_tensor(), before)
+        assert not torch.equal(adapter.down.weight.full_tensor(), before[0])
+        assert not torch.equal(adapter.scale.full_tensor(), before[1])
 
 
 def check_reset_of_a_sharded_model() -> None:

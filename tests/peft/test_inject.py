@@ -140,6 +140,15 @@ def test_the_backbone_draws_nothing_at_random_in_training(family: Family) -> Non
     assert not torch.equal(model(x), before), "the backbone's own regularisation is back"
 
 
+def test_adapters_put_in_under_inference_mode_train() -> None:
+    model = make()
+    with torch.inference_mode():
+        inject_adapter(model, MoSAConfig(bottleneck=4), num_classes=3)
+        inject_adapter(make(), MoSAConfig(bottleneck=4))(images())  # into a backbone that never trains
+    model.train()(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_frozen_batch_norm_stands_still() -> None:
     model = make()
     model.patch_embed.norm = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Flatten(1, 2))

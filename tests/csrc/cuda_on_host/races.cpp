@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <cstring>
 #include <string>
 #include <unordered_map>
 
@@ -33,6 +34,8 @@ struct Byte {
   bool copied = false;  // an asynchronous copy that nobody has waited for will write it
 };
 
+constexpr uint32_t kPoison = 0x7ffd7ffd;  // as in tests/helpers/poison.py
+
 constexpr size_t kPage = 256;
 struct Page {
   Byte bytes[kPage];
@@ -54,7 +57,7 @@ uint64_t launch = 0;      // their number
 uint64_t operations = 0;  // atomic ones of this launch
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 std::unordered_map<uint64_t, Announcements> announcements;  // of each block without a cluster
-std::string first_race;
+std::string complaint;                                      // the first of this launch
 
 Byte& byte_at(uintptr_t address) {
   std::unique_ptr<Page>& page = pages[address / kPage];
@@ -162,16 +165,32 @@ std::string describe(const char* what, const Access& access) {
 }
 
 void report(uintptr_t address, const std::string& before, const std::string& now) {
-  first_race = std::string("a data race in ") + (is_shared(address) ? "shared" : "global") + " memory: " + now +
-               ", and " + before + ", in no order";
+  complaint = std::string("a data race in ") + (is_shared(address) ? "shared" : "global") + " memory: " + now +
+              ", and " + before + ", in no order";
+}
+
+// A number of 16 bits, or any two of them or number of 32 bits that lie together.
+bool is_poison(uintptr_t address, size_t size) {
+  uint32_t word = 0;
+  const size_t step = std::min(size, sizeof(word));
+  if (step < 2) return false;
+  const uint32_t poison = step == 2 ? kPoison & 0xffffu : kPoison;
+  for (size_t at = 0; at + step <= size; at += step) {
+    std::memcpy(&word, reinterpret_cast<const void*>(address + at), step);
+    if (word == poison) return true;
+  }
+  return false;
 }
 
 void touch(uintptr_t address, size_t size, bool writes, uintptr_t where) {
   const auto stack = reinterpret_cast<uintptr_t>(self().stack);
   if (address >= stack && address < stack + kStackBytes) return;
   const Access now = access_now(where);
+  if (!writes && complaint.empty() && is_poison(address, size)) {
+    complaint = describe("a read of memory that nobody has written", now);
+  }
   const char* what = writes ? "a write" : "a read";
-  for (uintptr_t at = address; at < address + size && first_race.empty(); ++at) {
+  for (uintptr_t at = address; at < address + size && complaint.empty(); ++at) {
     Byte& byte = byte_at(at);
     if (byte.copied) {
       report(at, "an asynchronous copy that nobody has waited for", describe(what, now));
@@ -209,7 +228,7 @@ void begin_launch() {
   operations = 0;
   pages.clear();
   announcements.clear();
-  first_race.clear();
+  complaint.clear();
 }
 
 void read(const void* from, size_t size) {
@@ -243,7 +262,7 @@ void atomic() {
   own.fence_after = false;
 }
 
-const char* found() { return first_race.empty() ? nullptr : first_race.c_str(); }
+const char* found() { return complaint.empty() ? nullptr : complaint.c_str(); }
 
 }  // namespace cuda_on_host::races
 

@@ -5,7 +5,7 @@
 // those functions are in races.cpp, in place of the sanitizer's runtime. Order comes from __syncthreads, from
 // __syncwarp within a warp, from the barrier of a cluster, and from an atomic operation between two fences; shuffles
 // and products of matrices give none. The bytes that an asynchronous copy will write are nobody's until it is waited
-// for.
+// for. And whether what is read was ever written: memory that tests have poisoned (tests/helpers/poison.py) was not.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +31,7 @@ void begin_copy(void* to, const void* from, size_t size, size_t taken);
 void end_copy(void* to, size_t size);
 void fence();
 void atomic();
-const char* found();  // a description of the first race of this launch, or null
+const char* found();  // a description of the first race of this launch, or read of what nobody has written, or null
 
 #else
 

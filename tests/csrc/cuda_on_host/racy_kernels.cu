@@ -143,15 +143,25 @@ __global__ void within_a_cluster(int* out) {
   cluster.sync();
 }
 
+// What is read is not made use of.
+template <bool kRight>
+__global__ void read_of_what_nobody_wrote(int* out) {
+  if (kRight) out[threadIdx.x] = 1;
+  const volatile int found = out[threadIdx.x];
+  if (found == 2) out[threadIdx.x] = 3;
+}
+
 // Neighbours, and one launch after another: nothing to complain of.
 template <bool kRight>
 __global__ void neighbours(int* out) {
   reinterpret_cast<unsigned char*>(out)[threadIdx.x] = 1;
 }
 
-void report(const char* name, bool right, void (*kernel)(int*), unsigned blocks, unsigned cluster = 0) {
+constexpr int kPoison = 0x7ffd7ffd;
+
+void report(const char* name, bool right, void (*kernel)(int*), unsigned blocks, unsigned cluster = 0, int fill = 0) {
   static int out[4 * kThreads];
-  std::fill_n(out, 4 * kThreads, 0);
+  std::fill_n(out, 4 * kThreads, fill);
   cudaLaunchConfig_t config;
   config.gridDim = blocks;
   config.blockDim = kThreads;
@@ -183,6 +193,7 @@ int main() {
   REPORT(asynchronous_copy, 1);
   REPORT(through_a_tile, 1);
   REPORT(within_a_cluster, 2, 2);
+  REPORT(read_of_what_nobody_wrote, 1, 0, kPoison);
   report("neighbours", true, neighbours<true>, 1);
   report("neighbours", true, neighbours<true>, 1);
 }
