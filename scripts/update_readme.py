@@ -42,8 +42,9 @@ def demo_section() -> str:
             f"`make demo` on {record['machine']}: {record['seconds']:.0f} s. Mean and standard deviation over seeds "
             f"{', '.join(map(str, record['seeds']))}; learning rates, scales and dropout were chosen beforehand on "
             "validation data of other seeds; `mosa_kernels/assets/demo_settings.json` lists what was tried, and how "
-            "the settings came about. Stored: what inference needs once the adapters are merged. The ranking holds for "
-            "this recipe on this small backbone and says nothing about larger ones.",
+            "the settings came about. Stored: what inference needs once the adapters are merged. Where blocks differ "
+            "in N, a fixed expert is one that all of them with several have, and so are those of the ensemble. The "
+            "ranking holds for this recipe on this small backbone and says nothing about larger ones.",
         ]
     )
 

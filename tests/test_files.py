@@ -1,14 +1,18 @@
-"""Files that are complete, or as they were."""
+"""Files that are complete, or as they were, and the same bytes for the same tensors."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from mosa_kernels._files import write_whole
+from mosa_kernels._weights import write_tensors
 
 
 def test_a_file_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
@@ -57,3 +61,15 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match=r"No space left on device: .*file\.txt'$"):
         write_whole(tmp_path / "file.txt", fill)
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 2), "a": torch.tensor([True]), "é": torch.randn(5).bfloat16()}
+    metadata = {name: json.dumps({"ü": '"\\\n\t\x01'}, ensure_ascii=name < "d") for name in "hagfbedc"}
+    for number in range(8):
+        write_tensors(tmp_path / f"{number}.safetensors", tensors, metadata)
+    (written,) = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert written.index(b'"a":') < written.index(b'"h":')
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())

@@ -21,11 +21,11 @@ from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.kernels import PROVIDERS
 from mosa_kernels.bench.records import Record, failures, losses, timings
 from mosa_kernels.bench.report import disturbed_lines
-from mosa_kernels.bench.run import JSON, PARTS, Request, Say, measure, read, write
+from mosa_kernels.bench.run import JSON, MARKDOWN, PARTS, Request, Say, measure, read, write
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
 from mosa_kernels.cli.errors import MendableError, plain_errors
-from mosa_kernels.train.folder import require_writable, write_json, write_text
+from mosa_kernels.train.folder import require_own_or_new, require_writable, write_json, write_text
 
 _KERNELS, _WHICH = "Shapes of the kernels", "What to measure"
 _TABLE_WIDTH = 120
@@ -126,6 +126,9 @@ def bench(
             raise ValueError("dry-run: expected together with --tune")
         if against is None or output is not None:
             _refuse_unwritable(output, choosing)
+        if against is None and not choosing:
+            files = [(output or _OUTPUT) / name for name in (MARKDOWN, JSON)]
+            require_own_or_new(files, lambda record: {"preset", "limits"} <= record.keys(), "a report of bench")
         if choosing:
             _choose(request, output, console, say)
             return

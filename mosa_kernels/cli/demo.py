@@ -35,7 +35,7 @@ from mosa_kernels.train.comparison_report import (
     verdict,
 )
 from mosa_kernels.train.comparison_runs import Step, Task, run_tasks
-from mosa_kernels.train.folder import require_writable, versions, write_json, write_text
+from mosa_kernels.train.folder import require_own_or_new, require_writable, versions, write_json, write_text
 
 SEEDS = (30, 31, 32)  # those before were looked at when what is compared was decided
 QUICK_EPOCHS = 3
@@ -53,6 +53,8 @@ def demo(
     console = Console()
     with plain_errors():
         require_writable(output, folder=True)
+        files = [output / f"demo.{kind}" for kind in ("png", "md", "json")]
+        require_own_or_new(files, lambda record: {"verdict", "methods", "runs"} <= record.keys(), "a demo's")
         began = time.perf_counter()
         seeds, epochs = (SEEDS[:1], QUICK_EPOCHS) if quick else (SEEDS, None)
         tasks = make_tasks(seeds, epochs, output)
@@ -67,9 +69,10 @@ def demo(
         seconds = time.perf_counter() - began
         record = report(outcomes, splits_summary=splits.summary(), seconds=seconds, processes=processes, quick=quick)
         note = f"{MODEL}, {len(seeds)} seed(s), {outcomes[0].rows[-1]['epoch']} epochs" + (" — QUICK" if quick else "")
-        draw_comparison(summarise(outcomes), outcomes, splits, output / "demo.png", note)
-        write_json(output / "demo.json", record)
-        write_text(output / "demo.md", record["markdown"])
+        picture, text, figures = files
+        write_json(figures, record)
+        write_text(text, record["markdown"])
+        draw_comparison(summarise(outcomes), outcomes, splits, picture, note)
         show(record, console)
         console.print(f"{seconds:.0f} s; picture, figures and weights are in {output}/", highlight=False)
         if not all(outcome.merge["unchanged"] for outcome in outcomes if outcome.merge is not None):

@@ -27,6 +27,18 @@ def plain_errors() -> Iterator[None]:
             raise
         typer.echo(f"error: {message_of(error)}", err=True)
         raise typer.Exit(1) from error
+    except RuntimeError as error:
+        if os.environ.get("MOSA_TRACEBACK") or not is_out_of_memory(error):
+            raise
+        typer.echo(f"error: out of memory: {message_of(error).partition(chr(10))[0]}", err=True)
+        raise typer.Exit(1) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU or of the machine, as PyTorch says it."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def message_of(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mosa_kernels._files import expanded
 from mosa_kernels.cli.errors import MendableError, plain_errors
+from mosa_kernels.data.files import some
 from mosa_kernels.train.folder import read_json, require_writable, write_json, write_text
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell
@@ -113,6 +114,8 @@ def table(
             left = len(missing_cells(chosen, cells)) - len(same_elsewhere(chosen, cells, Sources()))
             console.print(f"{choosing - left} of the {choosing} are done", highlight=False)
             return
+        for grid in grids:
+            require_covered(grid, output, quick)
         sources = Sources()
         check_data_of(grids, sources)
         possible = [cell for grid in grids for cell in grid.possible_cells()]
@@ -220,6 +223,40 @@ def where_from(grids: Sequence[Grid]) -> str:
     return "\n".join(f"table {', '.join(numbers)}: {place}" for place, numbers in places.items())
 
 
+def page_of(grid: Grid, output: Path) -> Path:
+    """The files of a table, without their endings."""
+    return output / grid.table.name.lower().replace(" ", "-")
+
+
+def require_covered(grid: Grid, output: Path, quick: bool) -> None:
+    """Refuses to write over a table with figures that the coming one lacks, where their runs are not beside it.
+
+    Raises:
+        ValueError: naming what would be lost; or the file is no table.
+    """
+    figures = page_of(grid, output).with_suffix(".json")
+    if not figures.exists():
+        return
+    found = read_json(figures)
+    if not isinstance(found.get("rows"), dict) or not isinstance(found.get("seeds"), int):
+        raise ValueError(f"output: {figures} is there and is not a table; choose another folder")
+    if (output / "cells").is_dir():
+        return
+    coming = {(row.key, task.name) for row in grid.table.rows for task in grid.table.tasks}
+    lost = [
+        f"{key}, {task}" for key, row in found["rows"].items() for task in row["tasks"] if (key, task) not in coming
+    ]
+    if found["seeds"] > grid.seeds:
+        lost.append(f"{found['seeds']} seeds")
+    if quick and not found.get("quick"):
+        lost.append("runs of full length")
+    if lost:
+        raise ValueError(
+            f"output: {figures} holds figures that would be lost ({some(lost)}), for the runs behind them are not in "
+            f"{output}; choose another folder"
+        )
+
+
 def check_data_of(grids: list[Grid], sources: Sources) -> None:
     """Opens the paper's data sets before hours are spent on the first of them.
 
@@ -300,7 +337,7 @@ def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Consol
     facts = {**facts, **made_by(grid, output / "cells")}
     summaries = summarise_table(grid.table, measured)
     differences = differences_of(grid.table, measured)
-    stem = output / grid.table.name.lower().replace(" ", "-")
+    stem = page_of(grid, output)
     write_json(stem.with_suffix(".json"), table_record(grid, measured, differences, facts))
     write_text(stem.with_suffix(".csv"), table_csv(summaries))
     title = (

@@ -27,7 +27,7 @@ def tsne(
     split: Annotated[str, typer.Option(help="test, or validation.")] = "test",
     images: Annotated[int, typer.Option(help="Drawn at most, chosen at random.", min=NEIGHBOURS + 1)] = 2000,
     classes: Annotated[int, typer.Option(help="The first so many are drawn.", min=2)] = 10,
-    seed: Annotated[int, typer.Option(help="Of the choice and of t-SNE.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice and of t-SNE.", min=0, max=2**32 - 1)] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     workers: Annotated[int, typer.Option(min=0)] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")] = False,

@@ -84,6 +84,12 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {split: found[split] for split in SPLIT_FOLDERS if split in found}
 
 
+def has_every_set(path: str | Path) -> bool:
+    """Whether a folder has a training, a validation and a test set, so that nothing is drawn from a seed."""
+    root = expanded(path)
+    return root.is_dir() and _split_folders(root).keys() == SPLIT_FOLDERS.keys()
+
+
 def refuse_sets_as_classes(source: object, classes: Sequence[str]) -> None:
     """Refuses classes that are all called as sets are: what was read is a folder of sets, not of classes.
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mosa_kernels._files import write_whole
+from mosa_kernels._weights import write_tensors
 from mosa_kernels.backends.element_types import PLAIN
 from mosa_kernels.shards import whole
 
@@ -56,9 +56,7 @@ def write_adapter(directory: Path, description: dict[str, Any], tensors: dict[st
     description[_SAVE] = hashlib.sha256(json.dumps(description).encode()).hexdigest()
     text = json.dumps(description, indent=2) + "\n"
     write_whole(directory / CONFIG_FILE, lambda path: path.write_text(text))
-    write_whole(
-        directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={_EMBEDDED: text, "format": "pt"})
-    )
+    write_tensors(directory / WEIGHTS_FILE, tensors, {_EMBEDDED: text, "format": "pt"})
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import MECHANISMS, evaluate
 from mosa_kernels.train.keeping import save_trained
-from mosa_kernels.train.loop import Row
+from mosa_kernels.train.loop import Row, require_finite
 from mosa_kernels.train.merging import check_merge, merged_card, merged_copy, write_merged
 from mosa_kernels.train.methods import AdapterOptions, find_method, split_numbers
 from mosa_kernels.train.progress import Reporter
@@ -192,6 +192,9 @@ def run_contender(
         test: measure on test images, by every mechanism, and check the merge; else on validation images, merged only.
         reporter: shows what happens.
         keep_in: a folder for the adapter and the merged weights, or None; not for linear probing.
+
+    Raises:
+        NonFiniteError: the loss or the outputs are not finite any more.
     """
     accelerator = make_accelerator(settings)
     prepared = prepare(settings, accelerator.num_processes, splits)
@@ -211,6 +214,8 @@ def run_contender(
         seed=settings.recipe.seed,
         accelerator=accelerator,
     )
+    reported = rule if "plain" not in measured else "plain"
+    require_finite(measured[reported]["nll"], "test" if test else "validation", len(rows), settings.recipe.lr)
     merged, check = prepared.model, None
     if find_method(contender.method).mode is not None:
         merged = merged_copy(prepared.model, rule)
@@ -224,7 +229,7 @@ def run_contender(
         contender=contender,
         seed=settings.data_seed,
         measured=measured,
-        reported=rule if "plain" not in measured else "plain",
+        reported=reported,
         trained=counts["trained"],
         stored=sum(p.numel() for p in merged.parameters()) - counts["backbone"],
         seconds=seconds,

@@ -29,7 +29,7 @@ from mosa_kernels.train.folder import (
     write_json,
 )
 from mosa_kernels.train.keeping import copy_trained, load_trained, save_trained
-from mosa_kernels.train.loop import Row, Trainer
+from mosa_kernels.train.loop import Row, Trainer, require_finite
 from mosa_kernels.train.plots import plot_curve
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import Settings
@@ -105,11 +105,15 @@ class Job:
 
         Raises:
             RunExistsError: another process is at work in the folder.
-            NonFiniteError: the loss is not finite any more; the state of the last good epoch stays in the folder.
+            NonFiniteError: the loss, or what the model says, is not finite any more; the state of the last good epoch
+                stays in the folder.
             KeyboardInterrupt: as the user wished; the state of the last complete epoch stays in the folder.
         """
         if self.folder.result.is_file():
-            return read_json(self.folder.result)
+            try:
+                return read_json(self.folder.result)
+            except ValueError as error:
+                self.reporter.message(f"warning: {error}: damaged; the chosen weights are tested again")
         with self._alone():
             if self.trainer.progress.epochs_done < self.settings.recipe.epochs:
                 try:
@@ -226,6 +230,7 @@ class Job:
             for loader in (self.trainer.validation_loader, self.trainer.test_loader)
         )
         reported = recipe.reported if number_of_experts(runner) > 1 else "plain"
+        require_finite(test[reported]["nll"], "test", chosen, recipe.lr)
         warning = warn_of_merge_loss(test, recipe.merge_rule)
         if warning is not None:
             self.reporter.message(f"warning: {warning}")

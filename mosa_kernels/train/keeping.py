@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mosa_kernels._files import write_whole
+from mosa_kernels._weights import write_tensors
 from mosa_kernels.peft import load_adapter, save_adapter
 from mosa_kernels.peft.backbone import describe_backbone
 from mosa_kernels.peft.book import find_book
@@ -34,7 +35,7 @@ def save_trained(model: nn.Module, directory: Path, class_names: Sequence[str]) 
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
     metadata = {BACKBONE: backbone_hash(model), "format": "pt"}
-    write_whole(directory / HEAD_WEIGHTS, lambda unfinished: save_file(tensors, unfinished, metadata))
+    write_tensors(directory / HEAD_WEIGHTS, tensors, metadata)
 
 
 def load_trained(model: nn.Module, directory: Path) -> None:

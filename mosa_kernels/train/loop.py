@@ -28,7 +28,16 @@ QUIET = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, DropPath, nn.m
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or a trained weight is not a finite number."""
+    """The loss, a trained weight or what the model says is not a finite number."""
+
+
+def require_finite(nll: float, images: str, epoch: int, lr: float) -> None:
+    """Raises a NonFiniteError where a model's outputs on such images are not finite: their argmax says nothing."""
+    if not math.isfinite(nll):
+        raise NonFiniteError(
+            f"outputs for {images} images are not finite after epoch {epoch}: try a lower learning rate (now {lr:g}) "
+            "or --clip-norm 1"
+        )
 
 
 @dataclass
@@ -93,7 +102,8 @@ class Trainer:
             on_epoch: called with the row of each epoch once it is complete.
 
         Raises:
-            NonFiniteError: the loss or a weight is not finite any more; `on_epoch` was not called for that epoch.
+            NonFiniteError: the loss, a weight or an output on validation images is not finite any more; `on_epoch` was
+                not called for that epoch.
         """
         rows = []
         per_epoch = self.updates_per_epoch
@@ -115,6 +125,7 @@ class Trainer:
         done = self.progress
         if self.validate:
             validation = predict(self.runner, self.validation_loader, self.accelerator)
+            require_finite(validation.nll, "validation", epoch + 1, self.recipe.lr)
             row |= {"validation_accuracy": validation.accuracy, "validation_nll": validation.nll}
             if validation.accuracy > done.best_accuracy:
                 done.best_epoch, done.best_accuracy = epoch + 1, validation.accuracy
@@ -228,4 +239,13 @@ def training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-__all__ = ["CHECK_EVERY", "NonFiniteError", "Progress", "Row", "Trainer", "random_state", "training_mode"]
+__all__ = [
+    "CHECK_EVERY",
+    "NonFiniteError",
+    "Progress",
+    "Row",
+    "Trainer",
+    "random_state",
+    "require_finite",
+    "training_mode",
+]

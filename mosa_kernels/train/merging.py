@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mosa_kernels._files import write_whole
+from mosa_kernels._weights import write_tensors
 from mosa_kernels.peft import MoSAConfig, inject_adapter, merge_and_unload
 from mosa_kernels.peft.book import book_of
 from mosa_kernels.train.backbones import create_backbone
@@ -180,5 +180,5 @@ def write_merged(model: nn.Module, path: Path, card: dict[str, Any]) -> None:
     _require_own_card(path)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt", "mosa_kernels": json.dumps({"rule": card.get("rule")})}
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+    write_tensors(path, tensors, metadata)
     write_json(path.with_suffix(".json"), card)

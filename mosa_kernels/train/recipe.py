@@ -86,11 +86,12 @@ class Recipe:
         for name, at_least in (("epochs", 1), ("batch_size", 1)):
             if getattr(self, name) < at_least:
                 raise ValueError(f"{name}: expected at least {at_least}, got {getattr(self, name)}")
-        for name in ("base_lr", "weight_decay", "alpha", "beta", "eps"):
+        for name in ("base_lr", "weight_decay", "alpha", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
-        if not 0 < self.expert_lr < math.inf:
-            raise ValueError(f"expert_lr: expected a positive number, got {self.expert_lr}")
+        for name in ("expert_lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
+from mosa_kernels.data.folders import has_every_set
 from mosa_kernels.data.lists import named_folder
 from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.data.open import LISTED, NAMED
@@ -76,6 +77,8 @@ def meaningless_of_data(data: str, label_noise: float = 0.0) -> dict[str, str]:
         others = ", ".join(f"{each}:" for each in NAMED)
         why = f"the data are a folder of images (named data sets begin with {others})"
         found |= dict.fromkeys(("data_root", "download"), why)
+        if not label_noise and has_every_set(data):
+            found["data_seed"] = "the folder says which images are for what"
     if data not in FEW_LABELS:
         found["labels_per_class"] = f"it is for {', '.join(FEW_LABELS)}"
     return found

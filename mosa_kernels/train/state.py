@@ -159,8 +159,8 @@ def published(root: Path) -> list[tuple[int, Path]]:
     """The completely written states, the newest first: (epochs done, folder)."""
     if not root.is_dir():
         return []
-    found = (path for path in root.iterdir() if path.is_dir() and path.name.startswith(PREFIX))
-    return sorted(((int(path.name.removeprefix(PREFIX)), path) for path in found), reverse=True)
+    found = ((path.name.removeprefix(PREFIX), path) for path in root.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(((int(epoch), path) for epoch, path in found if epoch.isdecimal()), reverse=True)
 
 
 def read_newest(root: Path, parts: Sequence[str], warn: Callable[[str], None]) -> tuple[int, dict[str, Any]]:

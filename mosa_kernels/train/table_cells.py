@@ -19,7 +19,7 @@ from mosa_kernels.peft.styles import STYLES
 from mosa_kernels.train.counts import parameter_counts
 from mosa_kernels.train.evaluate import MECHANISMS, evaluate, number_of_experts
 from mosa_kernels.train.folder import read_json, versions, write_json
-from mosa_kernels.train.loop import NonFiniteError, Trainer
+from mosa_kernels.train.loop import NonFiniteError, Trainer, require_finite
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.settings import FREE, Settings
 from mosa_kernels.train.setup import device_name, make_accelerator, make_trainer, native_size, open_splits, prepare
@@ -104,7 +104,7 @@ def run_cell(
         reporter: shows what happens.
         arrange: changes the trainer before it begins, for what settings cannot say.
 
-    A run whose loss leaves the finite numbers is a result, too: {"failed": why}.
+    A run whose loss or outputs leave the finite numbers is a result, too: {"failed": why}.
     """
     settings = cell.settings
     accelerator = make_accelerator(settings)
@@ -128,20 +128,22 @@ def run_cell(
         "device": device_name(accelerator.device),
         "versions": versions(),
     }
+    recipe = settings.recipe
     try:
         trainer.fit()
+        trained = time.perf_counter() - began
+        measured = evaluate(
+            trainer.runner,
+            trainer.test_loader if cell.test else trainer.validation_loader,
+            cell.mechanisms,
+            rules=MERGE_RULES if cell.test else (recipe.merge_rule,),
+            seed=recipe.seed,
+            accelerator=accelerator,
+        )
+        images = "test" if cell.test else "validation"
+        require_finite(next(iter(measured.values()))["nll"], images, recipe.epochs, recipe.lr)
     except NonFiniteError as error:
         return {**common, "failed": str(error), "seconds": time.perf_counter() - began}
-    trained = time.perf_counter() - began
-    loader = trainer.test_loader if cell.test else trainer.validation_loader
-    measured = evaluate(
-        trainer.runner,
-        loader,
-        cell.mechanisms,
-        rules=MERGE_RULES if cell.test else (settings.recipe.merge_rule,),
-        seed=settings.recipe.seed,
-        accelerator=accelerator,
-    )
     return {
         **common,
         "experts": number_of_experts(trainer.runner),

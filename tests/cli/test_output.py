@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mosa_kernels.cli import demo as demo_module
 from mosa_kernels.train import saved
@@ -101,6 +102,32 @@ def test_figures_do_not_overwrite_the_run(
     assert result.exit_code == 1
     assert "is there and is not a" in result.stderr
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("demo", "--quick"), "demo.json"),
+        (("demo", "--quick"), "demo.md"),
+        (("bench", "--preset", "smoke"), "report.json"),
+        (("bench", "--preset", "smoke"), "report.md"),
+    ],
+)
+def test_folders_of_others_are_left_alone(words: tuple[str, ...], name: str, command: Any, tmp_path: Path):
+    (tmp_path / name).write_text('{"mine": 1}')
+    result = command(*words, "--output", tmp_path)
+    assert result.exit_code == 1
+    assert f"error: output: {tmp_path / name} is there and is not a" in result.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mine": 1}']
+
+
+def test_a_machine_without_that_much_memory_is_said(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo_module, "demo_splits", lambda _: torch.empty(2**60))
+    result = command("demo", "--quick", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: out of memory: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_figures_of_evaluate_may_be_written_again(trained: tuple[Path, str], command: Any, tmp_path: Path):

@@ -190,6 +190,44 @@ def test_a_run_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.Monkey
     assert table_cells.accuracy_of(result) is None
 
 
+def test_a_run_whose_outputs_are_not_finite_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be finite and what comes of them not."""
+    (cell,) = small_cells(1)
+
+    @torch.no_grad()
+    def diverge(self: Trainer) -> None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(3e38)
+
+    monkeypatch.setattr(Trainer, "fit", diverge)
+    result = run_cell(cell)
+    assert f"outputs for {result['on']} images are not finite after epoch" in result["failed"]
+    assert table_cells.accuracy_of(result) is None
+
+
+def test_figures_whose_runs_lie_elsewhere_are_not_lost(made: Path, tmp_path: Path) -> None:
+    for path in made.glob("table-10.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    record = json.loads((tmp_path / "table-10.json").read_text())
+    arguments = ["10", "--output", str(tmp_path), *SMALL, *TASK, "--rows", "mosa"]
+    more = {**record, "rows": {**record["rows"], "more": next(iter(record["rows"].values()))}}
+    for kept, lost in (
+        ({**record, "seeds": 3}, "3 seeds"),
+        ({**record, "quick": False}, "runs of full length"),
+        (more, "more, digits, 10 labels a class"),
+    ):
+        (tmp_path / "table-10.json").write_text(json.dumps(kept))
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert f"table-10.json holds figures that would be lost ({lost})" in " ".join(result.output.split())
+        assert json.loads((tmp_path / "table-10.json").read_text()) == kept
+        assert not (tmp_path / "cells").exists()
+    (tmp_path / "table-10.json").write_text('{"mine": 1}')
+    assert "table-10.json is there and is not a table" in run(*arguments).output
+    assert run(*arguments, "--plan").exit_code == 0
+
+
 def test_a_cells_identity_is_what_decides_its_numbers() -> None:
     first, second = small_cells(2)
     assert first.identity != second.identity

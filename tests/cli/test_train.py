@@ -163,6 +163,17 @@ def test_an_option_without_effect_is_refused(words: dict[str, Any], named: str) 
         refuse_meaningless(settings_of(given, None), given)
 
 
+def test_a_seed_of_held_out_parts_is_refused_where_none_are_held_out(tmp_path: Path) -> None:
+    for name in ("train", "Val", "test"):
+        given = {"data": str(tmp_path), "data_seed": 1}
+        refuse_meaningless(settings_of(given, None), given)
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"data_seed: .* the folder says which images are for what"):
+        refuse_meaningless(settings_of(given, None), given)
+    given["label_noise"] = 0.1
+    refuse_meaningless(settings_of(given, None), given)
+
+
 @pytest.mark.parametrize(
     "words",
     [

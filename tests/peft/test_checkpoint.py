@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
 from torch import nn
 
+from mosa_kernels import _weights
 from mosa_kernels.peft import (
     AdapterFileError,
     BackboneMismatchError,
@@ -20,7 +21,6 @@ from mosa_kernels.peft import (
     save_adapter,
     set_adapter,
 )
-from mosa_kernels.peft import files as adapter_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -198,7 +198,7 @@ def test_an_interrupted_save_leaves_an_adapter_that_loads(tmp_path: Path, monkey
     def fails(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(adapter_files, "save_file", fails)
+    monkeypatch.setattr(_weights, "save_file", fails)
     with pytest.raises(OSError, match="no space"):
         save_adapter(second, tmp_path)
     monkeypatch.undo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,6 +285,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["epoch-0001"]
     kept = open_saved(tmp_path / "run").model
     assert all(bool(torch.isfinite(p).all()) for p in kept.parameters())
+
+
+def test_outputs_that_are_not_finite_are_no_result(tiny: Any, tmp_path: Path):
+    """Weights may be finite and what comes of them not, whose argmax is the first class."""
+    settings = tiny(epochs=2, lr=1e30, warmup_epochs=0.0, batch_size=64)  # one update an epoch
+    with pytest.raises(NonFiniteError, match=r"outputs for validation images are not finite after epoch 1: try a"):
+        run(settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_damaged_result_is_made_again(whole: Path, tiny: Any, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "result.json").write_text("")
+    run(tiny(), tmp_path / "copy", resume=True)
+    assert result_of(tmp_path / "copy") == result_of(whole)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(10, 2), (8, 2), (8, 4)])

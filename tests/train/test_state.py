@@ -75,10 +75,11 @@ def test_publishing_leaves_the_latest_complete_state_alone(tmp_path: Path):
         state.write_part(state.unfinished(tmp_path, epoch), "run", {"epoch": epoch})
         state.publish(tmp_path, epoch)
     state.write_part(state.unfinished(tmp_path, 3), "run", {"epoch": 3})  # killed before it was published
+    (tmp_path / "epoch-0002.bak").mkdir()  # a user's copy
     ((done, path),) = state.published(tmp_path)
     assert done == 2
     assert state.read_part(path, "run") == {"epoch": 2}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0002", "partial-epoch-0003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0002", "epoch-0002.bak", "partial-epoch-0003"]
 
 
 def test_a_missing_part_is_named(tmp_path: Path):
