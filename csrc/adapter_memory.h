@@ -230,7 +230,8 @@ __device__ inline void put_rounded(E* to, float (&value)[kVector]) {
 
 // float32 by CUDA's own type, which is loaded whole: words of Wide were loaded one by one where some are used as bits
 // and some as numbers (at r = 128 the plain backward kernel over tokens had 80 such loads, and has 36), which of them
-// differed from one run of nvcc 13.0 to the next, and with it what was spilled.
+// differed from one run of nvcc 13.0 to the next, and with it what was spilled. (In load_raw, and so for every vector,
+// it had the kernels for any call spill 24 to 40 bytes more at r = 128 and 256.)
 template <typename E>
 __device__ inline void get_vector(const E* from, float (&value)[kVector]) {
   if constexpr (sizeof(E) == sizeof(float)) {

@@ -13,10 +13,10 @@ from mosa_kernels._files import write_whole
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes contiguous tensors; the same tensors and metadata give the same bytes."""
+    """Writes tensors that share no memory; the same ones with the same metadata give the same bytes."""
 
     def write(partial: Path) -> None:
-        save_file(dict(tensors), partial, dict(metadata))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
         _sort_metadata(partial)
 
     write_whole(path, write)

@@ -21,11 +21,10 @@ import numpy as np
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from mosa_kernels._files import write_whole
+from mosa_kernels._weights import write_tensors
 from mosa_kernels.data.backbone import ASSETS, OFFLINE_BACKBONE, OFFLINE_BACKBONES, file_hash
 from mosa_kernels.data.procedural import DRAWN_TASKS
 from mosa_kernels.train.folder import write_json
@@ -90,17 +89,12 @@ def accuracy(model: nn.Module, seed: int, stream: str, count: int) -> float:
     return 100 * right / count
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda partial: save_file(contiguous, partial, metadata))
-
-
 def save_checkpoint(path: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"{key}/{names[id(parameter)]}": value for key, value in state.items()}
-    write_tensors(tensors, path, {"step": str(step)})
+    write_tensors(path, tensors, {"step": str(step)})
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
@@ -175,7 +169,7 @@ def ship(model: nn.Module, options: argparse.Namespace, seconds: float) -> dict[
     """Writes the weights and their card; the accuracies are those of the stored fp16 weights."""
     weights = options.out / f"{options.model}.safetensors"
     stored = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
-    write_tensors(stored, weights, {"architecture": options.model})
+    write_tensors(weights, stored, {"architecture": options.model})
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     command = ["python", "scripts/pretrain_offline_backbone.py"]
     for name in ("model", "stack", "steps", "batch", "lr", "weight_decay", "warm_up", "seed"):

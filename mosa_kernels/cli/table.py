@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mosa_kernels._files import expanded
 from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.data.files import some
-from mosa_kernels.train.folder import read_json, require_writable, write_json, write_text
+from mosa_kernels.train.folder import read_json, require_own_or_new, require_writable, write_json, write_text
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell
 from mosa_kernels.train.table_figure import draw_by_task, draw_sweep, draw_table
@@ -237,11 +237,10 @@ def require_covered(grid: Grid, output: Path, quick: bool) -> None:
     figures = page_of(grid, output).with_suffix(".json")
     if not figures.exists():
         return
-    found = read_json(figures)
-    if not isinstance(found.get("rows"), dict) or not isinstance(found.get("seeds"), int):
-        raise ValueError(f"output: {figures} is there and is not a table; choose another folder")
+    require_own_or_new((figures,), lambda record: {"table", "rows", "seeds"} <= record.keys(), "a table")
     if (output / "cells").is_dir():
         return
+    found = read_json(figures)
     coming = {(row.key, task.name) for row in grid.table.rows for task in grid.table.tasks}
     lost = [
         f"{key}, {task}" for key, row in found["rows"].items() for task in row["tasks"] if (key, task) not in coming

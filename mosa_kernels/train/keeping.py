@@ -33,7 +33,7 @@ def save_trained(model: nn.Module, directory: Path, class_names: Sequence[str]) 
     if find_book(model) is not None:
         save_adapter(model, directory)
         return
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in trained_state(model).items()}
     metadata = {BACKBONE: backbone_hash(model), "format": "pt"}
     write_tensors(directory / HEAD_WEIGHTS, tensors, metadata)
 

@@ -178,7 +178,7 @@ def write_merged(model: nn.Module, path: Path, card: dict[str, Any]) -> None:
         ValueError: that JSON file belongs to a program of the same name.
     """
     _require_own_card(path)
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt", "mosa_kernels": json.dumps({"rule": card.get("rule")})}
     write_tensors(path, tensors, metadata)
     write_json(path.with_suffix(".json"), card)

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from poison import POISON
+
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "csrc" / "cuda_on_host"
 CACHE = ROOT / "build" / "on_host"
@@ -31,7 +33,7 @@ HAS_NO_BEGINNING = "-fno-delete-null-pointer-checks"
 WATCHED = {
     "behaviour": ("-fsanitize=undefined", "-fno-sanitize-recover=all"),
     "addresses": ("-fsanitize=address", "-fno-omit-frame-pointer", HAS_NO_BEGINNING),
-    "races": ("-DCUDA_ON_HOST_RACES", HAS_NO_BEGINNING),
+    "races": ("-DCUDA_ON_HOST_RACES", f"-DCUDA_ON_HOST_POISON={POISON:#x}", HAS_NO_BEGINNING),
 }
 """What is looked after while kernels run, and the compiler's flags for it: undefined behaviour, accesses out of bounds,
 or the order of accesses (cuda_on_host/races.h). With the first two at once adapter_backward_bf16.cu takes 17 s to

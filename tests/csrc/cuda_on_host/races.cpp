@@ -34,8 +34,6 @@ struct Byte {
   bool copied = false;  // an asynchronous copy that nobody has waited for will write it
 };
 
-constexpr uint32_t kPoison = 0x7ffd7ffd;  // as in tests/helpers/poison.py
-
 constexpr size_t kPage = 256;
 struct Page {
   Byte bytes[kPage];

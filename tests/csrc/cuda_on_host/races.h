@@ -15,6 +15,8 @@ namespace cuda_on_host::races {
 
 #ifdef CUDA_ON_HOST_RACES
 
+constexpr uint32_t kPoison = CUDA_ON_HOST_POISON;  // of tests/helpers/poison.py
+
 inline bool watching = false;  // the code that runs is a kernel's
 [[gnu::no_sanitize("thread")]] inline void watch(bool whether) { watching = whether; }
 

@@ -157,8 +157,6 @@ __global__ void neighbours(int* out) {
   reinterpret_cast<unsigned char*>(out)[threadIdx.x] = 1;
 }
 
-constexpr int kPoison = 0x7ffd7ffd;
-
 void report(const char* name, bool right, void (*kernel)(int*), unsigned blocks, unsigned cluster = 0, int fill = 0) {
   static int out[4 * kThreads];
   std::fill_n(out, 4 * kThreads, fill);
@@ -193,7 +191,7 @@ int main() {
   REPORT(asynchronous_copy, 1);
   REPORT(through_a_tile, 1);
   REPORT(within_a_cluster, 2, 2);
-  REPORT(read_of_what_nobody_wrote, 1, 0, kPoison);
+  REPORT(read_of_what_nobody_wrote, 1, 0, cuda_on_host::races::kPoison);
   report("neighbours", true, neighbours<true>, 1);
   report("neighbours", true, neighbours<true>, 1);
 }
