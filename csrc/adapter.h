@@ -195,6 +195,10 @@ bool adapter_backward_in_one_launch(const AdapterParams& params, const AdapterBa
 // Checks what the launchers rely on and sets what they set; returns a Status.
 int prepare_adapter(AdapterParams* params);
 
+// In place of a stream: the kernels of a call are loaded, and not launched. Drivers before 12.3 load none while a graph
+// is captured, and the graph may not take those that the call took before: it has no tables (`AdapterOwned`).
+inline void* load_only() { return reinterpret_cast<void*>(~uintptr_t{0}); }
+
 // Both enqueue on `stream` (a cudaStream_t) of the current device and return a Status or a cudaError_t.
 int adapter_forward(const AdapterParams& params, const AdapterForward& forward, void* stream);
 int adapter_backward(const AdapterParams& params, const AdapterBackward& backward, void* stream);

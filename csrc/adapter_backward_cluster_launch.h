@@ -36,11 +36,16 @@ struct RoomForClusters {
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
     std::atomic<int>& answer = found[device][blocks];
-    if (answer == 0) answer = 1 + ask<kRank>(device);
+    if (answer == 0) {
+      const int room = ask<kRank>(device);
+      if (room < 0) return 0;
+      answer = 1 + room;
+    }
     return answer - 1;
   }
 
  private:
+  // Negative where the driver could not say, for want of memory or while a graph is captured: it may know later.
   template <int kRank>
   int ask(int device) const {
     int capability = 0;
@@ -61,8 +66,8 @@ struct RoomForClusters {
       if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&room, kernel, &config);
     }
     if (error == cudaSuccess) return room;
-    cudaGetLastError();  // a device that cannot is no error
-    return 0;
+    cudaGetLastError();  // the three launches say it themselves if it matters to them
+    return -1;
   }
 };
 

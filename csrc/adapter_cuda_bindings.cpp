@@ -155,6 +155,7 @@ void bind_adapter_cuda(py::module_& m) {
                adapter_backward_in_one_launch(adapter_params(tensors, sizes, factors), adapter_gradients(gradients));
       },
       "Whether adapter_cuda_backward takes one launch over tokens and weights, as `gradients` asks it to.");
+  m.attr("adapter_cuda_load_only") = reinterpret_cast<uintptr_t>(load_only());  // in place of a stream
 }
 
 }  // namespace mosa

@@ -63,6 +63,10 @@ inline cudaLaunchConfig_t launch_config(dim3 blocks, size_t shared_bytes, void* 
 template <typename... Parameters, typename... Arguments>
 int launch_blocks(void (*kernel)(Parameters...), dim3 blocks, size_t shared_bytes, void* stream,
                   const Arguments&... arguments) {
+  if (stream == load_only()) {
+    cudaFuncAttributes ignored = {};
+    return cudaFuncGetAttributes(&ignored, kernel);
+  }
   const int status = ask_for_shared(kernel, shared_bytes);
   if (status != kOk) return status;
   const cudaLaunchConfig_t config = launch_config(blocks, shared_bytes, stream);

@@ -60,16 +60,36 @@ def extension() -> Extension:
     return Extension(module, None, f"the CUDA kernels were not built: {recorded}")
 
 
-def has_code_for(capability: tuple[int, int], made_for: tuple[int, int] = (0, 0)) -> bool:
-    """Whether a GPU of this compute capability runs the CUDA kernels that were built.
+def why_no_code_for(capability: tuple[int, int], made_for: tuple[int, int] = (0, 0)) -> str | None:
+    """Why a GPU of this compute capability cannot run the CUDA kernels that were built; None where it can.
+
+    PTX needs a driver that is at least as new as the toolkit, which machine code does not: of the same major version,
+    the driver runs whatever it is.
 
     Args:
         capability: major and minor version.
         made_for: only code for this compute capability and later ones counts.
     """
     module = extension().module
-    built_for = "" if module is None else module.build_info["cuda_architectures"]
-    return runs_on(capability, built_for.split(), made_for)
+    built_for = [] if module is None else module.build_info["cuda_architectures"].split()
+    if runs_on(capability, [each for each in built_for if each.endswith("-real")], made_for):
+        return None
+    reason = "the CUDA kernels were not built for sm_{}{}".format(*capability)
+    if module is None or not runs_on(capability, built_for, made_for):
+        return reason
+    toolkit, driver = module.build_info["cuda_toolkit"], cuda_version(module.cuda_driver_version())
+    if _numbers(driver) >= _numbers(toolkit)[:2]:
+        return None
+    return f"{reason}, and the driver, which is for CUDA {driver}, does not compile PTX of CUDA {toolkit}"
+
+
+def cuda_version(number: int) -> str:
+    """CUDA's 13020 as 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str], made_for: tuple[int, int] = (0, 0)) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -26,15 +27,17 @@ class MoSAAdamW(Optimizer):
     bias correction. It equals `torch.optim.AdamW` on N separate masked copies whose gradients are None while
     inactive. An expert is active when any forward pass that contributed to the gradient since it was last cleared ran
     it, on any rank of `torch.distributed`; merged passes run all experts. A gradient that no backward pass through
-    the layer in training mode explains counts for all experts too; one that the user puts in the place of what the
-    passes left counts for the experts that it is not zero for. Parameters that experts share, and those of other
+    the layer in training mode explains (`torch.autograd.grad`, `backward(inputs=...)`), or that the user puts in the
+    place of what the passes left, counts for the experts that it is not zero for. Values copied *into* a gradient
+    (`p.grad.copy_(...)`) do not: assign them (`p.grad = ...`). Parameters that experts share, and those of other
     modules, see ordinary AdamW.
 
     The host reads nothing from a GPU, so that a CUDA graph can hold the step, after a few steps outside of it; give
     `lr` as a tensor on the device to change it between replays.
 
     Args:
-        params: a module (its trainable parameters), parameters, named parameters, or groups of either.
+        params: a module (its trainable parameters), parameters, named parameters, or groups, each with any of these
+            as its "params".
         lr: learning rate, a number or a tensor [].
         betas: decay of the two moments.
         eps: added to the root of the second moment.
@@ -64,9 +67,9 @@ class MoSAAdamW(Optimizer):
     ) -> None:
         OPERATOR.check_name(backend)
         if isinstance(params, nn.Module):
-            params = [parameter for parameter in params.parameters() if parameter.requires_grad]
-            if not params:
-                raise ValueError("params: expected a module with trainable parameters, got one without")
+            params = _trainable(params)
+        elif not isinstance(params, Iterable):
+            raise TypeError(f"params: expected a module, parameters or groups of either, got {params!r}")
         self.backend = backend
         self._histories: dict[Tensor, ActivityHistory] = {}
         self._copied = False
@@ -76,6 +79,8 @@ class MoSAAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in every optimizer; the group's options are checked, and its experts are watched from now on."""
+        if isinstance(module := param_group.get("params"), nn.Module):
+            param_group = {**param_group, "params": _trainable(module)}
         super().add_param_group(param_group)
         try:
             _check_options(param_group)
@@ -127,6 +132,8 @@ class MoSAAdamW(Optimizer):
         """As in every optimizer."""
         self._watch_copies()
         super().zero_grad(set_to_none)
+        for history in self._histories.values():
+            history.cleared()
 
     def _loaded_steps(self, parameter: Tensor, steps: Tensor) -> Tensor:
         """Counts as this optimizer keeps them; one count, as `torch.optim.AdamW` saves it, goes to every expert."""
@@ -231,6 +238,13 @@ class MoSAAdamW(Optimizer):
         return dict(zip(self._histories, flags, strict=True))
 
 
+def _trainable(module: nn.Module) -> list[Tensor]:
+    found: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not found:
+        raise ValueError("params: expected a module with trainable parameters, got one without")
+    return found
+
+
 class _Part(NamedTuple):
     """One parameter as `masked_adamw` takes it, or this rank's rows of it."""
 
@@ -268,11 +282,11 @@ def _maximum_over_ranks(flags: list[Tensor]) -> list[Tensor]:
 def _check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         value = options[name]
-        single = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        single = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
         if not single or not 0 <= value < float("inf"):
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     check_flag("maximize", options["maximize"])
     betas = options["betas"]
     pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
-    if not pair or not all(isinstance(beta, (int, float, Tensor)) and 0 <= beta < 1 for beta in betas):
+    if not pair or not all(isinstance(beta, (numbers.Real, Tensor)) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas!r}")

@@ -39,6 +39,8 @@ def train(model: nn.Module, ranks: range, share: float) -> dict[str, Tensor]:
     optimizer = MoSAAdamW(model, lr=0.01, weight_decay=0.1)
     for update in range(6):
         for half in range(2):
+            if hasattr(model, "set_requires_gradient_sync"):  # sharded; every other time each pass synchronises
+                model.set_requires_gradient_sync(half == 1 or update in (2, 3))
             for rank in ranks:
                 (loss(model, 2 * update + half, rank) * share / 2).backward()
         optimizer.step()

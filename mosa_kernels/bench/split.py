@@ -24,7 +24,7 @@ class SplitCase:
         self.dtype, self.device = torch.uint8, device
         self.key: dict[str, str | int] = {"d": d, "r": r, "N": point.experts}
         self.layout = SplitLayout(d, r, point.experts, d * r, unit_per_row=r, unit_per_column=1)
-        self.seed = torch.tensor(2312_02923)
+        self.seed = torch.tensor(2312_02923, device=device)  # to bring it there would be timed, as a wait for the GPU
         self.floor = Work(d * r)
         self.working_set = d * r
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels._extension import cuda_version, extension, why_no_code_for
 from mosa_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -74,20 +74,15 @@ def examine() -> dict[str, Any]:
 def _examine_extension() -> dict[str, Any]:
     module, reason, cuda_reason = extension()
     info = {} if module is None else dict(module.build_info)
-    driver = None if module is None or cuda_reason else _cuda_version(module.cuda_driver_version())
+    driver = 0 if module is None or cuda_reason else module.cuda_driver_version()
     return {
         "cpp": reason or True,
         "cuda": cuda_reason or True,
         "compiler": info.get("compiler"),
         "cuda_toolkit": info.get("cuda_toolkit") or None,
         "cuda_architectures": (info.get("cuda_architectures") or "").split() or None,
-        "cuda_driver": driver,
+        "cuda_driver": cuda_version(driver) if driver else None,  # 0: there is no driver
     }
-
-
-def _cuda_version(number: int) -> str | None:
-    """CUDA's 13020 as 13.2; None for 0, which means that there is no driver."""
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
 def _examine_gpus(compiled: dict[str, Any]) -> dict[str, Any]:
@@ -99,11 +94,10 @@ def _examine_gpus(compiled: dict[str, Any]) -> dict[str, Any]:
         found["no_gpu_because"] = None
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            serves = has_code_for((major, minor))
             gpu = {
                 "name": torch.cuda.get_device_name(index),
                 "capability": f"{major}.{minor}",
-                "compiled_kernels": serves or f"the CUDA kernels were not built for sm_{major}{minor}",
+                "compiled_kernels": why_no_code_for((major, minor)) or True,
             }
             found["gpus"].append(gpu)
     elif torch.version.cuda is None:

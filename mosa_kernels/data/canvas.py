@@ -78,6 +78,21 @@ def colour_apart(draws: Draws, others: NDArray[np.float32], candidates: int) -> 
     return offered[np.arange(len(offered)), gap.argmax(axis=1)]
 
 
+def two_colours_apart(
+    draws: Draws, behind: NDArray[np.float32], candidates: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Two colours [B, 3] for an object, far from the background's [B, 3] and from each other."""
+    first = colour_apart(draws, behind[:, None], candidates)
+    return first, colour_apart(draws, np.stack([behind, first], axis=1), candidates)
+
+
+def scene(draws: Draws, size: int, scenery: Scenery) -> tuple[Images, NDArray[np.float32]]:
+    """What is behind the objects, and its mean colours [B, 3]."""
+    images, behind = background(draws, size, scenery.background)
+    clutter(draws, images, scenery.clutter)
+    return images, behind
+
+
 def background(draws: Draws, size: int, contrast: float) -> tuple[Images, NDArray[np.float32]]:
     """A background with a smooth random texture; returns the images and their mean colours [B, 3]."""
     grid_x, grid_y = pixel_grid(size)

@@ -9,6 +9,8 @@ fine-tuning 63 and 71 %.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,27 +86,31 @@ def weave(label: NDArray[np.int64], u: Field, v: Field, period: Field, sharpness
     return out
 
 
-def paint_outlines(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
-    """One plain object; labels are those of `OUTLINES`."""
-    images, behind = canvas.background(draws, size, scenery.background)
-    canvas.clutter(draws, images, scenery.clutter)
+def paint_plain(
+    draws: Draws, size: int, scenery: Scenery, outline: Callable[[Field, Field], Field]
+) -> NDArray[np.uint8]:
+    """One object of one colour; `outline` gives the signed distance at object coordinates u and v."""
+    images, behind = canvas.scene(draws, size, scenery)
     radius = draws.uniform(0.5, 0.85)
     u, v = place(size, draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3), draws.uniform(0, 2 * np.pi), radius)
     colour = canvas.colour_apart(draws, behind[:, None], scenery.candidates)
-    blend(images, colour, coverage(outline(label, u, v), radius, size))
+    blend(images, colour, coverage(outline(u, v), radius, size))
     return canvas.finish(draws, images, scenery.noise)
+
+
+def paint_outlines(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
+    """One plain object; labels are those of `OUTLINES`."""
+    return paint_plain(draws, size, scenery, lambda u, v: outline(label, u, v))
 
 
 def paint_weaves(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
     """One object in two colours; labels are those of `WEAVES`."""
-    images, behind = canvas.background(draws, size, scenery.background)
-    canvas.clutter(draws, images, scenery.clutter)
+    images, behind = canvas.scene(draws, size, scenery)
     radius = draws.uniform(0.6, 0.95)
     x, y = draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3)
     u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), radius)
     alpha = coverage(shapes.distance(WOVEN, draws.integers(len(WOVEN)), u, v), radius, size)
-    first = canvas.colour_apart(draws, behind[:, None], scenery.candidates)
-    second = canvas.colour_apart(draws, np.stack([behind, first], axis=1), scenery.candidates)
+    first, second = canvas.two_colours_apart(draws, behind, scenery.candidates)
     period = column(draws.uniform(0.36, 0.5))
     u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), np.ones_like(radius))
     mixed = weave(label, u, v, period, period * np.float32(size / 2 / np.pi))

@@ -6,6 +6,10 @@
     count         how many objects there are, 1 to 8
     outlines      how many sides or petals an object has; see `fine_grained.py`
     weaves        which pattern an object has; likewise
+    proportions   how long an object is for its width; see `details.py`
+    hollows       which shape and which hole an object has; likewise
+    glyphs        which letter it is; likewise
+    fills         how an object shares its two colours; likewise
 
 Every task is a function of (seed, stream name, image index): see `draws.py`.
 """
@@ -18,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mosa_kernels.data import canvas, fine_grained, shapes
+from mosa_kernels.data import canvas, details, fine_grained, shapes
 from mosa_kernels.data.canvas import Scenery, blend, column, coverage, place
 from mosa_kernels.data.draws import Draws
 
@@ -50,15 +54,13 @@ def _within_bin(draws: Draws, label: NDArray[np.int64]) -> NDArray[np.float32]:
 def paint_source(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> Drawing:
     """One large textured shape; label = shape * 4 + texture."""
     shape, pattern = label // len(shapes.TEXTURES), label % len(shapes.TEXTURES)
-    images, behind = canvas.background(draws, size, scenery.background)
-    canvas.clutter(draws, images, scenery.clutter)
+    images, behind = canvas.scene(draws, size, scenery)
     radius = draws.uniform(0.38, 0.8)
     x, y = draws.uniform(-0.45, 0.45), draws.uniform(-0.45, 0.45)
     angle = draws.uniform(0, 2 * np.pi)
     u, v = place(size, x, y, angle, radius)
     alpha = coverage(shapes.distance(tuple(shapes.SHAPES), shape, u, v), radius, size)
-    first = canvas.colour_apart(draws, behind[:, None], scenery.candidates)
-    second = canvas.colour_apart(draws, np.stack([behind, first], axis=1), scenery.candidates)
+    first, second = canvas.two_colours_apart(draws, behind, scenery.candidates)
     # The pattern is turned by its own angle, and its period is given in pixels of the image: 5 to 8 of 32.
     period = draws.uniform(0.31, 0.5)
     pu, pv = place(size, x, y, draws.uniform(0, 2 * np.pi), period)
@@ -71,8 +73,7 @@ def paint_source(draws: Draws, label: NDArray[np.int64], size: int, scenery: Sce
 
 def paint_location(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> Drawing:
     """One small plain object whose centre lies in vertical strip `label` of 16."""
-    images, behind = canvas.background(draws, size, scenery.background)
-    canvas.clutter(draws, images, scenery.clutter)
+    images, behind = canvas.scene(draws, size, scenery)
     x = (_within_bin(draws, label) * 2 - 1) * np.float32(LOCATION_RANGE)
     y = draws.uniform(-LOCATION_RANGE, LOCATION_RANGE)
     radius = draws.uniform(0.15, 0.24)
@@ -85,8 +86,7 @@ def paint_location(draws: Draws, label: NDArray[np.int64], size: int, scenery: S
 
 def paint_orientation(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> Drawing:
     """An arrowhead pointing to angle (label + 0.5) * 22.5 degrees, clockwise from the right, within its bin."""
-    images, behind = canvas.background(draws, size, scenery.background)
-    canvas.clutter(draws, images, scenery.clutter)
+    images, behind = canvas.scene(draws, size, scenery)
     angle = _within_bin(draws, label) * np.float32(2 * np.pi)
     radius = draws.uniform(0.35, 0.7)
     x, y = draws.uniform(-0.35, 0.35), draws.uniform(-0.35, 0.35)
@@ -98,8 +98,7 @@ def paint_orientation(draws: Draws, label: NDArray[np.int64], size: int, scenery
 
 def paint_count(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> Drawing:
     """label + 1 objects of one colour that do not touch, each in its own cell of a 3 x 3 grid, jittered."""
-    images, behind = canvas.background(draws, size, scenery.background)
-    canvas.clutter(draws, images, scenery.clutter)
+    images, behind = canvas.scene(draws, size, scenery)
     cells = draws.permutation(9)
     colour = canvas.colour_apart(draws, behind[:, None], scenery.candidates)
     for number in range(LARGEST_COUNT):
@@ -189,6 +188,10 @@ DRAWN_TASKS: dict[str, DrawnTask] = {
             for name, classes, paint in (
                 ("outlines", fine_grained.OUTLINES, fine_grained.paint_outlines),
                 ("weaves", fine_grained.WEAVES, fine_grained.paint_weaves),
+                ("proportions", details.PROPORTIONS, details.paint_proportions),
+                ("hollows", details.HOLLOWS, details.paint_hollows),
+                ("glyphs", details.GLYPHS, details.paint_glyphs),
+                ("fills", details.FILLS, details.paint_fills),
             )
         ),
     )

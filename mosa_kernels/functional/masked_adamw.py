@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,11 +97,23 @@ def masked_adamw(
     OPERATOR.check_name(backend)
     if not tensors.params:
         return
-    options = AdamWOptions(lr, *betas, eps, weight_decay)
+    if len(betas) != 2:
+        raise ValueError(f"betas: expected two numbers, got {betas!r}")
+    options = AdamWOptions._make(_scalar(option) for option in (lr, *betas, eps, weight_decay))
     _check(tensors)
     _check_options(options)
     name = OPERATOR.choose(tensors.params[0].device.type, backend, tensors, options)
     OPERATOR.run(name, tensors, options)
+    if name != "reference" and not torch.compiler.is_compiling():
+        # The kernels write to addresses: autograd has to know, for a graph that is differentiated once more.
+        torch.autograd.graph.increment_version([param for param in tensors.params if not param.is_inference()])
+
+
+def _scalar(option: Any) -> Any:
+    """A tensor of one number as [], so that it has no say in dtypes; NumPy's numbers as Python's."""
+    if isinstance(option, Tensor):
+        return option.reshape(()) if option.numel() == 1 else option
+    return float(option) if isinstance(option, numbers.Real) and not isinstance(option, (int, float)) else option
 
 
 def _check(tensors: AdamWTensors) -> None:

@@ -22,6 +22,9 @@ class ActivityHistory:
     place since the last pass, what was known is kept only if anything of the gradient is left; if another tensor has
     taken its place, that tells which experts it is from.
 
+    Under FSDP2 it is None as well after passes that do not synchronise, whose gradients are elsewhere until one does.
+    What was known is then forgotten only if an optimizer has used the gradient, or cleared it, in between.
+
     The engine calls the hooks of one pass in any order; the first of them looks. So an optimizer that steps within the
     pass, as gradients arrive, may be ahead of the report, and then the gradient itself tells.
     """
@@ -35,6 +38,7 @@ class ActivityHistory:
         self._flags: Tensor | None = None  # float32 [N], never written to; None: no pass since the gradient was None
         self._pass = -1
         self._reported = self._accumulated = False  # in this pass
+        self._used = False  # by an optimizer, since what was known was last forgotten
         self._version = (-1, -1)
         self._left: TensorWeakRef | None = None  # the gradient that the last pass added to
         # The hooks must not keep a discarded optimizer alive, nor go on running for it.
@@ -61,12 +65,15 @@ class ActivityHistory:
             self._settle()
         if grad is None:
             return torch.zeros(self.num_experts, dtype=torch.float32, device=self._parameter.device)
-        if self._replaced():
+        self._used = True
+        if self._replaced() or self._flags is None:
             return self._experts_of(grad)
-        if report_may_come:
-            found = self._experts_of(grad)
-            return found if self._flags is None else torch.maximum(self._flags.to(grad.device), found)
-        return self._all() if self._flags is None else self._flags.to(self._parameter.device)
+        flags = self._flags.to(grad.device)
+        return torch.maximum(flags, self._experts_of(grad)) if report_may_come else flags
+
+    def cleared(self) -> None:
+        """An optimizer clears the gradient."""
+        self._used = True
 
     def _replaced(self) -> bool:
         return self._left is not None and self._left() is not self._parameter.grad
@@ -90,12 +97,14 @@ class ActivityHistory:
         self._settle()
         self._pass, grad = current, self._parameter.grad
         if grad is None:
-            self._flags = None
+            if self._used or not is_sharded(self._parameter):
+                self._flags, self._used = None, False
         elif self._replaced():
             self._flags = self._experts_of(grad)
         elif self._flags is not None and _versions(grad) != self._version:
             # Selected, not multiplied: a replayed CUDA graph may find anything in the flags of before its capture.
             self._flags = torch.where((local_part(grad) != 0).any(), self._flags.to(grad.device), 0)
+            self._version = _versions(grad)
 
     def _report(self, experts: Tensor) -> None:
         self._look()
@@ -111,13 +120,12 @@ class ActivityHistory:
         self._left = TensorWeakRef(self._parameter.grad)
 
     def _settle(self) -> None:
-        """A pass that added to the gradient without a report may have run any expert."""
-        if self._accumulated and not self._reported:
-            self._flags = self._all()
+        """A pass that added to the gradient without a report, by `backward(inputs=...)`: the gradient itself tells."""
+        grad = self._parameter.grad
+        if self._accumulated and not self._reported and grad is not None:
+            found = self._experts_of(grad)
+            self._flags = found if self._flags is None else torch.maximum(self._flags.to(grad.device), found)
         self._accumulated = self._reported = False
-
-    def _all(self) -> Tensor:
-        return torch.ones(self.num_experts, dtype=torch.float32, device=self._parameter.device)
 
 
 def _current_pass() -> int:

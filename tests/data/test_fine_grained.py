@@ -118,7 +118,7 @@ def test_weaves_show_two_colours() -> None:
             assert flat > 0.05, WEAVES[label]
 
 
-@pytest.mark.parametrize("task", ["outlines", "weaves"])
+@pytest.mark.parametrize("task", ["outlines", "weaves", "proportions", "hollows", "glyphs", "fills"])
 def test_the_user_chooses_the_number_of_labels(task: str) -> None:
     few = open_data(f"offline:{task}", labels_per_class=5)
     assert len(few.train) == 5 * few.num_classes

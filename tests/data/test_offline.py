@@ -113,7 +113,19 @@ def test_bad_requests_are_named() -> None:
 
 
 def test_every_offline_name_opens() -> None:
-    assert set(OFFLINE_TASKS) == {"digits", "source", "location", "orientation", "count", "outlines", "weaves"}
+    assert set(OFFLINE_TASKS) == {
+        "digits",
+        "source",
+        "location",
+        "orientation",
+        "count",
+        "outlines",
+        "weaves",
+        "proportions",
+        "hollows",
+        "glyphs",
+        "fills",
+    }
 
 
 def test_array_datasets_refuse_what_is_not_images() -> None:

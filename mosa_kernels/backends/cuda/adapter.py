@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ ONE_LAUNCH = os.environ.get("MOSA_CUDA_ONE_LAUNCH", "0") == "1"
 (compute capability 9.0 and later) allow it. It has not been measured yet; so far it is for trying out."""
 
 _WIDE = 16  # bytes of the widest access
+_NO_TABLES = (0, 0, 0, 0)
 _said: set[str] = set()
 
 
@@ -47,7 +49,7 @@ class _Call:
         self.tokens = args.x.numel() // args.width
         self.kept: list[Tensor] = []
         expert = args.expert if args.has_experts else None
-        owned = owned_for(args)
+        self.owned = owned = owned_for(args)  # kept: an assignment that changes meanwhile replaces it
         self.tensors = (
             *self.rows("x", args.x),
             *self.rows("residual", args.residual),
@@ -63,7 +65,7 @@ class _Call:
             _address(args.assignment_down),
             *self.ids(expert, args.expert_id),
             *self.ids(args.seed if args.dropout_p > 0 else None, args.seed_id),
-            *((0, 0, 0, 0) if owned is None else owned.described()),
+            *(_NO_TABLES if owned is None else owned.described()),
         )
         b_up = args.b_up
         tf32 = args.matmul_dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -78,6 +80,16 @@ class _Call:
             int(tf32),
         )
         self.factors = (args.scale, args.expert_scale, args.merged_scale, args.norm_eps, args.dropout_p)
+
+    def launches(self, launch: Launch) -> Iterator[tuple[tuple[int, ...], int]]:
+        """The call's tensors and its stream; then, where it may warm up for a CUDA graph, those of the captured call.
+
+        A warm-up is on a side stream. The graph would have no tables (`PerAssignment`), so that it would begin with
+        kernels that are not loaded yet: they are loaded.
+        """
+        yield self.tensors, launch.stream
+        if self.owned is not None and launch.stream != 0:
+            yield (*self.tensors[: -len(_NO_TABLES)], *_NO_TABLES), launch.module.adapter_cuda_load_only
 
     def rows(self, name: str, tensor: Tensor | None) -> tuple[int, int, int]:
         """A tensor [..., d] as rows one stride apart: in place, or as a copy where its strides do not allow that."""
@@ -129,7 +141,8 @@ def adapter_forward(args: AdapterArguments, launch: Launch) -> tuple[Tensor, Ten
     mean = torch.empty(statistics, dtype=torch.float32, device=device)
     rstd = torch.empty(statistics, dtype=torch.float32, device=device)
     outputs = (out.data_ptr(), mean.data_ptr(), rstd.data_ptr())
-    launch.module.adapter_cuda_forward(call.tensors, call.sizes, call.factors, outputs, launch.device, launch.stream)
+    for tensors, stream in call.launches(launch):
+        launch.module.adapter_cuda_forward(tensors, call.sizes, call.factors, outputs, launch.device, stream)
     return out, mean, rstd
 
 
@@ -176,14 +189,15 @@ def adapter_backward(
         )
 
     grad_rows = call.rows("grad_out", grad_out)
-    size = 0
-    workspace = None
-    if any_weight:
-        size = launch.module.adapter_cuda_workspace(call.tensors, call.sizes, call.factors, described(None, 0))
-        workspace = torch.empty(-(-size // 4), dtype=torch.float32, device=device)
-    launch.module.adapter_cuda_backward(
-        call.tensors, call.sizes, call.factors, described(workspace, size), launch.device, launch.stream
-    )
+    for tensors, stream in call.launches(launch):
+        size = 0
+        workspace = None
+        if any_weight:
+            size = launch.module.adapter_cuda_workspace(tensors, call.sizes, call.factors, described(None, 0))
+            workspace = torch.empty(-(-size // 4), dtype=torch.float32, device=device)
+        launch.module.adapter_cuda_backward(
+            tensors, call.sizes, call.factors, described(workspace, size), launch.device, stream
+        )
     if needs.activity and activity is None:
         activity = expert_activity(args)
     return AdapterGradients(dx, *weights, activity)

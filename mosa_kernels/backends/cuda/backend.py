@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mosa_kernels._extension import extension, has_code_for
+from mosa_kernels._extension import cuda_version, extension, why_no_code_for
 from mosa_kernels.backends.adapter_kernels import takes
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds
 from mosa_kernels.backends.cuda import adapter
@@ -41,8 +41,8 @@ def _look() -> tuple[bool, str]:
     # The module has a CUDA runtime of its own, which may be newer than that of PyTorch.
     toolkit, driver = module.build_info["cuda_toolkit"], module.cuda_driver_version()
     if driver // 1000 < int(toolkit.split(".")[0]):
-        known = f"CUDA {driver // 1000}.{driver % 1000 // 10}"
-        return False, f"the kernels were built with CUDA {toolkit}, and the driver is for {known} at most"
+        known = cuda_version(driver)
+        return False, f"the kernels were built with CUDA {toolkit}, and the driver is for CUDA {known} at most"
     return True, ""
 
 
@@ -77,4 +77,4 @@ def _launch_on(device: torch.device) -> adapter.Launch:
 def _properties(device: int) -> tuple[int, bool]:
     """Multiprocessors, and whether there are matrix units for bf16, and code that uses them: PTX of 7.5 has none."""
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, has_code_for((found.major, found.minor), made_for=(8, 0))
+    return found.multi_processor_count, why_no_code_for((found.major, found.minor), made_for=(8, 0)) is None

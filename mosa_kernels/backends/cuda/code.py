@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mosa_kernels._extension import has_code_for
+from mosa_kernels._extension import why_no_code_for
 
 _known: dict[int, str | None] = {}
 
@@ -14,7 +14,5 @@ def why_no_code(device: torch.device) -> str | None:
     """Why a CUDA device cannot run the kernels of `_C`; None where it can. GPUs of one machine may differ."""
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _known:
-        capability = torch.cuda.get_device_capability(index)
-        missing = "the CUDA kernels were not built for sm_{}{}".format(*capability)
-        _known[index] = None if has_code_for(capability) else missing
+        _known[index] = why_no_code_for(torch.cuda.get_device_capability(index))
     return _known[index]

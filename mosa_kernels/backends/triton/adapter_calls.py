@@ -23,6 +23,10 @@ from mosa_kernels.backends.triton.plan import Parts, Plan, float32_precision
 
 _CONSTANT = AdapterArguments._fields.index("norm_eps")  # options from here on are part of the key, ids and seeds not
 _MOST = 4096  # calls and kernels kept
+_FIELDS = AdapterArguments._fields[:TENSORS]
+# Of each tensor's address, the bits that have to be zero in an aligned call; what the kernels allocate comes last.
+_WIDE = launching.ALIGNMENT - 1
+_ADDRESS_BITS = (*(0 if name in launching.BY_ELEMENT else _WIDE for name in _FIELDS), *[_WIDE] * 32)
 _DYNAMIC = ("expert_id", "seed_id")  # the numbers that differ between calls that are alike
 
 
@@ -37,7 +41,7 @@ class Call:
 
     def __init__(self, plans: list[Plan], parts: Parts | None = None, together: bool = False) -> None:
         self.plans, self.parts, self.together = plans, parts, together
-        self._ready: dict[bool, list[_Ready]] = {}  # by whether all addresses are multiples of 16
+        self._ready: dict[bool, list[_Ready]] = {}  # by whether all addresses are as `_ADDRESS_BITS` says
 
     def run(
         self,
@@ -54,14 +58,14 @@ class Call:
         tensors: Any = (*args[:TENSORS], *further)
         values = [None, args.expert_id, args.seed_id]
         bits = 0
-        for tensor in tensors:
+        for tensor, mask in zip(tensors, _ADDRESS_BITS, strict=False):
             if tensor is None:
                 values.append(None)
             else:
                 address = tensor.data_ptr()
-                bits |= address
+                bits |= address & mask
                 values.append(address)
-        aligned = bits % launching.ALIGNMENT == 0
+        aligned = bits == 0
         ready = self._ready.get(aligned)
         if ready is None:
             ready = self._make_ready(aligned, args, tensors, build, constants)
@@ -77,7 +81,7 @@ class Call:
     ) -> None:
         """Compiles and loads what `run` launches, and launches nothing."""
         tensors: Any = (*args[:TENSORS], *further)
-        aligned = all(tensor is None or tensor.data_ptr() % launching.ALIGNMENT == 0 for tensor in tensors)
+        aligned = not any(t is not None and t.data_ptr() & m for t, m in zip(tensors, _ADDRESS_BITS, strict=False))
         if not launching.INTERPRETED and aligned not in self._ready:
             self._make_ready(aligned, args, tensors, build, constants)
 

@@ -118,7 +118,7 @@ def up_gradients(
     dscale = 0.0
     if NEED_SCALE:
         w = up_tile(w_up, owner_up, units, cols, e, D, R, BLOCK_R, BLOCK_D, DTYPE)
-        dscale += tl.sum(tl.sum(w.to(tl.float32) * product, 1), 0)
+        dscale += tl.sum(w.to(tl.float32) * product)
         if b_up is not None:
             dscale += tl.sum(up_bias(b_up, cols, e, D, N, BLOCK_D) * bias, 0)
     rows = tl.arange(0, BLOCK_N)

@@ -489,16 +489,25 @@ def test_on_another_stream() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_replayed_graph_sees_new_experts_and_values() -> None:
+@pytest.mark.parametrize(("r", "granularity"), [(16, "element"), (128, "block"), (256, "column")])
+def test_a_replayed_graph_sees_new_experts_and_values(
+    monkeypatch: pytest.MonkeyPatch, r: int, granularity: str
+) -> None:
+    assignment = split((192, r), 4, granularity, torch.Generator().manual_seed(2))
     expert = torch.tensor([0, 1, 2, 3])
-    args = on(full_call(4, 197, 192, 16, torch.float16, expert=expert), "cuda")
+    args = on(full_call(4, 197, 192, r, torch.float16, expert=expert, assignment=assignment), "cuda")
     grad_out = torch.randn_like(args.x)
     machine = Machine("cuda")
-    machine.run(args, grad_out)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        machine.run(args, grad_out)
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, mean, rstd = backend.adapter_forward(args)
         gradients = backend.adapter_backward(args, grad_out, mean, rstd, all_needs(args))
+    monkeypatch.setattr(adapter, "owned_for", lambda args: None)  # as in the graph
     for ids in ((3, 3, -1, 0), (1, 2, 1, 2)):
         with torch.no_grad():
             assert args.expert is not None

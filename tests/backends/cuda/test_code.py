@@ -10,6 +10,7 @@ import torch
 from calls import full_call
 from torch._dynamo.testing import CompileCounter
 
+from mosa_kernels import _extension
 from mosa_kernels._extension import Extension
 from mosa_kernels.backends.cuda import backend, code
 from mosa_kernels.backends.triton import backend as triton
@@ -23,13 +24,13 @@ def test_each_gpu_is_asked_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return ((9, 0), (6, 1))[index]
 
     monkeypatch.setattr(code, "_known", {})
-    monkeypatch.setattr(code, "has_code_for", lambda found: found >= (7, 0))
+    monkeypatch.setattr(code, "why_no_code_for", lambda found: None if found >= (7, 0) else "not built")
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for _ in range(2):
         assert code.why_no_code(torch.device("cuda", 0)) is None
-        assert code.why_no_code(torch.device("cuda", 1)) == "the CUDA kernels were not built for sm_61"
-        assert code.why_no_code(torch.device("cuda")) == "the CUDA kernels were not built for sm_61"
+        assert code.why_no_code(torch.device("cuda", 1)) == "not built"
+        assert code.why_no_code(torch.device("cuda")) == "not built"
     assert asked == [0, 1]
 
 
@@ -61,6 +62,26 @@ def test_a_driver_older_than_the_toolkit_is_told_of(
     ok, reason = backend._look()
     assert ok == runs
     assert runs or reason == "the kernels were built with CUDA 13.0.88, and the driver is for CUDA 12.8 at most"
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "reason"),
+    [
+        ((8, 6), 13000, None),  # machine code
+        ((9, 0), 13020, None),
+        ((9, 0), 13030, None),
+        ((9, 0), 13010, "sm_90, and the driver, which is for CUDA 13.1, does not compile PTX of CUDA 13.2.51"),
+        ((7, 5), 13030, "sm_75"),
+    ],
+)
+def test_ptx_needs_a_driver_as_new_as_the_toolkit(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: int, reason: str | None
+) -> None:
+    info = {"cuda_toolkit": "13.2.51", "cuda_architectures": "80-real 80-virtual"}
+    module = SimpleNamespace(build_info=info, cuda_driver_version=lambda: driver)
+    monkeypatch.setattr(_extension, "extension", lambda: Extension(cast(ModuleType, module), None, None))
+    expected = None if reason is None else f"the CUDA kernels were not built for {reason}"
+    assert _extension.why_no_code_for(capability) == expected
 
 
 def test_a_graph_may_be_the_first_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,34 @@ def test_only_the_gradients_asked_for(machine: Machine) -> None:
                 torch.testing.assert_close(getattr(found, name), getattr(full, name), rtol=1e-5, atol=1e-5)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ids", [None, (0, -1, 2)])
+def test_a_warm_up_loads_the_kernels_of_the_graph(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ids: tuple[int, ...] | None
+) -> None:
+    """A graph has no tables, and so other kernels than the calls before it; on the default stream none is warmed up."""
+    launch = Machine("cpu").launch()
+    assert launch.module.__file__ is not None
+    library = ctypes.CDLL(launch.module.__file__)
+    expert = {"expert_id": 1} if ids is None else {"expert": torch.tensor(ids)}
+    args = full_call(3, 19, 70, 130, dtype, n=3, assignment=owners(70, 130, 3, "column"), **expert)
+
+    def both_passes(stream: int) -> None:
+        on_stream = launch._replace(stream=stream)
+        _, mean, rstd = adapter.adapter_forward(args, on_stream)
+        adapter.adapter_backward(args, torch.ones_like(args.x), mean, rstd, all_needs(args), on_stream)
+
+    for stream, further in ((0, True), (1, False)):
+        library.cuda_on_host_unload()
+        both_passes(stream)
+        loaded = library.cuda_on_host_loaded()
+        with monkeypatch.context() as captured:
+            captured.setattr(adapter, "owned_for", lambda args: None)
+            both_passes(stream)
+        assert (library.cuda_on_host_loaded() > loaded) is further
+
+
 def irregular(d: int = 40, r: int = 80) -> Tensor:
     """Expert 2 owns two entries, 3 and 5 nothing, 4 half of the units, of which it shares one."""
     assignment = torch.full((d, r), 1, dtype=torch.uint8)

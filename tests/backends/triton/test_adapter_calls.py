@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import all_needs
 from torch import Tensor
 
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterNeeds
@@ -190,6 +191,28 @@ def test_addresses_that_are_not_aligned_have_kernels_of_their_own(
     backend.adapter_forward(call({}))
     assert aligned == [True, False]
     assert [found["residual"] == shifted.data_ptr() for _, found in noted] == [False, True, True, False]
+
+
+def test_ids_seeds_and_scales_may_lie_anywhere(noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one layer's out of a table: what is read element by element has no say in how the rest is loaded."""
+    aligned: list[bool | None] = []
+    kernel: Any = launch.Launch.compiled
+
+    def compiled(description: launch.Launch) -> Any:
+        aligned.append(description.aligned)
+        return kernel(description)
+
+    monkeypatch.setattr(launch.Launch, "compiled", compiled)
+    for change in (
+        {"expert": torch.zeros(9, dtype=torch.int64)[1:5]},
+        {"seed": torch.zeros(9, dtype=torch.int64)[1:5], "dropout_p": 0.1},
+        {"scale_tensor": torch.ones(3)[1].requires_grad_()},
+    ):
+        args = call(change)
+        _, mean, rstd = backend.adapter_forward(args)
+        backend.adapter_backward(args, torch.ones_like(args.x), mean, rstd, all_needs(args))
+    assert aligned
+    assert all(aligned)
 
 
 def test_a_number_that_changes_at_each_step_fills_no_memory(

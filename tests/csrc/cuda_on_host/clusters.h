@@ -136,7 +136,8 @@ struct cudaFuncAttributes {
 };
 
 template <typename... Parameters>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  cuda_on_host::loaded.insert(reinterpret_cast<const void*>(kernel));
   attributes->ptxVersion = CUDA_ON_HOST_PTX;
   return cudaSuccess;
 }

@@ -19,6 +19,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -338,6 +339,9 @@ inline unsigned blocks_of_cluster(const cudaLaunchConfig_t& config) {
 
 inline void run_clusters(const cudaLaunchConfig_t& config, unsigned size, const std::function<void()>& body);
 
+// Kernels that have been launched, or loaded without.
+inline std::set<const void*> loaded;
+
 template <typename Kernel, typename... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Arguments&... arguments) {
   const size_t threads = static_cast<size_t>(config.blockDim.x) * config.blockDim.y * config.blockDim.z;
@@ -351,6 +355,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
   const size_t most = cluster > 0 ? kSharedInClusters : kSharedAtMost;
   if (config.dynamicSmemBytes > std::min(allowed, most)) return cudaErrorInvalidValue;
   const std::function<void()> body = [&] { kernel(arguments...); };
+  loaded.insert(reinterpret_cast<const void*>(kernel));
   races::begin_launch();
   blockDim = config.blockDim;
   gridDim = config.gridDim;
@@ -380,6 +385,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, Kernel* kernel, const Argum
 }
 
 }  // namespace cuda_on_host
+
+// For tests.
+extern "C" {
+__attribute__((visibility("default"), used)) inline size_t cuda_on_host_loaded() { return cuda_on_host::loaded.size(); }
+__attribute__((visibility("default"), used)) inline void cuda_on_host_unload() { cuda_on_host::loaded.clear(); }
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
