@@ -279,14 +279,19 @@ def _maximum_over_ranks(flags: list[Tensor]) -> list[Tensor]:
     return [part.to(flag.device) for part, flag in zip(parts, flags, strict=True)]
 
 
+def _is_number(value: Any) -> bool:
+    """One of Python's, or of NumPy's."""
+    return isinstance(value, numbers.Real)
+
+
 def _check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         value = options[name]
-        single = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        single = _is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
         if not single or not 0 <= value < float("inf"):
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     check_flag("maximize", options["maximize"])
     betas = options["betas"]
     pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
-    if not pair or not all(isinstance(beta, (numbers.Real, Tensor)) and 0 <= beta < 1 for beta in betas):
+    if not pair or not all((_is_number(beta) or isinstance(beta, Tensor)) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas!r}")

@@ -112,16 +112,21 @@ class AdapterGradients(NamedTuple):
 def expert_activity(args: AdapterArguments) -> Tensor:
     """1 for each expert that ran, 0 for the others, float32 [N]. A merged token runs them all."""
     assert args.activity is not None
-    experts = args.activity.shape[0]
-    if args.x.device.type == "cpu":
+    return experts_that_ran(args.expert, args.expert_id, args.activity)
+
+
+def experts_that_ran(expert: Tensor | None, expert_id: int, activity: Tensor) -> Tensor:
+    """The same of ids, or of the number in their place."""
+    experts = activity.shape[0]
+    if activity.device.type == "cpu":
         # One small tensor made on the host; the device's way below takes several operations.
-        ids = {args.expert_id} if args.expert is None else set(args.expert.reshape(-1).tolist())
-        ran = [float(MERGED in ids or expert in ids) for expert in range(experts)]
+        ids = {expert_id} if expert is None else set(expert.reshape(-1).tolist())
+        ran = [float(MERGED in ids or each in ids) for each in range(experts)]
         return torch.tensor(ran, dtype=torch.float32, device="cpu")
     # The last slot is the merged adapter's: index -1.
-    slots = torch.zeros(experts + 1, dtype=torch.float32, device=args.x.device)
-    if args.expert is None:
-        slots[args.expert_id].fill_(1)
+    slots = torch.zeros(experts + 1, dtype=torch.float32, device=activity.device)
+    if expert is None:
+        slots[expert_id].fill_(1)
     else:
-        slots.index_fill_(0, args.expert.reshape(-1).long() % (experts + 1), 1)
+        slots.index_fill_(0, expert.reshape(-1).long() % (experts + 1), 1)
     return torch.maximum(slots[:-1], slots[-1])

@@ -56,6 +56,8 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
         moving = torch.ones_like(steps, dtype=torch.bool) if active is None else active != 0
         steps += moving
         dtype = torch.promote_types(p.dtype, torch.float32)
+        if isinstance(options.lr, Tensor):
+            options = options._replace(lr=options.lr.to(dtype))
         # Counts are exact in float32; 1 - beta^t is not where t is small, hence expm1. A count of 0 never moves.
         exponent = steps.clamp(min=1).to(dtype)
         step_size = options.lr / -torch.expm1(exponent * log_of(options.beta1))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosa_kernels.backends.activations import ACTIVATIONS
-from mosa_kernels.backends.arguments import MERGED, AdapterArguments, expert_activity
+from mosa_kernels.backends.arguments import MERGED, AdapterArguments, experts_that_ran
 from mosa_kernels.backends.dropout import keep_mask
 
 
@@ -107,7 +107,7 @@ def adapter(args: AdapterArguments) -> Tensor:
     if args.residual is not None:
         out = out + args.residual
     if args.activity is not None and args.activity.requires_grad:
-        out = _ReportActivity.apply(out, args.activity, args)
+        out = _ReportActivity.apply(out, args.activity, args.expert, args.expert_id)
     return out
 
 
@@ -115,10 +115,12 @@ class _ReportActivity(torch.autograd.Function):
     """Passes `out` through; its backward gives `activity` the experts that ran as its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, activity: Tensor, args: AdapterArguments) -> Tensor:
-        ctx.args = args
+    def forward(ctx: Any, out: Tensor, activity: Tensor, expert: Tensor | None, expert_id: int) -> Tensor:
+        ctx.save_for_backward(activity, expert)  # ids that were written over since are an error
+        ctx.expert_id = expert_id
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad_out, expert_activity(ctx.args), None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        activity, expert = ctx.saved_tensors
+        return grad_out, experts_that_ran(expert, ctx.expert_id, activity), None, None

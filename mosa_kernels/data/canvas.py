@@ -42,7 +42,7 @@ def pixel_grid(size: int) -> tuple[Field, Field]:
     return np.broadcast_to(axis[None, None, :], (1, size, size)), np.broadcast_to(axis[None, :, None], (1, size, size))
 
 
-def column(values: NDArray[np.floating]) -> Field:
+def column(values: NDArray[np.floating] | NDArray[np.integer]) -> Field:
     """[B] -> [B, 1, 1], to broadcast over pixels."""
     return values.astype(np.float32)[:, None, None]
 

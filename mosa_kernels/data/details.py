@@ -125,8 +125,8 @@ def paint_proportions(draws: Draws, label: NDArray[np.int64], size: int, scenery
 def paint_hollows(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
     """One plain object; labels are those of `HOLLOWS`."""
     body = draws.integers(len(BODIES))
-    turn = column(draws.uniform(0, 2 * np.pi))
-    cos, sin = np.cos(turn), np.sin(turn)
+    turn = draws.uniform(0, 2 * np.pi)
+    cos, sin = column(np.cos(turn)), column(np.sin(turn))
 
     def outline(u: Field, v: Field) -> Field:
         hole = hollow(label, cos * u + sin * v, cos * v - sin * u)

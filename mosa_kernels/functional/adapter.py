@@ -6,6 +6,7 @@ same class sits behind the operator's Autograd key.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from mosa_kernels.backends import reference
 from mosa_kernels.backends.arguments import MERGED, TENSORS, AdapterArguments, AdapterNeeds, has_gradients
 from mosa_kernels.backends.choice import backend_module, choose_adapter_backend
-from mosa_kernels.backends.element_types import PLAIN
+from mosa_kernels.backends.element_types import PLAIN, in_memory
 from mosa_kernels.functional.checks import check_adapter
 from mosa_kernels.functional.derivatives import definition_gradients
 
@@ -175,6 +176,7 @@ class AdapterFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)
+        grad_out = in_memory(grad_out)
         mean, rstd, *tensors = ctx.saved_tensors
         found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if ctx.needs_input_grad[_RESIDUAL]:
@@ -229,6 +231,16 @@ def _register_autocast(device: str) -> None:
 
 for _device in _DEVICES:
     _register_autocast(_device)
+
+
+def _as_int(number: Any) -> Any:
+    """What stands for an integer, as NumPy's do, as one; anything else as it is."""
+    if isinstance(number, (int, torch.SymInt, Tensor)) or not hasattr(number, "__index__"):
+        return number
+    try:
+        return operator.index(number)
+    except TypeError:  # an array of several
+        return number
 
 
 def mosa_adapter(
@@ -303,6 +315,9 @@ def mosa_adapter(
         TypeError: an argument is no tensor, or one of a dtype that the operator does not take.
         ValueError: a shape, device or option is wrong, or the backend asked for does not take the call.
     """
+    expert, seed = _as_int(expert), _as_int(seed)
+    if isinstance(w_down_init, Tensor) and w_down_init.requires_grad:
+        w_down_init = w_down_init.detach()  # frozen
     compute_dtype = None
     # PyTorch raises where it is asked about other devices; what is no tensor, `check_adapter` names.
     autocasts = isinstance(x, Tensor) and x.device.type != "meta"
@@ -343,6 +358,8 @@ def mosa_adapter(
     )
     check_adapter(args)
     if not torch.compiler.is_compiling():
+        if x.is_neg() or (residual is not None and residual.is_neg()):
+            args = args._replace(x=x.resolve_neg(), residual=None if residual is None else residual.resolve_neg())
         if _is_transformed(args):
             if backend not in (None, "reference"):
                 raise ValueError(

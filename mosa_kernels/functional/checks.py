@@ -9,6 +9,8 @@ from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.backends.arguments import MERGED, TENSORS, AdapterArguments
 
 _REQUIRED = ("x", "w_down", "w_up")
+# Unsigned ones of more bits have next to no operators in PyTorch.
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_adapter(args: AdapterArguments) -> None:
@@ -112,7 +114,7 @@ def _check_residual(residual: Tensor, args: AdapterArguments) -> None:
 def _check_numbers(args: AdapterArguments) -> None:
     integers: tuple[tuple[str, object], ...] = (("expert", args.expert_id), ("seed", args.seed_id))
     for name, number in integers:
-        if isinstance(number, bool) or not (isinstance(number, (int, torch.SymInt)) or hasattr(number, "__index__")):
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
             raise TypeError(f"{name}: expected None, an integer or an integer tensor, got {type(number).__name__}")
     if not torch.compiler.is_compiling() and not -(2**63) <= args.seed_id < 2**63:
         raise ValueError(f"seed: expected a signed number of 64 bits, got {args.seed_id}")
@@ -143,7 +145,7 @@ def _check_owner(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Te
 def _check_groups(name: str, tensor: Tensor | None, x: Tensor) -> None:
     if tensor is None:
         return
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+    if tensor.dtype not in _ID_DTYPES:
         raise TypeError(f"{name}: expected an integer tensor, got {tensor.dtype}")
     if tensor.dim() > 1 or (
         tensor.dim() == 1 and (tensor.shape[0] == 0 or x.shape[0] % tensor.shape[0] != 0 or x.dim() == 1)
@@ -176,14 +178,20 @@ def _check_experts(args: AdapterArguments) -> None:
                 f"activity: expected shape [{count}] as b_up has {count} rows, got {list(args.activity.shape)}"
             )
         count = args.activity.shape[0]
-    if count is None:
-        count = 255
-    if args.expert is None:
-        ids = [args.expert_id]
-    elif args.expert.device.type == "cpu" and type(args.expert) is Tensor and not has_no_values():
-        listed = args.expert.tolist()
+    check_expert_ids(args.expert_id if args.expert is None else args.expert, 255 if count is None else count)
+
+
+def check_expert_ids(expert: Tensor | int, count: int) -> None:
+    """
+    Raises:
+        ValueError: one of the ids, as far as they can be looked at for nothing, is of no expert.
+    """
+    if not isinstance(expert, Tensor):
+        ids = [expert]
+    elif expert.device.type == "cpu" and type(expert) is Tensor and not has_no_values():
+        listed = expert.tolist()
         ids = listed if isinstance(listed, list) else [listed]
     else:
         return
-    if min(ids) < MERGED or max(ids) >= count:
+    if ids and (min(ids) < MERGED or max(ids) >= count):
         raise ValueError(f"expert: expected 0 to {count - 1}, or {MERGED} for the merged adapter, got {ids}")

@@ -113,7 +113,9 @@ def _scalar(option: Any) -> Any:
     """A tensor of one number as [], so that it has no say in dtypes; NumPy's numbers as Python's."""
     if isinstance(option, Tensor):
         return option.reshape(()) if option.numel() == 1 else option
-    return float(option) if isinstance(option, numbers.Real) and not isinstance(option, (int, float)) else option
+    if isinstance(option, (int, float)):
+        return option
+    return float(option) if isinstance(option, numbers.Real) else option
 
 
 def _check(tensors: AdamWTensors) -> None:

@@ -36,6 +36,7 @@ class ActivityHistory:
         self._parameter = parameter
         self._owned = owned
         self._flags: Tensor | None = None  # float32 [N], never written to; None: no pass since the gradient was None
+        self._read_by_graphs: list[Tensor] = []
         self._pass = -1
         self._reported = self._accumulated = False  # in this pass
         self._used = False  # by an optimizer, since what was known was last forgotten
@@ -96,6 +97,8 @@ class ActivityHistory:
             return
         self._settle()
         self._pass, grad = current, self._parameter.grad
+        if self._flags is not None and self._flags.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._read_by_graphs.append(self._flags)  # at its address, in every replay
         if grad is None:
             if self._used or not is_sharded(self._parameter):
                 self._flags, self._used = None, False

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mosa_kernels.backends.activations import ACTIVATIONS
 from mosa_kernels.functional.adapter import mosa_adapter
+from mosa_kernels.functional.checks import check_expert_ids
 from mosa_kernels.functional.merge import MergedWeights, MergeInput, merge_adapters
 from mosa_kernels.functional.split import split
 from mosa_kernels.nn.activity import ExpertActivity
@@ -215,8 +216,10 @@ class FusedMoSAAdapter(nn.Module):
 
     def _draw(self, x: Tensor, expert: Tensor | int | None, samples: int | None = None) -> Draw:
         """What this pass over `samples` images (None: x.shape[0]) has drawn, or has been told."""
-        if expert is not None and not isinstance(expert, Tensor):
-            check_whole("expert", expert, "a number or an integer tensor")
+        if expert is not None:
+            if not isinstance(expert, Tensor):
+                check_whole("expert", expert, "a number or an integer tensor")
+            check_expert_ids(expert, self.sampler.num_experts)
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.dim() == 0:

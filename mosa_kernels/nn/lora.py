@@ -5,10 +5,14 @@ LoRA is arXiv 2106.09685; with one expert this is it, and with one pruned expert
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mosa_kernels.backends.element_types import PLAIN
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
 from mosa_kernels.nn.options import check_count
 
@@ -33,6 +37,8 @@ class FusedMoSALoRA(FusedMoSAAdapter):
         TypeError, ValueError: an option is of the wrong type or out of range; the message names it, what was expected
             and what came.
     """
+
+    _kept: tuple[Tensor, int, list[Tensor]] | None = None
 
     def __init__(
         self,
@@ -118,23 +124,33 @@ class FusedMoSALoRA(FusedMoSAAdapter):
                 f"got {list(residual.shape)}"
             )
         # The operator is square: the output comes in pieces as wide as the input, the last one filled with zeros.
-        pieces = []
-        for start in range(0, self.out_dim, self.dim):
-            width = min(self.dim, self.out_dim - start)
-            rows, missing = slice(start, start + width), (0, 0, 0, self.dim - width)
-            owner = self.up.assignment
-            piece = self._run(
-                x,
-                draw,
-                F.pad(self.up.weight[rows], missing),
-                None,
-                None if owner is None else F.pad(owner[rows], missing),
-                None,
-                False,
-            )
-            pieces.append(piece[..., :width])
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        weights, owners = self._squares(self.up.weight), self._owners()
+        pieces = [
+            self._run(x, draw, weight, None, owner, None, False) for weight, owner in zip(weights, owners, strict=True)
+        ]
+        out = (pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1))[..., : self.out_dim]
         return out if residual is None else residual + out
+
+    def _squares(self, matrix: Tensor) -> list[Tensor]:
+        """The rows of [out, n], `dim` at a time."""
+        missing = -self.out_dim % self.dim
+        return list(F.pad(matrix, (0, 0, 0, missing)).split(self.dim))
+
+    def _owners(self) -> Sequence[Tensor | None]:
+        """The owners of each piece. They are the same tensors from call to call, as long as the assignment stays as it
+        is: backends read tables off them once, and wait for the GPU to do so."""
+        owner = self.up.assignment
+        if owner is None:
+            return [None] * -(-self.out_dim // self.dim)
+        passing = torch.compiler.is_compiling() or type(owner) not in PLAIN or owner.is_inference()
+        if passing or (owner.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._squares(owner)
+        if self._kept is None or self._kept[0] is not owner or self._kept[1] != owner._version:
+            self._kept = owner, owner._version, self._squares(owner)
+        return self._kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @torch.no_grad()
     def delta(self, rule: str | None = None, expert: int | None = None) -> Tensor:

@@ -3,11 +3,13 @@
 The draws of pass h in adapter l are a function of a stream number, h and l alone. While the passes run, the device's
 default generator carries a marked seed that names the stream and the passes. Activation checkpointing saves and
 restores that generator, so when a block runs again in the backward pass, the mark is there again, whatever has run
-since.
+since. All threads share that generator: on each device one of them at a time marks it, and a mark is read in backward
+passes alone, so that what other threads run meanwhile does not take it for its own.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +49,9 @@ def seeded_generator(device: torch.device, seed: int) -> torch.Generator | None:
     return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
+_marking: dict[torch.device, Any] = {}  # a lock for each device
+
+
 @contextmanager
 def marked_generator(stream: int, passes: tuple[int, ...], device: torch.device) -> Iterator[None]:
     """Within the context the device's default generator says which passes of which stream run."""
@@ -54,16 +59,20 @@ def marked_generator(stream: int, passes: tuple[int, ...], device: torch.device)
     if generator is None:
         yield
         return
-    state = generator.get_state()
-    generator.manual_seed(_MARK << 32 | _PASSES.index(passes) << STREAM_BITS | stream)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
+    with _marking.setdefault(generator.device, threading.RLock()):
+        state = generator.get_state()
+        generator.manual_seed(_MARK << 32 | _PASSES.index(passes) << STREAM_BITS | stream)
+        try:
+            yield
+        finally:
+            generator.set_state(state)
 
 
 def read_mark(device: torch.device) -> tuple[int, tuple[int, ...]] | None:
-    """(stream, passes) that the device's default generator is marked with; None without a mark."""
+    """(stream, passes) that the device's default generator is marked with; None without a mark, and in forward passes,
+    which have their draws from `two_pass` itself."""
+    if torch._C._current_graph_task_id() == -1:
+        return None
     if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return None  # the generator may not be asked for its seed then, and is not marked
     generator = default_generator(device)

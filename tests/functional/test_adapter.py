@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calls import full_call
@@ -471,6 +472,63 @@ def test_autocast_widens_the_narrower_of_x_and_residual(
     for name, grad, other in zip(leaves, found, wanted, strict=True):
         assert grad.dtype == tokens[name].dtype
         torch.testing.assert_close(grad, other.to(grad.dtype))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_views_with_a_sign_pending_and_zeros_without_memory(backend: str) -> None:
+    x, grad_out = torch.randn(2, 5, D), torch.randn(2, 5, D)
+    options = {"assignment": _assignment(), "expert": 1, "backend": backend}
+    w = _weights()
+
+    def gradients(x: Tensor, residual: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+        out = mk.mosa_adapter(x, residual=residual, **options, **w)
+        return out, *torch.autograd.grad(out, list(w.values()), grad_out)
+
+    found = gradients(torch._neg_view(-x), torch._neg_view(-x), torch._neg_view(-grad_out))
+    for one, other in zip(gradients(x, x, grad_out), found, strict=True):
+        assert torch.equal(one, other)
+    for gradient in gradients(x, x, torch._efficientzerotensor((2, 5, D)))[1:]:
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_ids_written_over_before_the_backward_pass_are_an_error(backend: str) -> None:
+    """Or the report would name another expert than the one that the gradient is of."""
+    expert, activity = torch.tensor(0), torch.zeros(N, requires_grad=True)
+    out = mk.mosa_adapter(
+        torch.randn(2, 5, D), assignment=_assignment(), expert=expert, activity=activity, backend=backend, **_weights()
+    )
+    expert.fill_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_frozen_values_take_no_gradient() -> None:
+    down = {"assignment_down": _assignment().T.contiguous(), "w_down_init": torch.randn(R, D, requires_grad=True)}
+    for backend in ("cpu", "reference"):
+        out = mk.mosa_adapter(
+            torch.randn(2, 5, D), assignment=_assignment(), expert=1, backend=backend, **_weights(), **down
+        )
+        out.sum().backward()
+        assert down["w_down_init"].grad is None
+
+
+def test_integers_of_numpy_are_numbers() -> None:
+    x, w = torch.randn(2, 5, D), _weights()
+    for backend in ("cpu", "reference"):
+        options = {"assignment": _assignment(), "dropout_p": 0.5, "backend": backend, **w}
+        wanted = mk.mosa_adapter(x, expert=1, seed=3, **options)
+        assert torch.equal(mk.mosa_adapter(x, expert=np.int64(1), seed=np.int32(3), **options), wanted)
+    with pytest.raises(TypeError, match="expert: expected None, an integer or an integer tensor, got ndarray"):
+        mk.mosa_adapter(x, expert=np.array([0, 1]), **options)
+    with pytest.raises(TypeError, match=r"expert: expected an integer tensor, got torch\.uint16"):
+        mk.mosa_adapter(x, expert=torch.tensor([0, 1], dtype=torch.uint16), **options)
+
+
+def test_no_columns_at_all() -> None:
+    """Nothing comes of nothing, whatever the backend that is asked first."""
+    empty = {"w_down": torch.zeros(R, 0), "b_down": torch.zeros(R), "w_up": torch.zeros(0, R)}
+    assert mk.mosa_adapter(torch.zeros(2, 5, 0), b_up=None, **empty).shape == (2, 5, 0)
 
 
 def test_nothing_of_the_caller_is_changed() -> None:

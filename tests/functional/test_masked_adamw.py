@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from masked_copies import MaskedCopies, masks_of, parameters
 
+from mosa_kernels import FusedMoSAAdapter, MoSAAdamW
 from mosa_kernels.functional.masked_adamw import masked_adamw
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -198,3 +200,27 @@ def test_any_strides(backend: str, flags: list[float], owned: bool) -> None:
     for plain, strided in zip(*results, strict=True):
         torch.testing.assert_close(strided, plain)
     assert not torch.equal(results[0][0], start)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autograd_is_told_of_the_move(backend: str) -> None:
+    """A graph made before a step is differentiated after it: with other weights than it was made with."""
+    layer = FusedMoSAAdapter(16, 4)
+    optimizer = MoSAAdamW(layer, lr=0.1, backend=backend)
+    out = layer(torch.randn(2, 3, 16))
+    out.sum().backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,)], ids=str)
+def test_a_rate_of_shape_1_is_a_number(shape: tuple[int, ...]) -> None:
+    """It has no say in the dtype of what it is multiplied with, nor in its shape."""
+    moved = []
+    for lr in (0.5, torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5)):
+        p, grad = (torch.full(shape, value, dtype=torch.float64) for value in (1.0, 0.3))
+        moments = [[torch.zeros_like(p)], [torch.zeros_like(p)]]
+        masked_adamw([p], [grad], *moments, [torch.zeros(())], [None], [None], lr=lr)
+        moved.append(p)
+    assert all(torch.equal(each, moved[0]) for each in moved)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -148,6 +151,38 @@ def test_the_optimizer_moves_the_experts_that_ran(out: int) -> None:
     optimizer.step()
     ran = (layer.up.assignment == 1) | (layer.up.assignment == 3)
     assert torch.equal(layer.up.weight != before, ran)
+
+
+@pytest.mark.parametrize("out", [5, 24, 30])
+def test_backends_see_the_same_owners_until_they_change(out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a backend reads off an assignment, it looks up by the tensor: a new one each time is read each time."""
+    layer, seen = made(out).train(), []
+    original = layer._run
+
+    def run(*args: Any) -> Tensor:
+        seen.append(args[4])
+        return original(*args)
+
+    monkeypatch.setattr(layer, "_run", run)
+    count = -(-out // 12)
+    for _ in range(2):
+        layer(tokens(2, 5, 12), expert=1)
+    assert [one is other for one, other in zip(seen[:count], seen[count:], strict=True)] == [True] * count
+    assert torch.equal(torch.cat(seen[:count])[:out], layer.up.assignment)
+    with torch.no_grad():
+        layer.up.assignment.copy_(layer.up.assignment.flip(0))
+    seen.clear()
+    layer(tokens(2, 5, 12), expert=1)
+    assert torch.equal(torch.cat(seen)[:out], layer.up.assignment)
+    assert copy.deepcopy(layer)._kept is None
+
+
+def test_an_expert_that_there_is_not() -> None:
+    """Nothing but the layer knows how many there are: there is no bias, and no optimizer that counts."""
+    layer = made(12).train()
+    for expert in (4, -2, torch.tensor([0, 9])):
+        with pytest.raises(ValueError, match="expert: expected 0 to 3, or -1 for the merged adapter, got"):
+            layer(tokens(2, 5, 12), expert=expert)
 
 
 def test_dropout_is_one_mask_for_all_pieces() -> None:

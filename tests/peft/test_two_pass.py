@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import timm
@@ -12,7 +14,7 @@ from timm_models import FAMILIES, SWIN, VIT, Family, family_of, images, make, tr
 from torch import Tensor, nn
 
 from mosa_kernels.nn.sampler import Draw, ExpertSampler
-from mosa_kernels.nn.streams import derived_seed, read_mark
+from mosa_kernels.nn.streams import _MARK, derived_seed
 from mosa_kernels.peft import MoSAConfig, TwoPassOutput, disable_adapter, inject_adapter, two_pass
 from mosa_kernels.peft.book import book_of
 
@@ -172,6 +174,46 @@ def test_only_the_features_asked_for_are_kept() -> None:
             two_pass(model, x, features=features)  # type: ignore[arg-type]
 
 
+def marked() -> bool:
+    return torch.initial_seed() >> 32 == _MARK
+
+
+def in_threads(*runs: Callable[[], object]) -> None:
+    threads = [threading.Thread(target=run) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_threads_take_turns_to_mark_the_generator() -> None:
+    """Or one would save the other's mark, and put it back when that has long gone."""
+
+    def repeated(model: nn.Module) -> None:
+        for _ in range(20):
+            two_pass(model, images())
+
+    in_threads(*(partial(repeated, trained()) for _ in range(3)))
+    assert not marked()
+
+
+@pytest.mark.parametrize("options", [{"expert_per": "batch"}, {}], ids=str)
+def test_other_threads_draw_as_ever(options: dict) -> None:
+    """Three images, which two passes could not share, and one draw a batch."""
+    model, other, seen = trained(), trained(**options), []
+    sampler = next(module for module in other.modules() if isinstance(module, ExpertSampler))
+    sampler.register_forward_hook(lambda *found: seen.append(found[-1].expert))
+
+    def meanwhile(*_: object) -> None:
+        assert marked()
+        in_threads(lambda: other(images()[:1].repeat(3, 1, 1, 1)))
+
+    hook = model.norm.register_forward_hook(meanwhile)
+    two_pass(model, images())
+    hook.remove()
+    assert [expert.shape for expert in seen] == [() if options else (3,)]
+
+
 def test_nothing_is_left_behind() -> None:
     model, x = trained(), images()
     state = torch.get_rng_state()
@@ -180,7 +222,7 @@ def test_nothing_is_left_behind() -> None:
     torch.set_rng_state(state)
     torch.randint(2**30, ())
     assert torch.equal(torch.get_rng_state(), advanced), "the global stream advances by one number"
-    assert read_mark(torch.device("cpu")) is None
+    assert not marked()
 
     def fails(*_: object) -> None:
         raise KeyError
@@ -189,7 +231,7 @@ def test_nothing_is_left_behind() -> None:
     with pytest.raises(KeyError):
         two_pass(model, x)
     hook.remove()
-    assert read_mark(torch.device("cpu")) is None
+    assert not marked()
     for module in model.modules():
         assert getattr(module, "plan", None) is None
         assert getattr(module, "record", None) is None

@@ -19,6 +19,8 @@ def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     """Whether this backend takes the call, and if not, why. Looks at no tensor's values."""
     if args.x.device.type != "cpu":
         return False, f"x: expected on the CPU, got {args.x.device}"
+    if args.x.is_nested or args.x.shape[-1] == 0:
+        return False, "x: expected rows of one length, of at least one number"
     if args.x.dtype not in _DTYPES:
         return False, f"x: expected float32 or bfloat16, got {args.x.dtype}"
     dtype = args.compute_dtype or args.x.dtype
