@@ -281,6 +281,8 @@ std::vector<CpuSums> take_sums(const AdapterCpuParams& p, const Plan& plan, Aren
     s.down = arena->take<float>(static_cast<size_t>(p.rank) * wide);
     s.b_down = arena->take<float>(narrow);
     s.columns = arena->take<float>(wide);
+    s.b_down_excess = arena->take<float>(narrow);
+    s.columns_excess = arena->take<float>(wide);
   }
   return sums;
 }

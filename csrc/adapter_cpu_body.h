@@ -32,6 +32,8 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch : ForwardScratch {
+  float* columns;      // [padded(width)] sums of grad_out over a few rows
+  float* b_down;       // [padded(rank)] of grad_z
   float* grad_a;       // [rows, padded(rank)]
   Operand* grad_out;   // [rows, padded(width)]
   Operand* grad_z;     // [rows, padded(rank)]
@@ -41,6 +43,8 @@ struct BackwardScratch : ForwardScratch {
   Operand* grad_out_panels;
   BackwardScratch(Scratch* from, int64_t width, int64_t rank)
       : ForwardScratch(from, width, rank),
+        columns(from->take<float>(padded(width))),
+        b_down(from->take<float>(padded(rank))),
         grad_a(from->take<float>(kTileRows * padded(rank))),
         grad_out(from->take<Operand>(kTileRows * padded(width))),
         grad_z(from->take<Operand>(kTileRows * padded(rank))),
@@ -200,8 +204,7 @@ void forward_tile(const CpuTileCall& call, const CpuTile& tile, const CpuExpert&
 
 // Row `row` of the tile: the normalised token and the gradient of the output, as operands.
 template <typename Token>
-inline void set_backward_row(const CpuTileCall& call, int64_t token, const BackwardScratch& s, int row,
-                             const CpuSums& sums) {
+inline void set_backward_row(const CpuTileCall& call, int64_t token, const BackwardScratch& s, int row) {
   const int64_t width = call.width, wide = padded(width);
   const float mean = call.rstd != nullptr ? call.mean[token] : 0.0f;
   const float rstd = call.rstd != nullptr ? call.rstd[token] : 1.0f;
@@ -212,7 +215,7 @@ inline void set_backward_row(const CpuTileCall& call, int64_t token, const Backw
   const auto set = [&](int64_t column, Vector token_part, Vector grad_part) {
     set_operand(u + column, (token_part - mean) * rstd);
     set_operand(grad + column, grad_part);
-    if (call.weights) store(sums.columns + column, load(sums.columns + column) + grad_part);
+    if (call.weights) store(s.columns + column, load(s.columns + column) + grad_part);
   };
   each_vector(
       width, [&](int64_t column) { set(column, load(x + column), load(grad_out + column)); },
@@ -279,6 +282,25 @@ inline void product_with_gradient(const CpuTileCall& call, const BackwardScratch
           !sums.fresh);
 }
 
+constexpr int kRowsSummed = 12;  // that are added up before a sum takes them: costs a twelfth of what each row would
+
+// Adds the sums over a few rows, which begin anew, and keeps what rounding makes of it (Kahan).
+inline void add_rows(float* rows, int64_t count, float* sums, float* excess) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vector before = load(sums + i), added = load(rows + i) - load(excess + i);
+    const Vector after = before + added;
+    store(excess + i, (after - before) - added);
+    store(sums + i, after);
+    store(rows + i, Vector{});
+  }
+}
+
+inline void clear(float* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(numbers + i, Vector{});
+}
+
+inline bool ends_rows(int i, int n) { return (i + 1) % kRowsSummed == 0 || i + 1 == n; }
+
 template <typename Token>
 void backward_tile(const CpuTileCall& call, const CpuTile& tile, const CpuExpert& expert, const CpuSums& sums,
                    void* memory) {
@@ -292,11 +314,18 @@ void backward_tile(const CpuTileCall& call, const CpuTile& tile, const CpuExpert
                         {call.out, tokens, n, true}},
                        width * static_cast<int64_t>(sizeof(Token))};
 
-  if (call.weights && sums.fresh) {
-    for (int64_t i = 0; i < wide; i += kLanes) store(sums.columns + i, Vector{});
-    for (int64_t i = 0; i < narrow; i += kLanes) store(sums.b_down + i, Vector{});
+  if (call.weights) {
+    for (float* numbers : {sums.columns, sums.columns_excess, s.columns}) {
+      if (sums.fresh || numbers == s.columns) clear(numbers, wide);
+    }
+    for (float* numbers : {sums.b_down, sums.b_down_excess, s.b_down}) {
+      if (sums.fresh || numbers == s.b_down) clear(numbers, narrow);
+    }
   }
-  for (int i = 0; i < n; ++i) set_backward_row<Token>(call, tokens[i], s, i, sums);
+  for (int i = 0; i < n; ++i) {
+    set_backward_row<Token>(call, tokens[i], s, i);
+    if (call.weights && ends_rows(i, n)) add_rows(s.columns, wide, sums.columns, sums.columns_excess);
+  }
   if (n % 2 != 0) {  // the last token's partner in a pair
     for (int64_t c = 0; c < wide; c += kLanes) set_operand(s.u + n * wide + c, Vector{});
     for (int64_t c = 0; c < wide; c += kLanes) set_operand(s.grad_out + n * wide + c, Vector{});
@@ -326,8 +355,9 @@ void backward_tile(const CpuTileCall& call, const CpuTile& tile, const CpuExpert
       along_z += grad_z * z;
       set_operand(s.a + i * narrow + k, a);
       set_operand(s.grad_z + i * narrow + k, grad_z);
-      if (call.weights) store(sums.b_down + k, load(sums.b_down + k) + grad_z);
+      if (call.weights) store(s.b_down + k, load(s.b_down + k) + grad_z);
     }
+    if (call.weights && ends_rows(i, n)) add_rows(s.b_down, narrow, sums.b_down, sums.b_down_excess);
     mean_grad[i] = sum(along_sums) * inverse;
     slope_grad[i] = sum(along_z) * inverse;
   }

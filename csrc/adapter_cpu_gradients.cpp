@@ -14,6 +14,7 @@ constexpr int kColumns = 32;  // of the width that one work item of finish_gradi
 constexpr int kUnits = 64;    // of the bottleneck that it takes at once
 constexpr int kPiece = 1024;  // elements whose working copies stay in the first cache
 constexpr int kSums = 16;     // of a row, side by side
+constexpr size_t kRunsAtOnce = 8;
 
 // All of the loops are compiled for several instruction sets (vector_code.h), so they are inlined by force.
 [[gnu::always_inline]] inline void load_tensor(const CpuTensor& tensor, int64_t first, int count, float* to) {
@@ -165,7 +166,7 @@ struct ExpertSums {
   int id;
   const CpuExpert* expert;
   std::vector<const CpuSums*> runs;
-  std::vector<float> b_down;  // [rank] column sums of grad_z
+  std::vector<double> b_down;  // [rank] column sums of grad_z
 };
 
 struct Finish {
@@ -176,14 +177,20 @@ struct Finish {
   std::vector<ExpertSums> down;  // experts that share the down-projection are one
 };
 
-// Sums over the runs of `count` neighbours.
+// Sums over the runs of `count` neighbours, kUnits * kColumns at most: some runs at a time, which rounds less often.
 [[gnu::always_inline]] inline void sum_runs(const ExpertSums& sums, float* CpuSums::* part, int64_t first, int count,
                                             float* __restrict to) {
-  const float* from = sums.runs[0]->*part + first;
-  for (int i = 0; i < count; ++i) to[i] = from[i];
-  for (size_t run = 1; run < sums.runs.size(); ++run) {
-    from = sums.runs[run]->*part + first;
-    for (int i = 0; i < count; ++i) to[i] += from[i];
+  float some[kUnits * kColumns];
+  for (size_t begin = 0; begin < sums.runs.size(); begin += kRunsAtOnce) {
+    const float* from = sums.runs[begin]->*part + first;
+    const size_t end = std::min(begin + kRunsAtOnce, sums.runs.size());
+    float* __restrict into = begin == 0 ? to : some;
+    for (int i = 0; i < count; ++i) into[i] = from[i];
+    for (size_t run = begin + 1; run < end; ++run) {
+      from = sums.runs[run]->*part + first;
+      for (int i = 0; i < count; ++i) into[i] += from[i];
+    }
+    for (int i = 0; begin > 0 && i < count; ++i) to[i] += some[i];
   }
 }
 
@@ -242,14 +249,16 @@ struct Finish {
 // The expert's part of the gradients of b_up and scale.
 [[gnu::always_inline]] inline double finish_bias(const Finish& f, const ExpertSums& sums, int64_t first, int count) {
   const AdapterCpuParams& p = f.p;
-  float columns[kColumns];
-  sum_runs(sums, &CpuSums::columns, first, count, columns);
+  double columns[kColumns] = {};
+  for (const CpuSums* run : sums.runs) {
+    for (int j = 0; j < count; ++j) columns[j] += double{run->columns[first + j]} - run->columns_excess[first + j];
+  }
   const bool spread = p.experts > 0 && sums.id == kMerged;
   const int64_t begin = p.experts > 0 && !spread ? sums.id : 0, rows = spread ? p.experts : 1;
   const float factor = p.scale / static_cast<float>(rows);
   for (int64_t e = begin; f.g.b_up != nullptr && e < begin + rows; ++e) {
     float* row = f.g.b_up + e * p.width + first;
-    for (int j = 0; j < count; ++j) row[j] += factor * columns[j];
+    for (int j = 0; j < count; ++j) row[j] += static_cast<float>(factor * columns[j]);
   }
   double scale = 0;
   for (int j = 0; j < count; ++j) scale += static_cast<double>(sums.expert->b_up[first + j]) * columns[j];
@@ -273,7 +282,7 @@ struct Finish {
     if (p.assignment_down != nullptr) load_tensor(p.w_down_init, row, count, initial);
     for (const ExpertSums& sums : f.down) {
       const Ownership own(p, p.assignment_down, sums.id);
-      const float bias = sums.b_down[static_cast<size_t>(k)];
+      const float bias = static_cast<float>(sums.b_down[static_cast<size_t>(k)]);
       float along[kColumns], weights[kColumns];
       sum_runs(sums, &CpuSums::down, k * padded(p.width) + first, count, along);
       for (int j = 0; j < count; ++j) weights[j] = along[j] * gamma[j] + bias * beta[j];
@@ -335,19 +344,21 @@ void finish_gradients(const AdapterCpuParams& p, const AdapterCpuGradients& g, c
                       const std::vector<int>& ids, const std::vector<CpuExpert>& experts,
                       const std::vector<int>& sums_expert, const std::vector<CpuSums>& sums, int threads) {
   Finish f = {p, g, kernels, {}, {}};
-  const std::vector<float> zeros(static_cast<size_t>(p.rank), 0.0f);
+  const std::vector<double> zeros(static_cast<size_t>(p.rank), 0.0);
   for (size_t e = 0; e < experts.size(); ++e) f.up.push_back({ids[e], &experts[e], {}, zeros});
   for (size_t i = 0; i < sums.size(); ++i) {
     ExpertSums& to = f.up[static_cast<size_t>(sums_expert[i])];
     to.runs.push_back(&sums[i]);
-    for (int k = 0; k < p.rank; ++k) to.b_down[static_cast<size_t>(k)] += sums[i].b_down[k];
+    for (int k = 0; k < p.rank; ++k) {
+      to.b_down[static_cast<size_t>(k)] += double{sums[i].b_down[k]} - sums[i].b_down_excess[k];
+    }
   }
   ExpertSums all = {kMerged, nullptr, {}, zeros};
   for (const ExpertSums& part : f.up) {
     all.runs.insert(all.runs.end(), part.runs.begin(), part.runs.end());
     for (size_t k = 0; k < zeros.size(); ++k) all.b_down[k] += part.b_down[k];
   }
-  if (g.b_down != nullptr) std::copy(all.b_down.begin(), all.b_down.end(), g.b_down);
+  for (size_t k = 0; g.b_down != nullptr && k < zeros.size(); ++k) g.b_down[k] = static_cast<float>(all.b_down[k]);
   f.down = p.assignment_down != nullptr ? f.up : std::vector<ExpertSums>{all};
   const int64_t items = (p.width + kColumns - 1) / kColumns;
   std::vector<double> scale(static_cast<size_t>(items));
