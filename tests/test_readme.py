@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reports import record, report, row
+from reports import ms, record, report, row
 from script_modules import load_script
 from typer.testing import CliRunner
 
@@ -130,6 +130,21 @@ def test_the_cpu_table_comes_from_its_report(tmp_path: Path) -> None:
     assert lines[2:] == [expected]  # what is red has no line
 
 
+def test_what_the_cpu_reports_miss_and_what_changed_since_is_said(tmp_path: Path) -> None:
+    module = load_script("scripts/update_readme.py")
+    case = {"shape": "vit_b, 64 x 197"}
+    slow, fast = [row("eager", 10.0), row("cpu", 8.0, True)], [row("eager", 10.0), row("cpu", 2.0, True)]
+    made = report(record("adapter_forward", slow, **case), record("adapter", fast, **case), device="a CPU")
+    write_json(tmp_path / "cpu" / "report.json", made)
+    section = module.cpu_section(tmp_path)
+    assert "this report misses 1 of 2 in bf16 (forward, expert per call: 1.25 of 2.5);" in section
+    assert "that of another CPU not measured." in section
+    assert "Made at commit abc." in section
+    old = next(iter(module.CHANGED_SINCE))
+    write_json(tmp_path / "cpu" / "report.json", {**made, "machine": {**made["machine"], "commit": old}})
+    assert f"Made at commit {old[:7]}; the CPU kernels have changed since" in module.cpu_section(tmp_path)
+
+
 def test_the_table_of_whole_models_comes_from_its_report(tmp_path: Path) -> None:
     def variant(name: str, median: float | None) -> dict:
         return {"variant": name, "status": "ok"} | ({} if median is None else {"ms": {"median": median}})
@@ -151,6 +166,21 @@ def test_the_table_of_whole_models_comes_from_its_report(tmp_path: Path) -> None
         "| merged | 0.49 (-1.0%) | 0.49 (-1.0%) |",
     ]
     assert "Seconds, the median of runs in turn, for 4 images in fp32, r = 64, N = 4;" in section
+
+
+@pytest.mark.parametrize(("merged", "verdict"), [(520.0, "overlap: this report does not"), (560.0, "do not overlap.")])
+def test_the_largest_difference_in_inference_stands_beside_its_spread(
+    merged: float, verdict: str, tmp_path: Path
+) -> None:
+    medians = {"no adapters": 500.0, "unmerged, cpu": 505.0, "merged": merged}
+    inference = [{"variant": name, "ms": ms(median, 0.03)} for name, median in medians.items()]
+    made = report(device="a CPU")
+    case = {"model": "swin", "batch": 4, "r": 64, "N": 4, "precision": "fp32"}
+    made["models"].append({"case": case, "training": [{"variant": "backbone alone"}], "inference": inference})
+    write_json(tmp_path / "cpu_models" / "report.json", made)
+    section = load_script("scripts/update_readme.py").models_section(tmp_path)
+    assert f"The largest in inference is {merged / 500 - 1:+.1%}, for merged swin; the two spreads (" in section
+    assert verdict in section
 
 
 def test_the_range_of_ratios_takes_every_row_of_the_same_call(tmp_path: Path) -> None:
