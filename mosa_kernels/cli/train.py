@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mosa_kernels.cli.errors import MENDABLE, MendableError, message_of, plain_errors
 from mosa_kernels.data.backbone import OFFLINE_BACKBONE
+from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.train.folder import RunExistsError, RunFolder
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
@@ -45,7 +46,7 @@ def train(
     download: Annotated[bool | None, typer.Option(help="Fetch missing files of a named data set.")] = None,
     data_seed: Annotated[int | None, typer.Option(help="Seed of drawn images and of held-out parts.")] = None,
     labels_per_class: Annotated[
-        int | None, typer.Option(help="Training images a class of offline:digits, outlines, weaves.")
+        int | None, typer.Option(help=f"Training images a class of offline:{', '.join(FEW_LABEL_TASKS)}.")
     ] = None,
     label_noise: Annotated[float | None, typer.Option(help="Share of training labels to make wrong.")] = None,
     style: Annotated[str | None, typer.Option(help="Where adapters sit: adaptformer, pfeiffer, houlsby, lora.")] = None,

@@ -61,11 +61,14 @@ def split(
         shape: shape of the weight, (out_features, in_features).
         num_experts: N, from 1 to 255 and at most the number of units.
         granularity: "element" (the paper), "row" or "column" (an expert owns whole rows or columns), "block" (square
-            tiles), "even_rows" or "even_columns" (every row, or column, is shared equally among the experts). Of an
-            up-projection split by "column", the Triton kernels compute the active expert's units alone where the
-            bottleneck is wider than 64; the others leave no whole tile of a matrix product to skip. The C++ kernels
-            multiply owned entries alone whatever the granularity, for bf16 on AMD's CPUs with AVX-512 BF16, where that
-            is faster: from about N = 3 on ("even_rows" gives them columns of equal length, which suits them best).
+            tiles), "even_rows" or "even_columns" (every row, or column, is shared equally among the experts). Where the
+            bottleneck is wider than 64, GPU kernels leave out products of the up-projection with what the active expert
+            does not own. By "column" those of Triton and CUDA C++ compute its units alone (CUDA C++ up to 64 of them);
+            by "block" those of CUDA C++ skip 16 x 16 tiles (at r = 128 and N = 4, 5/8 of the forward and 7/10 of the
+            backward pass's products are left). The other granularities leave hardly a whole tile to skip. The C++
+            kernels for CPUs multiply owned entries alone whatever the granularity, for bf16 on AMD's CPUs with AVX-512
+            BF16, where that is faster: from about N = 3 on ("even_rows" gives them columns of equal length, which suits
+            them best).
             There, at 768 x 64 and N = 4, both passes ran 1.10 to 1.14 times as fast by "block", 1.03 to 1.07 by
             "column" and 0.87 by "row", whose products stay dense (`mosa-kernels bench --only granularity`; on a GPU not
             measured).

@@ -19,8 +19,16 @@ def adapters_per_sample(model: nn.Module, names: Sequence[str]) -> Iterator[nn.M
 
     The backbone runs once over the whole batch, every adapter once over its own images. The logits are [B, classes] for
     the task with the most classes; an image of a task with fewer has -inf for the classes that its task lacks, so that
-    softmax, cross-entropy and argmax need no further care. All adapters named take gradients within the context: make
-    their optimizer there too.
+    softmax, cross-entropy and argmax need no further care. All adapters named take gradients within the context, and
+    PyTorch drops, without a word, gradients of parameters that do not require one when `backward()` runs: call it
+    within the context, and make the optimizer there too.
+
+        names = ["birds", "cars", "cars"]  # the task of each image
+        with adapters_per_sample(model, names):
+            optimizer = MoSAAdamW(model, lr=1e-3)
+            loss = cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
 
     Args:
         model: with these adapters, of any styles; baselines other than "linear" change the backbone for everyone, and

@@ -16,6 +16,9 @@ from mosa_kernels.shards import check_unsharded
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Makes an adapter (or baseline), with its head, the one that runs and the only one that trains.
 
+    What trained before requires no gradient from here on, and PyTorch drops, without a word, gradients of parameters
+    that do not require one when `backward()` runs: differentiate an adapter's loss before you switch to the next.
+
     A DistributedDataParallel goes on keeping in step only what trained when it was made: a warning says so.
 
     Returns:

@@ -102,12 +102,20 @@ def test_the_table_reads_well() -> None:
         "up weights",
         "biases",
         "norms",
-        "adapter (as papers count)",
+        "adapter",
+        "adapter without norms",
         "head",
         "total",
         "backbone (frozen)",
     ]
     assert "589,824       147,456" in table
+
+
+def test_the_papers_count_is_that_without_norms() -> None:
+    table = str(counted("vit_base_patch16_224"))
+    assert "adapter                          1,208,064     1,208,064" in table
+    assert "adapter without norms            1,189,632     1,189,632" in table
+    assert "without norms" not in str(counted("vit_base_patch16_224", norm=False))
 
 
 def test_without_an_active_adapter_there_is_nothing_to_count() -> None:
