@@ -117,10 +117,18 @@ class ActivityHistory:
         self._flags = experts if self._flags is None else torch.maximum(self._flags.to(experts.device), experts)
 
     def _accumulate(self) -> None:
-        assert self._parameter.grad is not None
+        grad = self._parameter.grad
+        if grad is None:
+            if self._parameter.requires_grad:  # whoever was told first has used and cleared it
+                return
+            raise RuntimeError(
+                f"backward: expected the adapter's parameters to require gradients until it has run, got one of shape "
+                f"{list(self._parameter.shape)} that no longer does, so that its gradient is lost: run backward() "
+                "within adapters_per_sample, and before set_adapter switches to another adapter"
+            )
         self._accumulated = True
-        self._version = _versions(self._parameter.grad)
-        self._left = TensorWeakRef(self._parameter.grad)
+        self._version = _versions(grad)
+        self._left = TensorWeakRef(grad)
 
     def _settle(self) -> None:
         """A pass that added to the gradient without a report, by `backward(inputs=...)`: the gradient itself tells."""

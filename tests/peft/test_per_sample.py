@@ -119,6 +119,20 @@ def test_training_several_tasks_at_once() -> None:
     )
 
 
+def test_a_backward_pass_after_the_context_is_an_error() -> None:
+    """PyTorch drops gradients of parameters that no longer require them; where an optimizer watches, it is said."""
+    model, names = several(), ["ffn", "attention"]
+    with adapters_per_sample(model.train(), names):
+        optimizer = MoSAAdamW(model)
+        loss = model(images(VIT, 2)).square().sum()
+    with pytest.raises(RuntimeError, match=r"its gradient is lost: run backward\(\) within adapters_per_sample"):
+        loss.backward()
+    optimizer.zero_grad()
+    with adapters_per_sample(model, names):
+        model(images(VIT, 2)).square().sum().backward()
+    optimizer.step()
+
+
 @torch.no_grad()
 def test_one_graph_for_several_tasks() -> None:
     torch._dynamo.reset()
