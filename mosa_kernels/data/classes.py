@@ -1,10 +1,31 @@
-"""Class names: whether two data sets mean the same by a label."""
+"""Class names: whether there are several, and whether two data sets mean the same by a label."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _NAMED = 3  # how many labels an error names
+
+
+def refuse_one_class(source: object, classes: Sequence[str], where: str = "", advice: str = "") -> None:
+    """Refuses a single class, which everybody would have right.
+
+    Args:
+        source: what was read, for the message.
+        classes: the names.
+        where: classes are looked for, for the message.
+        advice: what to do, for the message.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if len(classes) == 1:
+        raise ValueError(
+            f"{source}: expected at least 2 classes"
+            + (f", {where}" if where else "")
+            + f", got {classes[0]} alone"
+            + (f"; {advice}" if advice else "")
+        )
 
 
 def differing_classes(before: Sequence[str], now: Sequence[str]) -> str:

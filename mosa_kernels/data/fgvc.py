@@ -12,12 +12,14 @@ Stanford-cars   .           cars_train/00001.jpg
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from mosa_kernels.data.files import some
-from mosa_kernels.data.lists import Listed, assemble, check_trained, dataset_of, is_number, locate, read_text
+from mosa_kernels.data.lists import Listed, assemble, check_trained, dataset_of, is_number, is_path, locate, read_text
 from mosa_kernels.data.published import FGVC
 from mosa_kernels.data.splits import DataSplits
 
@@ -48,7 +50,8 @@ def open_fgvc(address: str, *, root: str | Path | None = None, verify: bool = Fa
 
     Raises:
         FileNotFoundError: the folder, a split or images are missing: which, where, and how they are obtained.
-        ValueError: an unknown data set, or a split that is not a JSON object of labels by path.
+        ValueError: an unknown data set, a split that is not a JSON object of labels by path, or a number that is
+            spelled in two ways.
     """
     folder, row = locate("fgvc", FGVC, address, root)
     missing = [name for name in SPLITS.values() if not (folder / name).is_file()]
@@ -56,6 +59,7 @@ def open_fgvc(address: str, *, root: str | Path | None = None, verify: bool = Fa
         raise FileNotFoundError(f"{folder}: {', '.join(missing)} not found there. {OBTAINED}")
     raw = {split: read_labels(folder / name) for split, name in SPLITS.items()}
     names = sorted({label for labels in raw.values() for label in labels.values()}, key=_order)
+    _check_spelling(folder, names)
     number = {name: position for position, name in enumerate(names)}
     lists = {
         split: Listed(folder / SPLITS[split], tuple(labels), tuple(number[label] for label in labels.values()))
@@ -71,7 +75,21 @@ def open_fgvc(address: str, *, root: str | Path | None = None, verify: bool = Fa
 
 def _order(label: str) -> tuple[int, int, str]:
     """Numbers by value, then words."""
-    return (0, int(label), "") if is_number(label) else (1, 0, label)
+    return (0, int(label), label) if is_number(label) else (1, 0, label)
+
+
+def _check_spelling(folder: Path, names: Sequence[str]) -> None:
+    """Refuses labels in order of which two are the same number: they would be two classes.
+
+    Raises:
+        ValueError: there are; two of them are named.
+    """
+    for first, second in itertools.pairwise(names):
+        if is_number(first) and is_number(second) and int(first) == int(second):
+            raise ValueError(
+                f"{folder}: expected one spelling of each label in {', '.join(SPLITS.values())}, got {first!r} and "
+                f"{second!r}"
+            )
 
 
 class _Pairs(list[tuple[str, object]]):
@@ -82,7 +100,8 @@ def read_labels(path: Path) -> dict[str, str]:
     """Reads a split: labels by image path.
 
     Raises:
-        ValueError: it is not a JSON object of numbers or strings in UTF-8, is empty, or names an image twice.
+        ValueError: it is not a JSON object of numbers or strings in UTF-8, is empty, names an image twice, or names
+            what cannot be a path.
     """
     try:
         record = json.loads(read_text(path), object_pairs_hook=_Pairs)
@@ -96,6 +115,8 @@ def read_labels(path: Path) -> dict[str, str]:
     if twice:
         raise ValueError(f"{path}: names images twice: {some(twice)}")
     for name, label in record:
+        if not is_path(name):
+            raise ValueError(f"{path}: expected paths of images, got {name!r}")
         if isinstance(label, bool) or not isinstance(label, (int, str)):
             raise ValueError(f"{path}: expected a number or a name as the label of {name!r}, got {label!r}")
     return {name: str(label) for name, label in record}

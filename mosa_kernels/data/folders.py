@@ -10,15 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosa_kernels._files import expanded
+from mosa_kernels.data.classes import refuse_one_class
 from mosa_kernels.data.files import (
     SUFFIXES,
     FileDataset,
     check_disjoint,
+    check_one_label,
     check_readable,
-    file_sizes,
     files_fingerprint,
     images_below,
     kinds_of,
+    look_up,
     some,
 )
 from mosa_kernels.data.splits import AUGMENTATIONS, DataSplits, ImageDataset, SubsetDataset, stratified_parts
@@ -56,7 +58,7 @@ def open_folder(
     Raises:
         FileNotFoundError: the folder is missing.
         ValueError: no classes or a single one, empty classes, classes that differ between the sets, no test set,
-            images in two of the sets, unreadable images.
+            images in two of the sets or two of the classes, or twice in what is split, unreadable images.
     """
     root = expanded(path)
     if not root.is_dir():
@@ -103,17 +105,13 @@ def refuse_sets_as_classes(source: object, classes: Sequence[str]) -> None:
         )
 
 
-def refuse_one_class(source: object, classes: Sequence[str]) -> None:
-    """Refuses a single class, which everybody would have right: what was read holds the data set, or has no classes.
+def refuse_one_folder(source: object, classes: Sequence[str]) -> None:
+    """Refuses a single class: what was read holds the data set, or has no classes.
 
     Raises:
         ValueError: there is one.
     """
-    if len(classes) == 1:
-        raise ValueError(
-            f"{source}: expected at least 2 classes, one subfolder each, got {classes[0]} alone; where the data set "
-            "lies in it, give that folder"
-        )
+    refuse_one_class(source, classes, "one subfolder each", "where the data set lies in it, give that folder")
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -135,7 +133,7 @@ def _files_of(folder: Path, classes: list[str]) -> FileDataset:
     empty = [name for label, name in enumerate(classes) if not held[label]]
     if empty:
         raise ValueError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in the class folders {some(empty)}")
-    return FileDataset(paths, np.array(labels), file_sizes(folder, paths))
+    return FileDataset(paths, np.array(labels), look_up(folder, paths))
 
 
 def _check_same_classes(root: Path, split: str, found: list[str], expected: list[str]) -> None:
@@ -158,10 +156,12 @@ def _from_split_folders(
     classes = _class_folders(folders["train"])
     for split, folder in folders.items():
         _check_same_classes(root, split, _class_folders(folder), classes)
-    refuse_one_class(folders["train"], classes)
+    refuse_one_folder(folders["train"], classes)
     files = {split: _files_of(folder, classes) for split, folder in folders.items()}
     pairs = [("train", "test"), ("validation", "test"), ("train", "validation")]
-    check_disjoint({split: dataset.paths for split, dataset in files.items()}, pairs)
+    check_disjoint(files, pairs)
+    for split, dataset in files.items():
+        check_one_label(folders[split], dataset, to_be_split=split == "train" and len(files) < len(SPLIT_FOLDERS))
     if verify:
         check_readable(root, files.values())
     train: ImageDataset = files["train"]
@@ -181,8 +181,9 @@ def _from_split_folders(
 def _from_flat_folder(root: Path, seed: int, validation_share: float, test_share: float, verify: bool) -> DataSplits:
     classes = _class_folders(root)
     refuse_sets_as_classes(root, classes)
-    refuse_one_class(root, classes)
+    refuse_one_folder(root, classes)
     files = _files_of(root, classes)
+    check_one_label(root, files, to_be_split=True)
     if verify:
         check_readable(root, [files])
     parts = stratified_parts(files.labels, [validation_share, test_share], classes, seed)

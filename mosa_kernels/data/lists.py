@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from mosa_kernels._files import expanded
+from mosa_kernels.data.classes import refuse_one_class
 from mosa_kernels.data.files import (
+    NAMED,
     FileDataset,
     check_disjoint,
     check_readable,
-    file_sizes,
     files_fingerprint,
     kinds_of,
+    look_up,
     placed,
     some,
 )
@@ -106,8 +109,16 @@ def read_text(path: Path) -> str:
 
 
 def is_number(label: str) -> bool:
-    """Whether a label in a list is an integer: `str.isdigit` takes a superscript for one."""
-    return re.fullmatch(r"-?\d+", label) is not None
+    """Whether a label in a list is an integer of 64 bits: `str.isdigit` takes a superscript for one."""
+    return re.fullmatch(r"-?\d{1,18}", label) is not None
+
+
+def is_path(text: str) -> bool:
+    """Whether a text in a list can be a path: no path has a NUL in it, and none is written with half a character."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def dataset_of(listed: Listed, images: Path, obtained: str) -> FileDataset:
@@ -123,7 +134,7 @@ def dataset_of(listed: Listed, images: Path, obtained: str) -> FileDataset:
         ValueError: some are empty files.
     """
     paths = [images / path for path in listed.paths]
-    return FileDataset(paths, np.array(listed.labels), file_sizes(listed.source, paths, obtained))
+    return FileDataset(paths, np.array(listed.labels), look_up(listed.source, paths, obtained))
 
 
 def count_classes(lists: Iterable[Listed]) -> int:
@@ -134,9 +145,10 @@ def count_classes(lists: Iterable[Listed]) -> int:
     """
     labels = {label for listed in lists for label in listed.labels}
     classes = 1 + max(labels)
-    absent = sorted(set(range(classes)) - labels)
-    if min(labels) < 0 or absent:
-        wrong = f"none of {some(absent)}" if min(labels) >= 0 else f"{min(labels)}"
+    if min(labels) < 0 or classes > len(labels):
+        # One large label leaves more numbers out than memory holds.
+        absent = list(itertools.islice((number for number in range(classes) if number not in labels), NAMED))
+        wrong = f"none of {some(absent, classes - len(labels))}" if min(labels) >= 0 else f"{min(labels)}"
         sources = ", ".join(str(listed.source) for listed in lists)
         raise ValueError(f"{sources}: expected labels from 0 to {classes - 1} without gaps, got {wrong}")
     return classes
@@ -175,8 +187,9 @@ def assemble(
         verify: decode every image now.
 
     Raises:
-        ValueError: images that are in two of the sets, or that cannot be read.
+        ValueError: a single class, or images that are in two of the sets, or that cannot be read.
     """
+    refuse_one_class(root, classes)
     _check_each_once(files, validation_in_train)
     if verify:
         check_readable(root, files.values())
@@ -203,7 +216,7 @@ def _check_each_once(files: Mapping[str, FileDataset], validation_in_train: bool
     pairs = [("train", "test"), ("validation", "test")]
     if not validation_in_train:
         pairs.append(("train", "validation"))
-    check_disjoint({split: dataset.paths for split, dataset in files.items()}, pairs)
+    check_disjoint(files, pairs)
     for split, dataset in files.items():
         twice = [place for place, count in Counter(placed(dataset.paths)).items() if count > 1]
         if twice:

@@ -14,8 +14,16 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
 from mosa_kernels._files import expanded
-from mosa_kernels.data.files import FileDataset, check_disjoint, check_readable, file_sizes, files_fingerprint
-from mosa_kernels.data.folders import refuse_one_class, refuse_sets_as_classes
+from mosa_kernels.data.classes import refuse_one_class
+from mosa_kernels.data.files import (
+    FileDataset,
+    check_disjoint,
+    check_one_label,
+    check_readable,
+    files_fingerprint,
+    look_up,
+)
+from mosa_kernels.data.folders import refuse_one_folder, refuse_sets_as_classes
 from mosa_kernels.data.images import read_image
 from mosa_kernels.data.splits import DataSplits, ImageDataset, SubsetDataset, stratified_parts
 from mosa_kernels.data.wrapped import RGBDataset, labels_of
@@ -203,7 +211,7 @@ def _assemble(
     classes = _class_names(parts["train"], labels)
     files = _files_of(name, parts, labels)
     # Validation and test may be one set on purpose, where split_names says so.
-    check_disjoint({split: f.paths for split, f in files.items()}, [("train", "test"), ("train", "validation")])
+    check_disjoint(files, [("train", "test"), ("train", "validation")])
     if verify:
         check_readable(name, parts.values())
     if "test" not in parts and "validation" in parts:
@@ -214,6 +222,8 @@ def _assemble(
         split: SubsetDataset(dataset, np.arange(len(dataset)), labels[split]) for split, dataset in parts.items()
     }
     note = "its own train, validation and test sets"
+    if "train" in files:
+        check_one_label(f"{name}, train", files["train"], to_be_split=bool(missing))
     if missing:
         cut = stratified_parts(labels["train"], shares, classes, seed)
         for split, part in zip(("train", *missing), cut, strict=True):
@@ -241,7 +251,7 @@ def _files_of(
 ) -> dict[str, FileDataset]:
     """The files of the sets whose library lists them, all there and none empty."""
     return {
-        split: FileDataset(part.files, labels[split], file_sizes(f"{name}, {split}", part.files))
+        split: FileDataset(part.files, labels[split], look_up(f"{name}, {split}", part.files))
         for split, part in parts.items()
         if part.files is not None
     }
@@ -258,6 +268,12 @@ def _class_names(train: RGBDataset, labels: dict[str, NDArray[np.int64]]) -> tup
     if named is not None and len(named) >= count:
         classes = tuple(str(entry) for entry in named)
         refuse_sets_as_classes(train.name, classes)
-        refuse_one_class(train.name, classes)
+        refuse_one_folder(train.name, classes)
         return classes
-    return tuple(str(number) for number in range(count))
+    if count > len(every):
+        raise ValueError(
+            f"{train.name}: expected labels from 0 without gaps, got {count - 1} as one of {len(every)} images"
+        )
+    numbers = tuple(str(number) for number in range(count))
+    refuse_one_class(train.name, numbers)
+    return numbers

@@ -27,6 +27,7 @@ from mosa_kernels.data.lists import (
     count_classes,
     dataset_of,
     is_number,
+    is_path,
     locate,
     read_text,
 )
@@ -119,14 +120,14 @@ def read_list(path: Path) -> Listed:
     """Reads lines of "path label".
 
     Raises:
-        ValueError: no lines, or one that has no integer at its end; its number is named.
+        ValueError: no lines, or one that has no integer at its end or no path before it; its number is named.
     """
     paths, labels = [], []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         name, *label = line.strip().rsplit(maxsplit=1)
-        if not label or not is_number(label[0]):
+        if not label or not is_number(label[0]) or not is_path(name):
             raise ValueError(f"{path}, line {number}: expected 'path label', got {line!r}")
         paths.append(name)
         labels.append(int(label[0]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,56 @@ def test_a_test_folder_that_leads_to_train_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test").symlink_to(tmp_path / "train")
     with pytest.raises(ValueError, match=r"10 images are in both the train and the test set: .*/train/a/0\.png"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_file_is_in_one_part_of_what_is_split(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    """With test/ the training images are split, without train/ all of them."""
+    write(tmp_path / "sets" / "train", {"a": 5, "b": 5})
+    write(tmp_path / "sets" / "test", {"a": 2, "b": 2}, start=100)
+    write(tmp_path / "flat", {"a": 5, "b": 5})
+    for folder in (tmp_path / "sets" / "train", tmp_path / "flat"):
+        open_folder(tmp_path / folder.relative_to(tmp_path).parts[0])
+        link(folder / "b" / "copy3.png", folder / "b" / "3.png")
+    named = r"expected each image once, as they are split, got 1 under two names: .*/b/3\.png and .*/b/copy3\.png"
+    for name in ("sets", "flat"):
+        with pytest.raises(ValueError, match=named):
+            open_folder(tmp_path / name)
+    write(tmp_path / "sets" / "val", {"a": 2, "b": 2}, start=200)
+    assert len(open_folder(tmp_path / "sets").train) == 11  # seen more often, and nowhere else
+
+
+def test_a_file_has_one_label(tmp_path: Path) -> None:
+    for number, name in enumerate(("train", "val", "test")):
+        write(tmp_path / name, {"a": 3}, start=100 * number)
+        (tmp_path / name / "b").symlink_to(tmp_path / name / "a")
+    named = r"train: expected each image in one class, got 3 under two names: .*/a/0\.png and .*/b/0\.png"
+    with pytest.raises(ValueError, match=named):
+        open_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"expected each image once, .* got 3 under two names: .*/a/0\.png and .*/b/0"):
+        open_folder(tmp_path / "train")
+
+
+def test_a_hard_link_is_the_same_file(tmp_path: Path) -> None:
+    write(tmp_path / "train", {"a": 5, "b": 5})
+    write(tmp_path / "test", {"a": 2, "b": 2}, start=100)
+    (tmp_path / "test" / "a" / "other.png").hardlink_to(tmp_path / "train" / "a" / "4.png")
+    with pytest.raises(ValueError, match=r"1 images are in both the train and the test set: .*/train/a/4\.png"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes as a name")
+@pytest.mark.parametrize("name", [b"caf\xe9/0.png", b"a/caf\xe9.png"])
+def test_a_name_that_is_not_utf_8_is_named(tmp_path: Path, name: bytes) -> None:
+    write(tmp_path, {"a": 5, "b": 5})
+    image = tmp_path / os.fsdecode(name)
+    image.parent.mkdir(exist_ok=True)
+    for number in range(3):  # as many as a class needs
+        write(tmp_path, {"b": 1}, start=100 + number)
+        (tmp_path / "b" / f"{100 + number}.png").rename(image.with_stem(f"{image.stem}{number}"))
+    with pytest.raises(ValueError, match=r"expected names of files and folders in UTF-8, got '.*caf\\udce9") as caught:
+        open_folder(tmp_path)
+    str(caught.value).encode()
 
 
 def test_the_fingerprint_follows_names_sizes_and_labels(tmp_path: Path) -> None:

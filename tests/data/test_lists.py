@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -206,9 +207,39 @@ def test_lists_that_are_wrong_are_refused(tmp_path: Path) -> None:
     (root / "train800.txt").write_text(whole.replace(".jpg 2", ".jpg 4"))
     with pytest.raises(ValueError, match=r"labels from 0 to 4 without gaps, got none of 3"):
         open_data(f"vtab:{root}")
+    (root / "train800.txt").write_text(whole + "images/train/\0.jpg 0\n")
+    with pytest.raises(
+        ValueError, match=r"train800\.txt, line 7: expected 'path label', got 'images/train/.x00\.jpg 0'"
+    ):
+        open_data(f"vtab:{root}")
     (root / "train800.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"expected lines of 'path label', found none"):
         open_data(f"vtab:{root}")
+
+
+def test_a_label_out_of_all_proportion_costs_no_memory(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path / "svhn")
+    whole = (root / "train800.txt").read_text()
+    for label in ("1700000000", "9" * 18):  # a time in seconds in the last column
+        (root / "train800.txt").write_text(whole.replace(".jpg 2", f".jpg {label}"))
+        tracemalloc.start()
+        with pytest.raises(
+            ValueError, match=rf"0 to {label} without gaps, got none of 3, 4, .* 12 and {int(label) - 13} more$"
+        ):
+            open_data(f"vtab:{root}")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+    (root / "train800.txt").write_text(whole.replace(".jpg 2", f".jpg {'9' * 5000}"))
+    with pytest.raises(ValueError, match=r"train800\.txt, line 3: expected 'path label', got 'images"):
+        open_data(f"vtab:{root}")
+
+
+def test_one_class_is_none(tmp_path: Path) -> None:
+    vtab = write_vtab(tmp_path / "svhn", classes=1)
+    fgvc = write_fgvc(tmp_path / "nabirds", *LAYOUTS["nabirds"], labels=(7,))
+    for address, label in ((f"vtab:{vtab}", 0), (f"vtab1000:{vtab}", 0), (f"fgvc:{fgvc}", 7)):
+        with pytest.raises(ValueError, match=rf"(svhn|nabirds): expected at least 2 classes, got {label} alone$"):
+            open_data(address)
 
 
 def test_an_image_in_two_lists_is_found_however_it_is_spelled(tmp_path: Path) -> None:
@@ -216,7 +247,13 @@ def test_an_image_in_two_lists_is_found_however_it_is_spelled(tmp_path: Path) ->
     whole = (root / "train800.txt").read_text()
     (root / "images" / "linked").symlink_to(root / "images" / "test")
     (root / "images" / "train" / "alias.jpg").symlink_to(root / "images" / "test" / "000009.jpg")
-    for spelled in ("./images/test/../test/000009.jpg", "images/linked/000009.jpg", "images/train/alias.jpg"):
+    (root / "images" / "train" / "hard.jpg").hardlink_to(root / "images" / "test" / "000009.jpg")
+    for spelled in (
+        "./images/test/../test/000009.jpg",
+        "images/linked/000009.jpg",
+        "images/train/alias.jpg",
+        "images/train/hard.jpg",
+    ):
         (root / "train800.txt").write_text(f"{whole}{spelled} 0\n")
         with pytest.raises(ValueError, match=rf"1 images are in both the train and the test set: .*{spelled[-9:]}"):
             open_data(f"vtab:{root}")
@@ -315,6 +352,22 @@ def test_fgvc_labels_may_be_names_and_images_lie_elsewhere(tmp_path: Path) -> No
     assert "images in its folder" in splits.note
     write_fgvc(root, ".", "a/{}.png", labels=("m²", "²", "--3", -3, "10"))  # type: ignore[arg-type]
     assert open_data(f"fgvc:cub={root}").classes == ("-3", "10", "--3", "m²", "²")
+
+
+def test_a_number_is_spelled_in_one_way(tmp_path: Path) -> None:
+    root = write_fgvc(tmp_path / "nabirds", *LAYOUTS["nabirds"], labels=("01", 1, 2))  # type: ignore[arg-type]
+    expected = r"nabirds: expected one spelling of each label in train\.json, val\.json, test\.json, got '01' and '1'"
+    with pytest.raises(ValueError, match=expected):
+        open_data(f"fgvc:{root}")
+
+
+def test_what_is_no_path_is_named(tmp_path: Path) -> None:
+    root = write_fgvc(tmp_path / "nabirds", *LAYOUTS["nabirds"])
+    record = json.loads((root / "val.json").read_text())
+    for wrong, shown in (("a\0.jpg", r"'a.x00\.jpg'"), ("\ud800.jpg", r"'.ud800\.jpg'")):
+        (root / "val.json").write_text(json.dumps({**record, wrong: 7}))
+        with pytest.raises(ValueError, match=rf"val\.json: expected paths of images, got {shown}"):
+            open_data(f"fgvc:{root}")
 
 
 def test_what_is_missing_from_fgvc_is_named(tmp_path: Path) -> None:

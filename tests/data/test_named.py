@@ -259,6 +259,35 @@ def test_one_class_of_torchvisions_is_none(tmp_path: Path) -> None:
         open_data("torchvision:ImageFolder", root=tmp_path)
 
 
+def test_what_is_split_holds_each_file_of_torchvisions_once(tmp_path: Path) -> None:
+    for kind in ("a", "b"):
+        for number in range(3):
+            picture(tmp_path / kind / f"{number}.png", number)
+    assert len(open_data("torchvision:ImageFolder", root=tmp_path).test) == 2
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    named = r"ImageFolder, train: expected each image once, .* got 3 under two names: .*/b/0\.png and .*/c/0\.png"
+    with pytest.raises(ValueError, match=named):
+        open_data("torchvision:ImageFolder", root=tmp_path)
+
+
+def test_labels_without_names_are_those_of_several_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_labels(*labels: int) -> None:
+        class Stand(datasets.VisionDataset):
+            def __init__(self) -> None:
+                self.targets = list(labels)
+
+            def __len__(self) -> int:
+                return len(self.targets)
+
+        monkeypatch.setattr(datasets, "FakeData", Stand)
+        open_data("torchvision:FakeData")
+
+    with pytest.raises(ValueError, match=r"torchvision:FakeData: expected at least 2 classes, got 0 alone"):
+        open_labels(0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"FakeData: expected labels from 0 without gaps, got 1700000000 as one of 4"):
+        open_labels(0, 1, 2, 1_700_000_000)
+
+
 def test_16_bits_of_another_librarys_image_are_not_white(tmp_path: Path) -> None:
     for kind in ("a", "b"):
         for number in range(3):
