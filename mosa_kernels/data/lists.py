@@ -114,7 +114,7 @@ def is_number(label: str) -> bool:
 
 
 def is_path(text: str) -> bool:
-    """Whether a text in a list can be a path: no path has a NUL in it, and none is written with half a character."""
+    """Whether a text can be a path: no path has a NUL in it, and none is written with half a character."""
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from mosa_kernels._files import expanded
 from mosa_kernels.data.fgvc import open_fgvc
 from mosa_kernels.data.folders import open_folder
-from mosa_kernels.data.lists import compared
+from mosa_kernels.data.lists import compared, is_path
 from mosa_kernels.data.named import open_timm, open_torchvision, train_on_all
 from mosa_kernels.data.noise import with_label_noise
 from mosa_kernels.data.offline import OFFLINE_TASKS, open_offline
@@ -67,6 +67,8 @@ def open_data(
         ValueError: anything else that is wrong, by name.
     """
     text = os.fspath(name_or_path)
+    if not is_path(text):
+        raise ValueError(f"data: expected a name or a path in UTF-8, got {text!r}")
     kind, _, name = text.partition(":")
     if kind == "offline" and name:
         splits = open_offline(name, seed=seed, image_size=image_size, labels_per_class=labels_per_class)

@@ -199,6 +199,9 @@ def test_a_name_that_is_not_utf_8_is_named(tmp_path: Path, name: bytes) -> None:
     with pytest.raises(ValueError, match=r"expected names of files and folders in UTF-8, got '.*caf\\udce9") as caught:
         open_folder(tmp_path)
     str(caught.value).encode()
+    with pytest.raises(ValueError, match=r"data: expected a name or a path in UTF-8, got '.*caf\\udce9") as caught:
+        open_data(image.parent.parent / os.fsdecode(b"caf\xe9"))
+    str(caught.value).encode()
 
 
 def test_the_fingerprint_follows_names_sizes_and_labels(tmp_path: Path) -> None:
