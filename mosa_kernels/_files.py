@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def left_partial(path: Path) -> list[Path]:
+    """What killed processes left of writing the file, if none is writing it now."""
+    if not path.parent.is_dir():
+        return []
+    name = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.partial")
+    return sorted(other for other in path.parent.iterdir() if name.fullmatch(other.name))
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:

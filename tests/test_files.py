@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mosa_kernels._files import write_whole
+from mosa_kernels._files import left_partial, write_whole
 from mosa_kernels._weights import write_tensors
 
 
@@ -53,6 +53,18 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     write_whole(path, write)
     assert path.read_text() == "outer"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    (tmp_path / ".file.txt.backup").write_text("another's")
+
+    def look(partial: Path) -> None:
+        assert left_partial(path) == [partial]
+        assert left_partial(tmp_path / "file") == left_partial(tmp_path / "nowhere" / "file.txt") == []
+
+    write_whole(path, look)
+    assert left_partial(path) == []
 
 
 def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mosa_kernels._files import expanded
 from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.data.files import some
+from mosa_kernels.train.backbones import require_checkpoint
 from mosa_kernels.train.folder import read_json, require_own_or_new, require_writable, write_json, write_text
 from mosa_kernels.train.settings import Settings
 from mosa_kernels.train.table_cells import Cell
@@ -102,6 +103,7 @@ def table(
         if one_recipe:
             check_several_tasks(grids)
         processes, cells = workers or usual_workers(), output / "cells"
+        chosen = [cell for grid in grids for cell in grid.all_tuning_cells()]
         choosing, testing = count_cells(grids)
         console.print(where_from(grids), highlight=False)
         console.print(
@@ -110,12 +112,13 @@ def table(
             highlight=False,
         )
         if plan:
-            chosen = [cell for grid in grids for cell in grid.all_tuning_cells()]
             left = len(missing_cells(chosen, cells)) - len(same_elsewhere(chosen, cells, Sources()))
             console.print(f"{choosing - left} of the {choosing} are done", highlight=False)
             return
         for grid in grids:
             require_covered(grid, output, quick)
+        if checkpoint is not None and missing_cells(chosen, cells):  # what is done needs no weights
+            require_checkpoint(checkpoint)
         sources = Sources()
         check_data_of(grids, sources)
         possible = [cell for grid in grids for cell in grid.possible_cells()]

@@ -178,6 +178,19 @@ def paper_hint(name: str) -> str | None:
     return f"the paper starts from {family}; {name} names other weights, whose results differ by points"
 
 
+def require_checkpoint(path: Path) -> None:
+    """Finds out before any work whether a file of weights is there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown kind of file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {path}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"checkpoint: expected a file ending in {', '.join(SUFFIXES)}, got {path.name}")
+
+
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Loads a file of weights into a model whose head may differ from the file's.
 
@@ -185,10 +198,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         FileNotFoundError: no such file.
         ValueError: an unknown kind of file, or weights that do not fit; the message names the first differences.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"checkpoint: expected a file ending in {', '.join(SUFFIXES)}, got {path.name}")
+    require_checkpoint(path)
     if path.suffix == ".npz":
         loader = getattr(model, "load_pretrained", None)
         if loader is None:

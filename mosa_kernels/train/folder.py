@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mosa_kernels._files import write_whole
+from mosa_kernels._files import left_partial, write_whole
 
 CONFIG, METRICS, RESULT, CURVE = "config.json", "metrics.jsonl", "result.json", "curve.png"
 LOCK = ".lock"
@@ -160,7 +160,8 @@ class RunFolder:
         """Raises a RunExistsError where there is a run, or something else, in the folder."""
         if self.config.exists():
             raise RunExistsError(f"output {self.path}: it holds a run; go on with --resume, or choose another folder")
-        if self.path.exists() and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir())):
+        own = {self.path / LOCK, *left_partial(self.config)}
+        if self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - own):
             raise RunExistsError(f"output {self.path}: expected a new or empty folder, it holds other things")
 
     @contextmanager
@@ -188,6 +189,8 @@ class RunFolder:
     def begin(self, config: dict[str, Any]) -> None:
         """Makes a new folder with its config; see `require_new`."""
         self.require_new()
+        for partial in left_partial(self.config):
+            partial.unlink(missing_ok=True)
         write_json(self.config, config)
 
     def read_config(self) -> dict[str, Any]:

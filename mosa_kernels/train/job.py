@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,17 @@ class Job:
                 self.reporter.message(f"warning: {error}: damaged; the chosen weights are tested again")
         with self._alone():
             if self.trainer.progress.epochs_done < self.settings.recipe.epochs:
-                try:
-                    self.trainer.fit(self._save_epoch)
-                finally:
-                    self._plot()
+                self._fit()
+            self._plot()  # of epochs that are done, a kill may have come before it
             return self._test()
+
+    def _fit(self) -> None:
+        try:
+            self.trainer.fit(self._save_epoch)
+        except BaseException:
+            with suppress(Exception):  # what ended the run, as a full disk, may forbid the picture, too
+                self._plot()
+            raise
 
     def _alone(self) -> AbstractContextManager[None]:
         """The main process keeps other runs out; the others write only when it waits for them."""

@@ -22,6 +22,11 @@ def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(expected)}, got {value!r}")
 
 
+def _not_negative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train; what is adapted is the business of `methods.py`.
@@ -87,8 +92,7 @@ class Recipe:
             if getattr(self, name) < at_least:
                 raise ValueError(f"{name}: expected at least {at_least}, got {getattr(self, name)}")
         for name in ("base_lr", "weight_decay", "alpha", "beta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+            _not_negative(name, getattr(self, name))
         for name in ("expert_lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
@@ -190,6 +194,7 @@ def changed(base: Recipe, **overrides: Any) -> Recipe:
             raise ValueError("lr, base_lr: expected one of them, got both")
         if given.get("lr_scaled"):
             raise ValueError("lr_scaled: it is for base_lr; lr is the peak learning rate itself")
+        _not_negative("lr", given["lr"])
         given |= {"base_lr": given.pop("lr"), "lr_scaled": False}
     known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
     unknown = sorted(set(given) - known - {"regularisation"})

@@ -54,7 +54,6 @@ def run_cells(cells: Sequence[Cell], folder: Path, workers: int, on_done: OnDone
     todo = missing_cells(cells, folder)
     if workers > 1:  # the longest first, so that no worker is left alone with a long run at the end
         todo = sorted(todo, key=_length, reverse=True)
-    folder.mkdir(parents=True, exist_ok=True)
     run_side_by_side(todo, partial(run_and_keep, folder=folder), workers, on_done)
 
 

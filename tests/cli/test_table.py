@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -384,6 +385,15 @@ def test_one_checkpoint_is_not_given_to_several_backbones(tmp_path: Path) -> Non
     assert "vit_large_patch16_224.orig_in21k (table 4); " in result.output
     assert "give the tables one by one" in result.output
     assert plan("1", "--checkpoint", "B.npz", "--fgvc", str(tmp_path)).exit_code == 0
+
+
+def test_weights_that_are_not_there_leave_nothing_behind(tmp_path: Path) -> None:
+    words = (*SMALL, *TASK, "--rows", "mosa", "--checkpoint", str(tmp_path / "B.npz"))
+    with mock.patch.object(Sources, "fingerprint", side_effect=AssertionError("data are opened")):
+        result = run("10", "--output", str(tmp_path / "out"), *words)
+    assert result.exit_code == 1
+    assert f"error: checkpoint: no file {tmp_path / 'B.npz'}" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_called_quick_is() -> None:

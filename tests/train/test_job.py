@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,19 @@ def test_a_folder_in_use_is_refused(whole: Path, tiny: Any, tmp_path: Path):
         Job(tiny(), tmp_path / "nothing", True, Reporter())
 
 
+def test_a_run_that_was_killed_before_it_began_may_begin(tiny: Any, tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.json.ab12_.partial").write_text('{"settings"')
+    (folder / ".lock").touch()
+    run(tiny(epochs=1, method="linear"), folder)
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".notes.txt.ab12_.partial").write_text("mine")
+    with pytest.raises(RunExistsError, match="expected a new or empty folder"):
+        Job(tiny(), tmp_path / "mine", False, Reporter())
+
+
 LOCKING = """
 import fcntl, sys
 with open(sys.argv[1], "a") as file:
@@ -301,6 +316,31 @@ def test_a_damaged_result_is_made_again(whole: Path, tiny: Any, tmp_path: Path):
     (tmp_path / "copy" / "result.json").write_text("")
     run(tiny(), tmp_path / "copy", resume=True)
     assert result_of(tmp_path / "copy") == result_of(whole)
+
+
+def test_a_curve_that_was_not_drawn_is_drawn_on_resuming(whole: Path, tiny: Any):
+    """As of a run that is killed after its last epoch."""
+    for name in ("curve.png", "result.json"):
+        (whole / name).unlink()
+    run(tiny(), whole, resume=True)
+    assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (whole / "result.json").unlink()
+    (whole / "curve.png").write_bytes(b"of fewer epochs")
+    run(tiny(), whole, resume=True)
+    assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_ends_a_run_is_not_hidden_by_the_picture(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(where: str) -> Callable[..., None]:
+        def fail(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+
+        return fail
+
+    monkeypatch.setattr(job_module.training_state, "write_part", full("state"))
+    monkeypatch.setattr(job_module, "plot_curve", full("curve.png"))
+    with pytest.raises(OSError, match=r"No space left on device: 'state'"):
+        run(tiny(epochs=1, method="linear"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(10, 2), (8, 2), (8, 4)])
