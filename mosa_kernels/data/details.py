@@ -1,7 +1,7 @@
 """Four further fine-grained targets close to the source task, as those of `fine_grained.py`.
 
 proportions   how long one plain ellipse, box or rhombus is for its width
-hollows       which of four shapes an object has, and which hole
+hollows       which of six holes a disc or a square has
 glyphs        one of ten letters, drawn in thick strokes and turned by any angle
 fills         how an object of any shape shares its two colours
 """
@@ -19,7 +19,8 @@ from mosa_kernels.data.fine_grained import paint_plain
 RATIOS = (1.0, 1.35, 1.8, 2.4, 3.2, 4.3)
 PROPORTIONS = tuple(f"{ratio:g} to 1" for ratio in RATIOS)
 HOLLOWS = ("round", "square", "slit", "plus", "two", "three")
-BODIES = ("disc", "square", "triangle", "star")  # of what has holes or fills
+HOLLOWED = ("disc", "square")
+FILLED = ("disc", "square", "triangle", "star")
 FILLS = ("rim", "echo", "halves", "teeth", "quarters", "belt", "saltire", "wedge")
 _THICKNESS = np.float32(0.15)
 _LONGEST = np.float32(0.92)
@@ -52,15 +53,15 @@ def proportion(label: NDArray[np.int64], kind: NDArray[np.integer], u: Field, v:
 
 def hollow(label: NDArray[np.int64], u: Field, v: Field) -> Field:
     """Signed distance, nearly, of what is cut out of an object, negative there; labels are those of `HOLLOWS`."""
-    third = np.float32(0.22 * np.sqrt(0.75))
+    third = np.float32(0.33 * np.sqrt(0.75))
     parts = {
-        "round": np.hypot(u, v) - np.float32(0.27),
-        "square": _box(u, v, 0.24, 0.24),
-        "slit": _box(u, v, 0.36, 0.11),
-        "plus": np.minimum(_box(u, v, 0.34, 0.1), _box(u, v, 0.1, 0.34)),
-        "two": np.hypot(np.abs(u) - np.float32(0.21), v) - np.float32(0.15),
-        "three": np.minimum(np.hypot(np.abs(u) - third, v - np.float32(0.11)), np.hypot(u, v + np.float32(0.22)))
-        - np.float32(0.13),
+        "round": np.hypot(u, v) - np.float32(0.4),
+        "square": _box(u, v, 0.36, 0.36),
+        "slit": _box(u, v, 0.54, 0.16),
+        "plus": np.minimum(_box(u, v, 0.51, 0.15), _box(u, v, 0.15, 0.51)),
+        "two": np.hypot(np.abs(u) - np.float32(0.31), v) - np.float32(0.22),
+        "three": np.minimum(np.hypot(np.abs(u) - third, v - np.float32(0.165)), np.hypot(u, v + np.float32(0.33)))
+        - np.float32(0.195),
     }
     return _of_class(label, parts)
 
@@ -124,13 +125,13 @@ def paint_proportions(draws: Draws, label: NDArray[np.int64], size: int, scenery
 
 def paint_hollows(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
     """One plain object; labels are those of `HOLLOWS`."""
-    body = draws.integers(len(BODIES))
+    body = draws.integers(len(HOLLOWED))
     turn = draws.uniform(0, 2 * np.pi)
     cos, sin = column(np.cos(turn)), column(np.sin(turn))
 
     def outline(u: Field, v: Field) -> Field:
         hole = hollow(label, cos * u + sin * v, cos * v - sin * u)
-        return np.maximum(shapes.distance(BODIES, body, u, v), -hole)
+        return np.maximum(shapes.distance(HOLLOWED, body, u, v), -hole)
 
     return paint_plain(draws, size, scenery, outline)
 
@@ -146,7 +147,7 @@ def paint_fills(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scen
     radius = draws.uniform(0.6, 0.95)
     x, y = draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3)
     u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), radius)
-    outline = shapes.distance(BODIES, draws.integers(len(BODIES)), u, v)
+    outline = shapes.distance(FILLED, draws.integers(len(FILLED)), u, v)
     first, second = canvas.two_colours_apart(draws, behind, scenery.candidates)
     u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), radius)
     blend(images, first, coverage(outline, radius, size))

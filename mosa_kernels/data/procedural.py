@@ -7,7 +7,7 @@
     outlines      how many sides or petals an object has; see `fine_grained.py`
     weaves        which pattern an object has; likewise
     proportions   how long an object is for its width; see `details.py`
-    hollows       which shape and which hole an object has; likewise
+    hollows       which hole a disc or a square has; likewise
     glyphs        which letter it is; likewise
     fills         how an object shares its two colours; likewise
 
