@@ -19,7 +19,7 @@ from mosa_kernels.backends.measured import Table
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.records import name_of
 from mosa_kernels.bench.report import goals_section, kernel_section, table
-from mosa_kernels.bench.run import JSON, MARKDOWN, read, write
+from mosa_kernels.bench.run import MARKDOWN, UNFINISHED, find, read, write
 from mosa_kernels.train.folder import write_json, write_text
 
 _ENDED = {0: "passed", 5: "no tests", 9: "errors found", 124: "out of time", 137: "out of time"}
@@ -91,15 +91,19 @@ def main() -> None:
         for p in ended
     ]
     parts = ["# What ran on the GPU", table(head, rows, left=2)]
-    if (out / JSON).is_file():
+    if find(out) is not None:
         report = read(out)
         if not (out / MARKDOWN).is_file():  # the phase was ended before it had finished
             write(report, out)
         ended_early = "" if report.get("complete", True) else " It was ended before it was done."
         parts.append(f"Figures: [{MARKDOWN}]({MARKDOWN}), on {report['machine']['device']}.{ended_early}")
+        if (out / UNFINISHED).is_file():
+            parts.append(
+                f"They are of an earlier run; the last was ended before it was done: [{UNFINISHED}]({UNFINISHED})."
+            )
         parts += [goals_section(report)] if answers(report) else []
     for name, title in _FURTHER.items():
-        if (out / "logs" / name / JSON).is_file():
+        if find(out / "logs" / name) is not None:
             records = read(out / "logs" / name)["kernels"]
             parts.append(f"## {title}\n\n" + "\n\n".join(map(kernel_section, records)))
     for table_file in sorted((out / "choice").glob("*.json")):

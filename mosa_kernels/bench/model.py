@@ -15,6 +15,8 @@ from mosa_kernels.bench.memory import peak_bytes, saved_bytes
 from mosa_kernels.bench.model_variants import BACKBONE, INFERENCE, TRAINING, Ready, Setting, Shop, Variant
 from mosa_kernels.bench.shapes import Axes
 from mosa_kernels.bench.timing import in_turn
+from mosa_kernels.peft import MoSAConfig, inject_adapter
+from mosa_kernels.train.backbones import bare_model
 
 
 def settings(
@@ -42,6 +44,7 @@ def settings(
         for name in models:
             if not timm.is_model(name):
                 raise ValueError(f"models: expected names of timm models, got {name!r}")
+            _require_adapters_fit(name)
         usual = [Setting(name, batch or (64 if on_gpu else 4), half=on_gpu) for name in models]
     axes = axes or Axes()
     if "fp16" in (axes.dtype or ()):
@@ -54,6 +57,17 @@ def settings(
             axes.bottleneck or [setting.bottleneck], axes.experts or [setting.experts], halves or [setting.half]
         )
     ]
+
+
+def _require_adapters_fit(name: str) -> None:
+    """Raises a ValueError where a model takes no adapters; of one that needs its weights to be made, it is seen later."""
+    bare = bare_model(name)
+    if bare is None:
+        return
+    try:
+        inject_adapter(bare, MoSAConfig())
+    except ValueError as error:
+        raise ValueError(f"models: expected ones that take adapters, got {name}: {error}") from error
 
 
 def measure_model(

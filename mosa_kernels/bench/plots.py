@@ -20,12 +20,13 @@ COLOURS = {
     "merged dense": "#937860",
 }
 _OTHER = "#64b5cd"
+PICTURES = ("kernels.png", "models.png", "growth.png")
 
 
 def draw(report: Record, folder: Path) -> list[str]:
     """Writes the pictures that the report has figures for, and returns their names."""
     drawn = []
-    for name, make in (("kernels.png", _kernels), ("models.png", _models), ("growth.png", _growth)):
+    for name, make in zip(PICTURES, (_kernels, _models, _growth), strict=True):
         figure = make(report)
         if figure is not None:
             figure.suptitle(f"{report['machine']['device']}, {report['machine']['made'][:10]}", fontsize=10)

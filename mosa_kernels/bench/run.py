@@ -19,7 +19,7 @@ from mosa_kernels.bench.kernels import OPERATOR_NAMES, PROVIDERS, Effort, cases,
 from mosa_kernels.bench.limits import Limits, known_roofline, measure_limits
 from mosa_kernels.bench.model import measure_model, settings
 from mosa_kernels.bench.model_variants import Setting
-from mosa_kernels.bench.plots import draw
+from mosa_kernels.bench.plots import PICTURES, draw
 from mosa_kernels.bench.records import FORMAT, Record, missing_in, name_of
 from mosa_kernels.bench.report import markdown
 from mosa_kernels.bench.shapes import OPTIONS, PRESETS, Axes, points
@@ -28,6 +28,9 @@ from mosa_kernels.train.folder import read_json, write_json, write_text
 
 PARTS = (*OPERATOR_NAMES, "model", "growth")
 JSON, MARKDOWN = "report.json", "report.md"
+UNFINISHED = "report.unfinished.json"
+"""What is measured so far lies here until the report is written: a run that ends early leaves a finished one alone."""
+
 _BY_ADAPTERS = frozenset(OPTIONS.values())
 _TAKEN: dict[str, frozenset[str]] = {
     "merge": _BY_ADAPTERS - {"images", "expert-per"},
@@ -212,24 +215,34 @@ def _pieces(
 
 
 def write(report: Record, folder: Path) -> list[Path]:
-    """Writes report.json, report.md and, with matplotlib, the pictures, and returns their paths."""
+    """Writes report.json, report.md and, with matplotlib, the pictures, and returns their paths.
+
+    Pictures of an earlier report that this one does not have go, and so does the unfinished one.
+    """
     write_json(folder / JSON, report)
     try:
         pictures, remark = draw(report, folder), ""
     except ModuleNotFoundError as error:
         pictures, remark = [], f"\nPictures were left out: {error}.\n"
     write_text(folder / MARKDOWN, markdown(report, pictures) + remark)
+    for name in (*(name for name in PICTURES if name not in pictures), UNFINISHED):
+        (folder / name).unlink(missing_ok=True)
     return [folder / name for name in (JSON, MARKDOWN, *pictures)]
 
 
+def find(path: Path) -> Path | None:
+    """The report that a path is, or the one in a folder: the finished one, else one that ended early; None: none."""
+    return next((file for file in (path, path / JSON, path / UNFINISHED) if file.is_file()), None)
+
+
 def read(path: Path) -> dict[str, Any]:
-    """A report.json, or the one in a folder.
+    """A report, or the one in a folder; see `find`.
 
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is no report, or of a format that this version does not read.
     """
-    path = path / JSON if path.is_dir() else path
+    path = find(path) or (path / JSON if path.is_dir() else path)
     report = read_json(path)
     if report.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a report of format {FORMAT}, got {report.get('format')!r}")

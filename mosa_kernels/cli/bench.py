@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import nan
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +21,10 @@ from mosa_kernels.bench.commits import measure_commits
 from mosa_kernels.bench.compare import broken, compare, markdown, regressions, same_device
 from mosa_kernels.bench.goals import answers
 from mosa_kernels.bench.kernels import PROVIDERS
+from mosa_kernels.bench.plots import PICTURES
 from mosa_kernels.bench.records import Record, failures, losses, timings
 from mosa_kernels.bench.report import disturbed_lines
-from mosa_kernels.bench.run import JSON, MARKDOWN, PARTS, Request, Say, measure, read, write
+from mosa_kernels.bench.run import JSON, MARKDOWN, PARTS, UNFINISHED, Request, Say, find, measure, read, write
 from mosa_kernels.bench.shapes import BOTTLENECKS, DTYPES, EXPERT_PER, MODELS, PRESETS, Axes
 from mosa_kernels.bench.tune import list_tuning, tune
 from mosa_kernels.cli.errors import MendableError, plain_errors
@@ -127,8 +130,7 @@ def bench(
         if against is None or output is not None:
             _refuse_unwritable(output, choosing)
         if against is None and not choosing:
-            files = [(output or _OUTPUT) / name for name in (MARKDOWN, JSON)]
-            require_own_or_new(files, lambda record: {"preset", "limits"} <= record.keys(), "a report of bench")
+            _refuse_files_of_others(output or _OUTPUT)
         if choosing:
             _choose(request, output, console, say)
             return
@@ -136,8 +138,9 @@ def bench(
             bad = _compare(against, request, console, output)
             raise typer.Exit(1 if bad else 0)
         output = _OUTPUT if output is None else output
-        report = measure(request, say, lambda unfinished: write_json(output / JSON, unfinished))
-        paths = write(report, output)
+        with _telling_what_is_kept(output, console) as keep:
+            report = measure(request, say, keep)
+            paths = write(report, output)
         _conclude(report, console)
         console.print(f"{report['seconds']:.0f} s; wrote {', '.join(map(str, paths))}")
         if failures(report):
@@ -177,6 +180,34 @@ def _refuse_unwritable(output: Path | None, choosing: bool = False) -> None:
         require_writable(output)
     else:
         require_writable(output or (measured.user_folder() if choosing else _OUTPUT), folder=True)
+
+
+def _refuse_files_of_others(folder: Path) -> None:
+    for names in ((*PICTURES, MARKDOWN, JSON), (UNFINISHED,)):
+        files = [folder / name for name in names]
+        require_own_or_new(files, lambda record: {"preset", "limits"} <= record.keys(), "a report of bench")
+
+
+@contextmanager
+def _telling_what_is_kept(folder: Path, console: Console) -> Iterator[Callable[[Record], None]]:
+    """Gives what writes an unfinished report, and says where that is when the work within ends early."""
+    kept = False
+
+    def keep(unfinished: Record) -> None:
+        nonlocal kept
+        write_json(folder / UNFINISHED, unfinished)
+        kept = True
+
+    try:
+        yield keep
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if kept or stopped:
+            what = f"what was measured until then is in {folder / UNFINISHED}" if kept else "nothing was measured yet"
+            console.print(f"\n{'Stopped' if stopped else 'Ended early'}; {what}.", markup=False)
+        if stopped:
+            raise typer.Exit(130) from None
+        raise
 
 
 def _choose(request: Request, output: Path | None, console: Console, say: Say) -> None:
@@ -232,7 +263,7 @@ def _conclude(report: Record, console: Console) -> None:
 def _compare(names: tuple[str, str], request: Request, console: Console, output: Path | None) -> bool:
     """Whether something is worse, or nothing can be said. Both names are reports, or both are commits."""
     paths = [Path(name) for name in names]
-    there = [path.is_file() or (path / JSON).is_file() for path in paths]
+    there = [find(path) is not None for path in paths]
     if any(there) and request != Request():
         raise ValueError(f"compare: expected with --output alone where {names[0]} and {names[1]} are reports")
     if any(there) and not all(there):

@@ -16,6 +16,7 @@ from mosa_kernels.bench.plots import draw
 from mosa_kernels.bench.records import failures, losses, name_of, timings
 from mosa_kernels.bench.report import HOW_TO_SEND, limits_line, markdown
 from mosa_kernels.bench.run import read, write
+from mosa_kernels.train.folder import write_json
 
 FAST = {"copy_share": 0.85, "launches": 1, "saved_bytes": 128 * 197 * 8, "host_us": {"host": 12.0, "wall": 50.0}}
 
@@ -216,6 +217,22 @@ def test_a_report_is_written_and_read_back(tmp_path: Path) -> None:
     assert read(tmp_path / "new" / "folder") == json.loads(paths[0].read_text()) == made
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     assert not list(paths[0].parent.glob(".*"))
+
+
+def test_pictures_that_a_later_report_does_not_have_go_and_other_files_stay(tmp_path: Path) -> None:
+    for name in ("models.png", "growth.png", "mine.png", "report.unfinished.json"):
+        (tmp_path / name).touch()
+    write(gpu_report(), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"report.json", "report.md", "kernels.png", "mine.png"}
+
+
+def test_a_folder_without_a_finished_report_has_the_unfinished_one(tmp_path: Path) -> None:
+    unfinished = gpu_report() | {"complete": False}
+    write_json(tmp_path / "report.unfinished.json", unfinished)
+    assert read(tmp_path) == unfinished
+    write_json(tmp_path / "report.json", gpu_report())
+    assert "complete" not in read(tmp_path)
 
 
 def test_without_matplotlib_the_pictures_alone_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

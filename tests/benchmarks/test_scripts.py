@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from reports import report
 from script_modules import load_script
 
 from mosa_kernels.bench.kernels import OPERATOR_NAMES
+from mosa_kernels.bench.run import write
 from mosa_kernels.bench.shapes import DTYPES
+from mosa_kernels.train.folder import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -167,6 +170,24 @@ def test_the_summary_ends_with_an_error_where_a_phase_failed(
         load_script("benchmarks/gpu_summary.py").main()
     assert (tmp_path / "summary.md").is_file()
     assert (tmp_path / "logs.tar.gz").is_file()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_summary_shows_what_an_unfinished_run_has(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "phases.tsv").write_text("doctor\t0\t1\t9\n")
+    (tmp_path / "logs" / "doctor.log").touch()
+    if earlier:
+        write(report(device="the earlier one"), tmp_path)
+    write_json(tmp_path / "report.unfinished.json", report(device="the last one") | {"complete": False})
+    monkeypatch.setattr(sys, "argv", ["gpu_summary.py", str(tmp_path)])
+    load_script("benchmarks/gpu_summary.py").main()
+    summary = (tmp_path / "summary.md").read_text()
+    assert ("on the earlier one." if earlier else "on the last one. It was ended before it was done.") in summary
+    assert ("They are of an earlier run; the last was ended" in summary) is earlier
+    assert (tmp_path / "report.unfinished.json").exists() is earlier
 
 
 def test_the_gpu_script_wants_a_folder() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,10 @@ from reports import record, report, row
 from mosa_kernels.backends import measured
 from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.choice import choose_adapter_backend
+from mosa_kernels.bench import run
 from mosa_kernels.bench.kernels import OPERATOR_NAMES
-from mosa_kernels.bench.run import PARTS
+from mosa_kernels.bench.run import PARTS, Request, Say, read, write
+from mosa_kernels.cli import bench
 from mosa_kernels.train.folder import write_json
 
 SMOKE = ("bench", "--preset", "smoke", "--device", "cpu", "--threads", "1")
@@ -84,6 +86,48 @@ def test_one_part_with_chosen_shapes_and_providers(command, tmp_path: Path) -> N
     assert [r["case"]["shape"] for r in made["kernels"]] == ["swin_b_4, 1 x 49", "swin_b_4, 2 x 49"]
     assert [[x["provider"] for x in r["rows"]] for r in made["kernels"]] == [["eager", "N copies", "cpu"]] * 2
     assert made["growth"] == made["models"] == []
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError("no such sensor"), 1)])
+def test_a_run_that_ends_early_leaves_a_finished_report_alone_and_says_what_it_has(
+    error: BaseException, status: int, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(report(record("adapter", [row("eager", 2.0), row("cpu", 1.0, True)]), device="a CPU"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def measure(request: Request, say: Say, keep: Callable[[dict], None]) -> dict:
+        keep(report(record("merge", [row("eager", 3.0)])) | {"complete": False})
+        raise error
+
+    monkeypatch.setattr(bench, "measure", measure)
+    result = command(*SMOKE, "--only", "merge", "--output", tmp_path)
+    assert result.exit_code == status
+    unfinished = tmp_path / "report.unfinished.json"
+    assert f"what was measured until then is in {unfinished}" in result.stdout.replace("\n", "")
+    assert read(unfinished)["kernels"][0]["operator"] == "merge"
+    unfinished.unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_is_stopped_at_once_says_so(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", measure)
+    result = command(*SMOKE, "--output", tmp_path / "new")
+    assert result.exit_code == 130
+    assert "Stopped; nothing was measured yet" in result.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_takes_no_adapters_is_refused_before_anything_runs(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "warm_up", lambda _: pytest.fail("something ran"))
+    result = command(*SMOKE, "--only", "model", "--models", "vit_tiny_patch16_224,resnet18", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: models: expected ones that take adapters, got resnet18: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_deadline_leaves_the_rest_out_and_says_so(command, tmp_path: Path) -> None:

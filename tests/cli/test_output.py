@@ -112,6 +112,8 @@ def test_figures_do_not_overwrite_the_run(
         (("demo", "--quick"), "demo.md"),
         (("bench", "--preset", "smoke"), "report.json"),
         (("bench", "--preset", "smoke"), "report.md"),
+        (("bench", "--preset", "smoke"), "report.unfinished.json"),
+        (("bench", "--preset", "smoke"), "growth.png"),
     ],
 )
 def test_folders_of_others_are_left_alone(words: tuple[str, ...], name: str, command: Any, tmp_path: Path):
