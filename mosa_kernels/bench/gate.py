@@ -1,10 +1,10 @@
-"""The error gate: at most twice the error of eager PyTorch at the same precision, for every output and gradient.
+"""The error gate: at most twice eager PyTorch's error at the same precision and a few roundings, everywhere.
 
 Three errors are compared: the root mean square, the largest of an entry, which a few wrong entries show in, and, for a
 result that carries its input along (`x + residual + adapter(x)`), the part that points along what the call adds. Where
 the result is rounded to 16 bits, a branch of a tenth of its size is lost in the noise of one entry; along a row, or
-over all, the noise cancels and a wrong branch does not. A few roundings of float32 are allowed in any case, since eager
-PyTorch may happen to be exact. No speed is reported for what does not pass.
+over all, the noise cancels and a wrong branch does not. A few roundings of float32 are added to what is allowed,
+since eager PyTorch may happen to be exact. No speed is reported for what does not pass.
 """
 
 from __future__ import annotations

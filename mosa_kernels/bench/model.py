@@ -60,7 +60,7 @@ def settings(
 
 
 def _require_adapters_fit(name: str) -> None:
-    """Raises a ValueError where a model takes no adapters; of one that needs its weights to be made, it is seen later."""
+    """Raises a ValueError where a model takes no adapters. One that is not made without weights is not looked at."""
     bare = bare_model(name)
     if bare is None:
         return

@@ -29,10 +29,12 @@ the share of what the device was measured to do, counting the least bytes and pr
 bandwidth; *products*: its matrix products over its time and what the device was measured to do in that type or in
 fp32, whichever is more. *x base*: how many times as fast as the row named there. *error*: the output or gradient
 furthest off, against float64, relative root mean square, and eager PyTorch's beside it; a provider further off than
-twice eager and 1e-6 (8 roundings of float32) has no time. *saved*: kept for the backward pass beyond inputs and
+twice eager plus 1e-6 (8 roundings of float32) has no time. *saved*: kept for the backward pass beyond inputs and
 weights. A warm cache is one that holds the whole call: memory is no limit there. In bold: the fastest that computes
 the same."""
 
+_LOWEST = f"""*Lowest*: this report times such a call more than once, and the worst of its ratios is held to the goal;
+the others are under "{_SECTIONS["adapter_forward"]}", "{_SECTIONS["adapter"]}" and "{_SECTIONS["granularity"]}"."""
 _GROWING = {"bottleneck r": "r", "experts N": "N", "adapters": "layers"}  # axis: what a case calls it
 _GROWTH = """Median milliseconds, in bold where ours is slower than another. *saved*: kept for the backward pass;
 *trained state*: weights, gradients, moments and owners or masks, the same for all providers but N copies."""
@@ -138,7 +140,10 @@ def goals_section(report: Record) -> str:
         )
         for answer in answers(report)
     ]
-    return "## Goals\n\n" + table(("case", "backend", "figure", "goal", "measured", ""), rows, left=3)
+    parts = ["## Goals", table(("case", "backend", "figure", "goal", "measured", ""), rows, left=3)]
+    if any(answer.among > 1 for answer in answers(report)):
+        parts.append(_LOWEST)
+    return "\n\n".join(parts)
 
 
 def kernel_section(record: Record) -> str:

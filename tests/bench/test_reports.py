@@ -61,8 +61,10 @@ def test_goals_are_met_missed_or_not_measured() -> None:
 
 def test_goals_of_a_cpu_are_others() -> None:
     rows = [row("eager", 10.0), row("cpu", 4.0, True)]
-    (answer,) = answers(report(record("adapter_forward", rows, shape="vit_b, 64 x 197", dtype="fp32"), device="a CPU"))
-    assert (answer.backend, answer.value, answer.verdict) == ("cpu", 2.5, "met")
+    made = report(record("adapter_forward", rows, shape="vit_b, 64 x 197", dtype="fp32"), device="a CPU")
+    (answer,) = answers(made)
+    assert (answer.backend, answer.shown, answer.verdict) == ("cpu", "2.50x", "met")
+    assert "*Lowest*" not in markdown(made)
 
 
 def test_of_rows_of_the_same_call_the_lowest_ratio_counts() -> None:
@@ -76,7 +78,8 @@ def test_of_rows_of_the_same_call_the_lowest_ratio_counts() -> None:
         device="a CPU",
     )  # fmt: skip
     (answer,) = answers(made)
-    assert (answer.shown, answer.verdict) == ("1.82x", "missed")
+    assert (answer.shown, answer.verdict) == ("1.82x, lowest of 2", "missed")
+    assert "*Lowest*: this report times such a call more than once" in markdown(made)
 
 
 def test_losses_are_named_and_other_functions_do_not_count() -> None:
