@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -44,11 +46,7 @@ def extension() -> Extension:
     try:
         module = importlib.import_module("mosa_kernels._C")
     except ImportError as error:
-        built = any(BUILD_RECORD.parent.glob("_C*.so"))
-        recorded = _build_record().get("native")
-        reason = f"mosa_kernels._C does not load: {error}" if built else f"mosa_kernels._C was not built: {recorded}"
-        if not built and not recorded:
-            reason = "mosa_kernels._C was not built (pip install . or, in a clone, make build)"
+        reason = _why_not_imported(error)
         return Extension(None, reason, reason)
     built_for = module.build_info["version"]
     if built_for != __version__:
@@ -58,6 +56,19 @@ def extension() -> Extension:
         return Extension(module, None, None)
     recorded = _build_record().get("cuda") or "nvcc was not found"
     return Extension(module, None, f"the CUDA kernels were not built: {recorded}")
+
+
+def _why_not_imported(error: ImportError) -> str:
+    built = [path.name for path in sorted(BUILD_RECORD.parent.glob("_C*.so"))]
+    if any(name.removeprefix("_C") in EXTENSION_SUFFIXES for name in built):
+        return f"mosa_kernels._C does not load: {error}"
+    if built:  # Python passes over the modules of others
+        here = f"{sys.version.split()[0]}, which loads _C{EXTENSION_SUFFIXES[0]}"
+        return f"mosa_kernels._C was built for another Python ({', '.join(built)}), this is {here}: build it again"
+    recorded = _build_record().get("native")
+    if recorded:
+        return f"mosa_kernels._C was not built: {recorded}"
+    return "mosa_kernels._C was not built (pip install . or, in a clone, make build)"
 
 
 def why_no_code_for(capability: tuple[int, int], made_for: tuple[int, int] = (0, 0)) -> str | None:

@@ -54,6 +54,7 @@ ADAPTER = Operator(
     {"cpu": ("cpu",)},
     _pays_off,
     _kind,
+    {"cpu": f"in eager mode reference where r >= {_WIDE_BOTTLENECK} and x has fewer than {_LARGE_CALL:,} entries"},
 )
 """What holds where no table of the device was measured (`backends.measured`). CPU: `_pays_off` and benchmarks/reports.
 

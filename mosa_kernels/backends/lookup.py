@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class Operator:
     order: Mapping[str, tuple[str, ...]]  # by device type: what is tried before the reference
     pays_off: Callable[..., bool] = lambda backend, *call: True  # whether a backend of the order is the faster one
     kind: Callable[..., Kind] | None = None  # what of a call a table is asked by; None: there is no table
+    exceptions: Mapping[str, str] = field(default_factory=dict)  # by device type, `pays_off` in words
 
     def check_name(self, backend: str | None) -> None:
         """Raises ValueError where there is no backend of this name."""

@@ -129,7 +129,8 @@ def _examine_choice_on(device: torch.device, choice: ModuleType) -> dict[str, An
         runs = {"every operator": ", then ".join(choice.automatic_backends(device.type))}
         return {**found, "source": f"request: {', '.join(preferred)}", "operators": runs}
     orders = {name: (*operator.order.get(device.type, ()), "reference") for name, operator in OPERATORS.items()}
-    runs = {name: ", then ".join(order) for name, order in orders.items()}
+    exceptions = {name: operator.exceptions.get(device.type) for name, operator in OPERATORS.items()}
+    runs = {name: "; ".join(filter(None, (", then ".join(order), exceptions[name]))) for name, order in orders.items()}
     table, ignored = measured.search(device)
     found["ignored"] = list(ignored)
     if table is not None:

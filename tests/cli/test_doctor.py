@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 from typer.testing import CliRunner
 
 from mosa_kernels import _extension
 from mosa_kernels._extension import Extension, extension
+from mosa_kernels.backends import measured
 from mosa_kernels.cli import doctor, main
 from mosa_kernels.version import __version__
 
@@ -101,6 +104,30 @@ def test_the_recorded_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path) 
     assert "does not load" in str(extension.__wrapped__().reason)
 
 
+def test_a_module_for_another_python_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(_extension, "BUILD_RECORD", tmp_path / "_build.json")
+    monkeypatch.setitem(sys.modules, "mosa_kernels._C", None)
+    other = "_C.cpython-39-x86_64-linux-gnu.so"
+    (tmp_path / other).touch()
+    reason = str(extension.__wrapped__().reason)
+    assert f"built for another Python ({other}), this is {platform.python_version()}" in reason
+    (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    assert "does not load" in str(extension.__wrapped__().reason)
+
+
+def test_where_the_reference_is_faster_on_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("MOSA_CACHE", str(tmp_path))
+    measured.forget()
+    try:
+        shown = json.loads(runner.invoke(main.app, ["doctor", "--json"]).output)["choice"]["cpu"]["operators"]
+    finally:
+        measured.forget()
+    assert shown["adapter"] == (
+        "cpu, then reference; in eager mode reference where r >= 192 and x has fewer than 2,400,000 entries"
+    )
+    assert shown["merge"] == "cpu, then reference"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_help_and_version_import_no_pytorch(arguments: list[str]) -> None:
     code = (
@@ -114,14 +141,22 @@ def test_help_and_version_import_no_pytorch(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [["doctor"], ["train", "--help"]])
-def test_a_wrong_setting_of_the_environment_is_said_by_every_command(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MOSA_CUDA_BACKENDS", "triton,foo", "names: expected any of cpu, triton, cuda, reference, got 'foo'"),
+        ("MOSA_CUDA_ONE_LAUNCH", "yes", "expected 1, or 0 for off, got 'yes'"),
+        ("MOSA_CUDA_ONE_LAUNCH", "2", "expected 1, or 0 for off, got '2'"),
+    ],
+)
+def test_a_wrong_setting_of_the_environment_is_said_by_every_command(
+    variable: str, value: str, expected: str, words: list[str]
+) -> None:
     code = "from mosa_kernels.cli.main import app; app()"
-    environment = {**os.environ, "MOSA_CUDA_BACKENDS": "triton,foo"}
+    environment = {**os.environ, variable: value}
     result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert result.returncode == 1
-    assert "MOSA_CUDA_BACKENDS: names: expected any of cpu, triton, cuda, reference, got 'foo'" in " ".join(
-        (result.stdout + result.stderr).split()
-    )
+    assert f"{variable}: {expected}" in " ".join((result.stdout + result.stderr).split())
     assert "Traceback" not in result.stdout + result.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -14,10 +13,11 @@ from torch import Tensor
 from mosa_kernels.backends.arguments import AdapterArguments, AdapterGradients, AdapterNeeds, expert_activity
 from mosa_kernels.backends.cuda.owned import owned_for
 from mosa_kernels.backends.element_types import DTYPE_CODES
+from mosa_kernels.backends.variables import whole_number
 
 _ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "identity": 4}
 _ID_DTYPES = (torch.int64, torch.int32)
-ONE_LAUNCH = os.environ.get("MOSA_CUDA_ONE_LAUNCH", "0") == "1"
+ONE_LAUNCH = whole_number("MOSA_CUDA_ONE_LAUNCH", "1, or 0 for off", most=1) == 1
 """Whether the backward pass over tokens and weights is one launch by clusters of blocks where the shape and the GPU
 (compute capability 9.0 and later) allow it. It has not been measured yet; so far it is for trying out."""
 

@@ -9,11 +9,12 @@ those that pass, the ones with more warps on a multiprocessor were taken; their 
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from mosa_kernels.backends.variables import whole_number
 
 
 class Config(NamedTuple):
@@ -40,14 +41,7 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _one_launch() -> int:
-    value = os.environ.get("MOSA_TRITON_ONE_LAUNCH") or "0"
-    if not value.isdecimal():
-        raise ValueError(f"MOSA_TRITON_ONE_LAUNCH: expected a number of units such as 16, or 0 for none, got {value!r}")
-    return int(value)
-
-
-ONE_LAUNCH = _one_launch()
+ONE_LAUNCH = whole_number("MOSA_TRITON_ONE_LAUNCH", "a number of units such as 16, or 0 for none")
 """The widest padded bottleneck whose backward pass runs in one launch (`adapter_backward_together`).
 
 None does: counted, it moves three quarters of the bytes of three launches at r = 16, d = 768 and 128 images, but it has
