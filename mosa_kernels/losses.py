@@ -121,7 +121,7 @@ class MoSALoss(nn.Module):
 
         Raises:
             TypeError: `out` is neither of both, or `target` is neither integer nor floating point.
-            ValueError: a shape is wrong, or features that have to be compared are missing.
+            ValueError: a shape or (on the CPU) a class is wrong, or features that have to be compared are missing.
         """
         if isinstance(out, Tensor):
             logits1, logits2, features1, features2 = out, None, None, None

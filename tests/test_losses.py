@@ -202,6 +202,10 @@ def test_bad_options_are_named(options: dict[str, object], message: str) -> None
         ({}, torch.zeros(B + 1, dtype=torch.int64), ValueError, r"target: expected shape \[3\] .* got \[4\]"),
         ({}, torch.zeros(B, dtype=torch.float32), ValueError, r"target: expected shape \[3, 5\] .* got \[3\]"),
         ({}, [0, 1, 2], TypeError, "target: expected a tensor, got list"),
+        ({}, torch.tensor([0, 9, -100]), ValueError, "target: expected classes from 0 to 4, or -100 for none, got 9"),
+        ({}, torch.tensor([0, -1, 2]), ValueError, "target: expected classes from 0 to 4, or -100 for none, got -1"),
+        ({}, torch.tensor([0, 1, 156], dtype=torch.uint8), ValueError, "target: expected classes .* got 156"),
+        ({"logits2": None}, torch.tensor([0, 1, 5]), ValueError, "target: expected classes from 0 to 4.* got 5"),
         (
             {"logits1": torch.zeros(B, C).long()},
             None,

@@ -13,10 +13,11 @@ from mosa_kernels.backends.consistency import ConsistencyArguments
 from mosa_kernels.backends.lookup import Backend, Operator
 from mosa_kernels.backends.measured import Kind
 from mosa_kernels.backends.triton import backend as triton
-from mosa_kernels.functional.checks import check_floating
+from mosa_kernels.functional.checks import check_floating, has_no_values
 from mosa_kernels.functional.derivatives import definition_gradients
 
 LIBRARY = torch.library.Library("mosa_kernels", "FRAGMENT")
+_NO_CLASS = -100  # as in PyTorch's cross-entropy
 _ARGUMENTS = "Tensor logits1, Tensor logits2, Tensor target, float label_smoothing, bool detach_targets, str backend"
 LIBRARY.define(f"consistency({_ARGUMENTS}) -> (Tensor cross_entropy, Tensor divergence, Tensor saved)")
 LIBRARY.define(
@@ -166,7 +167,8 @@ def consistency(
     Raises:
         TypeError: logits are not floating point, or the target has a dtype that names neither classes nor
             probabilities.
-        ValueError: a shape or `label_smoothing` is wrong, or the backend asked for does not take this call.
+        ValueError: a shape, `label_smoothing` or (on the CPU) a class is wrong, or the backend asked for does not take
+            this call.
     """
     _check_logits(logits1, logits2)
     check_target(logits1, target)
@@ -220,7 +222,7 @@ def check_target(logits: Tensor, target: Tensor) -> None:
 
     Raises:
         TypeError: the logits are not floating point, or the target's dtype names neither classes nor probabilities.
-        ValueError: a shape is wrong.
+        ValueError: a shape is wrong, or a target on the CPU names a class that the logits do not have.
     """
     check_floating("logits1", logits)
     if not isinstance(target, Tensor):
@@ -235,3 +237,11 @@ def check_target(logits: Tensor, target: Tensor) -> None:
         raise TypeError(f"target: expected classes (int64) or probabilities (floating point), got {target.dtype}")
     if tuple(target.shape) != expected:
         raise ValueError(f"target: expected shape {list(expected)} for {target.dtype}, got {list(target.shape)}")
+    # A GPU would have to be waited for, and says so itself.
+    if not target.dtype.is_floating_point and type(target) is Tensor and target.is_cpu and not has_no_values():
+        classes, count = target.long(), logits.shape[1]
+        unknown = classes[((classes < 0) | (classes >= count)) & (classes != _NO_CLASS)]
+        if unknown.numel():
+            raise ValueError(
+                f"target: expected classes from 0 to {count - 1}, or {_NO_CLASS} for none, got {int(unknown[0])}"
+            )

@@ -20,6 +20,7 @@ from mosa_kernels.nn.options import (
     check_expert_scale,
     check_flag,
     check_number,
+    check_placement,
     check_probability,
     check_seed,
     check_whole,
@@ -111,6 +112,7 @@ class FusedMoSAAdapter(nn.Module):
         check_number("scale", scale)
         check_eps("norm_eps", norm_eps)
         check_expert_scale(expert_scale)
+        check_placement(device, dtype)
         self.dim, self.out_dim, self.bottleneck, self.num_experts = dim, out_dim, bottleneck, num_experts
         self.activation, self.dropout, self.sparse, self.granularity = activation, dropout, sparse, granularity
         self.merge_rule, self.pruned = merge_rule, pruned

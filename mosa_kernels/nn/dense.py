@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosa_kernels.backends.activations import ACTIVATIONS
-from mosa_kernels.nn.options import check_choice, check_count, check_eps
+from mosa_kernels.nn.options import check_choice, check_count, check_eps, check_placement
 
 
 class DenseAdapter(nn.Module):
@@ -42,6 +42,7 @@ class DenseAdapter(nn.Module):
             check_count(name, size)
         check_choice("activation", activation, tuple(ACTIVATIONS))
         check_eps("norm_eps", norm_eps)
+        check_placement(device, dtype)
         self.activation, self.norm, self.norm_eps = activation, norm, norm_eps
         self.down = nn.Linear(dim, bottleneck, device=device, dtype=dtype)
         self.up = nn.Linear(bottleneck, dim, device=device, dtype=dtype)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """
@@ -79,6 +81,24 @@ def check_expert_scale(value: Any) -> None:
     check_number("expert_scale", value, "a number or 'N'")
     if value <= 0:
         raise ValueError(f"expert_scale: expected a positive number or 'N', got {value!r}")
+
+
+def check_placement(device: Any, dtype: Any) -> None:
+    """Where weights are made, and in which dtype; None is PyTorch's default.
+
+    Raises:
+        TypeError: `device` or `dtype` is of another type, or integers are asked for, which do not train.
+        ValueError: PyTorch knows no such device.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
+    if device is None:
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = ValueError if isinstance(device, str) else TypeError
+        raise kind(f"device: expected one that PyTorch knows, such as cpu or cuda:0, got {device!r}") from error
 
 
 def check_probability(name: str, value: Any) -> None:

@@ -124,9 +124,14 @@ class MoSAConfig:
             raise ValueError(f"num_experts: expected at least 2 for mode 'pruned', got {self.num_experts}")
         if self.mode == "pruned" and self.sparse == "none":
             raise ValueError("sparse: expected up, down or both for mode 'pruned', which keeps 1/N, got 'none'")
-        if self.anchored and (self.mode != "mosa" or self.sparse == "none"):
-            without = f"mode {self.mode!r}" if self.mode != "mosa" else "sparse 'none'"
-            raise ValueError(f"anchored: expected False for {without}, which has no experts, got True")
+        alone = {
+            f"mode {self.mode!r}": self.mode != "mosa",
+            "sparse 'none'": self.sparse == "none",
+            f"num_experts {self.num_experts}": max(counts) == 1,
+        }
+        without = next((words for words, is_so in alone.items() if is_so), None)
+        if self.anchored and without is not None:
+            raise ValueError(f"anchored: expected False for {without}, which has no experts to take turns, got True")
         if self.layers is not None:
             object.__setattr__(self, "layers", _check_layers(self.layers))
         object.__setattr__(self, "lora_targets", _check_targets(self.lora_targets))
@@ -239,7 +244,11 @@ def expert_counts(num_experts: int | str | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_listing(value: Any) -> bool:
-    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes))
+    try:
+        iter(value)  # a tensor without dimensions has `__iter__`, and refuses
+    except TypeError:
+        return False
+    return not isinstance(value, (str, bytes))
 
 
 def _check_targets(targets: Any) -> tuple[str, ...]:

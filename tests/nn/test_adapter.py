@@ -265,6 +265,14 @@ def test_compiled_layer_is_one_graph_and_draws_anew() -> None:
     torch.testing.assert_close(torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
+PLACES = [
+    ({"dtype": torch.int8}, "dtype: expected a floating-point dtype or None, got torch.int8"),
+    ({"dtype": "float32"}, "dtype: expected a floating-point dtype or None, got 'float32'"),
+    ({"device": "nonsense"}, "device: expected one that PyTorch knows, such as cpu or cuda:0, got 'nonsense'"),
+    ({"device": 1.5}, "device: expected one that PyTorch knows, .* got 1.5"),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -293,11 +301,20 @@ def test_compiled_layer_is_one_graph_and_draws_anew() -> None:
         ({"pruned": 1}, "pruned: expected True or False, got 1"),
         ({"norm_eps": -1.0}, "norm_eps: expected at least 0, got -1.0"),
         ({"norm_eps": float("nan")}, "norm_eps: expected a number that is finite, got nan"),
+        *PLACES,
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         mk.FusedMoSAAdapter(**{"dim": D, "bottleneck": R, **options})
+
+
+@pytest.mark.parametrize("layer", [mk.DenseAdapter, mk.FusedMoSALoRA])
+@pytest.mark.parametrize(("options", "message"), PLACES)
+def test_bad_places_are_named_by_all_layers(layer: type[nn.Module], options: dict, message: str) -> None:
+    sizes = {mk.DenseAdapter: (D, R), mk.FusedMoSALoRA: (D,)}[layer]
+    with pytest.raises((TypeError, ValueError), match=message):
+        layer(*sizes, **options)
 
 
 @pytest.mark.parametrize("expert", [[0, 1], 1.5, True, "0"], ids=repr)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +63,7 @@ def test_json_refuses_what_it_does_not_know() -> None:
         ("num_experts", 256, "at most 255"),
         ("num_experts", [4, 0], "at least 1"),
         ("num_experts", [], "one for each block"),
+        ("num_experts", torch.tensor(4), "a whole number, got tensor(4)"),
         ("num_experts", "4", "the first and the last as '1:4', got '4'"),
         ("num_experts", "1:", "the first and the last"),
         ("num_experts", "-1:4", "the first and the last"),
@@ -86,6 +88,7 @@ def test_json_refuses_what_it_does_not_know() -> None:
         ("expert_scale", "M", "a number or 'N'"),
         ("anchored", None, "True or False"),
         ("layers", "all", "list of block indices"),
+        ("layers", torch.tensor(4), "list of block indices"),
         ("layers", [], "at least one"),
         ("layers", [1, 1], "each block once"),
         ("layers", [1.5], "whole numbers"),
@@ -110,6 +113,10 @@ def test_options_that_contradict_each_other() -> None:
         MoSAConfig(mode="dense", anchored=True)
     with pytest.raises(ValueError, match="anchored: expected False for sparse 'none'"):
         MoSAConfig(sparse="none", anchored=True)
+    for one in (1, (1, 1), "1:1"):
+        with pytest.raises(ValueError, match=r"anchored: expected False for num_experts .*1.*, which has no experts"):
+            MoSAConfig(num_experts=one, anchored=True)  # type: ignore[arg-type]
+    assert MoSAConfig(num_experts="1:4", anchored=True).anchored
     with pytest.raises(ValueError, match="sparse: expected up, down or both for mode 'pruned'"):
         MoSAConfig(mode="pruned", sparse="none")
     with pytest.raises(ValueError, match="num_experts: expected at least 2 for mode 'pruned'"):
