@@ -240,14 +240,19 @@ def copy_sources(target: Path) -> Path:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, target / name)
     else:
-        leave = shutil.ignore_patterns("build", ".venv", "_C*.so", "_build.json", "*.egg-info", "__pycache__")
+        ignored = (ROOT / ".gitignore").read_text().split()
+        leave = shutil.ignore_patterns(*(Path(name).name for name in ignored))
         shutil.copytree(ROOT, target, ignore=leave, dirs_exist_ok=True)
     return target
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    return copy_sources(tmp_path / "sources")
+    copied = copy_sources(tmp_path / "sources")
+    tables = copied / "mosa_kernels" / "assets" / "choice"  # where those of GPUs lie, once there are any
+    tables.mkdir(exist_ok=True)
+    (tables / "nvidia-imaginary.json").write_text("{}\n")
+    return copied
 
 
 @pytest.fixture
@@ -309,25 +314,37 @@ COMPILERS = (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 
 
-@needs_compiler
-@pytest.mark.packaging
-def test_sdist_holds_everything_and_installs(sources: Path, poisoned: str, quick: str, tmp_path: Path) -> None:
-    tables = sources / "mosa_kernels" / "assets" / "choice"  # where those of GPUs lie, once there are any
-    tables.mkdir(exist_ok=True)
-    (tables / "nvidia-imaginary.json").write_text("{}\n")
+@pytest.fixture
+def sdist(sources: Path, poisoned: str, tmp_path: Path) -> Path:
     command = (sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path)
     run(*command, cwd=sources, PYTHONPATH=poisoned)
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    prefix = f"mosa_kernels-{__version__}/"
-    with tarfile.open(sdist) as archive:
-        names = {name.removeprefix(prefix) for name in archive.getnames()}
-    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "mosa_kernels/py.typed", "Makefile"}
-    needed |= {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
-    package = (sources / "mosa_kernels").rglob("*")
-    needed |= {str(path.relative_to(sources)) for path in package if path.suffix in (".py", ".json", ".safetensors")}
-    assert needed <= names, needed - names
-    assert not [name for name in names if name.endswith(".so") or "_build.json" in name]
+    (made,) = tmp_path.glob("*.tar.gz")
+    return made
 
+
+@pytest.mark.packaging
+def test_sdist_holds_what_a_clone_does_and_make_runs_in_it(sources: Path, sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / f"mosa_kernels-{__version__}"
+    held, needed = ({str(path.relative_to(root)) for path in files(root)} for root in (unpacked, sources))
+    needed = {name for name in needed if ".egg-info" not in name}
+    assert needed <= held, needed - held
+    assert not [name for name in held if name.endswith(".so") or "_build.json" in name]
+    assert "License-Expression: Apache-2.0" in (unpacked / "PKG-INFO").read_text().splitlines()
+    assert os.access(unpacked / ".ci" / "make-venv", os.X_OK)
+    if shutil.which("make"):
+        for goal in ("demo", "test"):
+            run("make", "--dry-run", goal, cwd=unpacked)
+
+
+def files(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+@needs_compiler
+@pytest.mark.packaging
+def test_sdist_installs(sources: Path, sdist: Path, poisoned: str, quick: str, tmp_path: Path) -> None:
     target = tmp_path / "installed"
     install(sdist, target, MOSA_CUDA="0", CXX=quick, PYTHONPATH=poisoned)
     report = report_of(target, tmp_path)
