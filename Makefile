@@ -61,7 +61,7 @@ $(VENV)/.created: .ci/make-venv
 
 $(VENV)/.dependencies: $(VENV)/.created pyproject.toml
 	@echo "== dependencies (PyTorch is a large download)"
-	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" "cmake>=3.18" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --upgrade pip "setuptools>=70.1" "cmake>=3.18" ninja "pybind11>=2.13"
 	MOSA_CPP=0 $(BIN)/python -m pip install --no-build-isolation --editable ".[test]"
 	@touch $@
 

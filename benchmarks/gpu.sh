@@ -20,7 +20,7 @@
 # MOSA_COMMIT         the commit that the report names where there is no .git, as in a copy of the files
 # MOSA_GPU_SH_DRY=1   the same phases on a CPU with the smallest shapes, to try the script itself
 # PYTHON              (python3) with torch, triton, timm, typer, rich, pytest, hypothesis, for pictures matplotlib, for
-#                     tests in parallel pytest-xdist, and for the build setuptools 77, cmake, ninja, pybind11 and nvcc
+#                     tests in parallel pytest-xdist, and for the build cmake, ninja, pybind11 and nvcc
 set -uo pipefail
 if [ $# -ne 1 ]; then
   echo "usage: benchmarks/gpu.sh OUT" >&2
