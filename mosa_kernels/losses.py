@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mosa_kernels.backends.consistency import cross_entropy
 from mosa_kernels.functional.alignment import feature_alignment
-from mosa_kernels.functional.consistency import OPERATOR, check_smoothing, check_target, consistency
+from mosa_kernels.functional.consistency import OPERATOR, check_classes, check_smoothing, check_target, consistency
 from mosa_kernels.nn.options import check_flag
 
 ALIGNMENTS = ("none", "shallow", "deep", "all")
@@ -131,6 +131,7 @@ class MoSALoss(nn.Module):
             logits1, logits2, features1, features2 = out.logits1, out.logits2, out.features1, out.features2
         check_target(logits1, target)
         if logits2 is None or not self.alpha:
+            check_classes(logits1, target)
             predicted = cross_entropy(logits1, target, self.label_smoothing)
             zero = alignment = divergence = predicted.new_zeros(())
             if logits2 is None:

@@ -176,6 +176,7 @@ def consistency(
     args = ConsistencyArguments(logits1, logits2, target, label_smoothing, detach_targets)
     name = OPERATOR.choose(logits1.device.type, backend, args)
     if name == "reference":
+        check_classes(logits1, target)
         return reference.consistency(args)
     cross_entropy, divergence, _ = torch.ops.mosa_kernels.consistency(*args, name)
     return cross_entropy, divergence
@@ -222,7 +223,7 @@ def check_target(logits: Tensor, target: Tensor) -> None:
 
     Raises:
         TypeError: the logits are not floating point, or the target's dtype names neither classes nor probabilities.
-        ValueError: a shape is wrong, or a target on the CPU names a class that the logits do not have.
+        ValueError: a shape is wrong.
     """
     check_floating("logits1", logits)
     if not isinstance(target, Tensor):
@@ -237,11 +238,19 @@ def check_target(logits: Tensor, target: Tensor) -> None:
         raise TypeError(f"target: expected classes (int64) or probabilities (floating point), got {target.dtype}")
     if tuple(target.shape) != expected:
         raise ValueError(f"target: expected shape {list(expected)} for {target.dtype}, got {list(target.shape)}")
-    # A GPU would have to be waited for, and says so itself.
-    if not target.dtype.is_floating_point and type(target) is Tensor and target.is_cpu and not has_no_values():
-        classes, count = target.long(), logits.shape[1]
-        unknown = classes[((classes < 0) | (classes >= count)) & (classes != _NO_CLASS)]
-        if unknown.numel():
-            raise ValueError(
-                f"target: expected classes from 0 to {count - 1}, or {_NO_CLASS} for none, got {int(unknown[0])}"
-            )
+
+
+def check_classes(logits: Tensor, target: Tensor) -> None:
+    """What the definition is given on the CPU; a GPU would have to be waited for, and says so itself.
+
+    Raises:
+        ValueError: the target names a class that the logits do not have.
+    """
+    if target.dtype.is_floating_point or type(target) is not Tensor or not target.is_cpu or has_no_values():
+        return
+    classes, count = target.long(), logits.shape[1]
+    unknown = classes[((classes < 0) | (classes >= count)) & (classes != _NO_CLASS)]
+    if unknown.numel():
+        raise ValueError(
+            f"target: expected classes from 0 to {count - 1}, or {_NO_CLASS} for none, got {int(unknown[0])}"
+        )
