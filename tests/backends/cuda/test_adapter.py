@@ -294,7 +294,9 @@ def test_products_without_matrix_units() -> None:
 def test_products_of_bf16_are_float32s_where_no_unit_multiplies_it(
     major: int, built_for: str, bf16_products: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = SimpleNamespace(build_info={"cuda_architectures": built_for})
+    module = SimpleNamespace(
+        build_info={"cuda_architectures": built_for, "cuda_toolkit": "13.0.88"}, cuda_driver_version=lambda: 13000
+    )
     monkeypatch.setattr(_extension, "extension", lambda: Extension(module, None, None))
     found = SimpleNamespace(multi_processor_count=40, major=major, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
