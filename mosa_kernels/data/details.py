@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mosa_kernels.data import canvas, shapes
 from mosa_kernels.data.canvas import Field, Scenery, blend, column, coverage, place
 from mosa_kernels.data.draws import Draws
-from mosa_kernels.data.fine_grained import paint_plain
+from mosa_kernels.data.fine_grained import paint_plain, two_coloured
 
 RATIOS = (1.0, 1.35, 1.8, 2.4, 3.2, 4.3)
 PROPORTIONS = tuple(f"{ratio:g} to 1" for ratio in RATIOS)
@@ -143,12 +143,7 @@ def paint_glyphs(draws: Draws, label: NDArray[np.int64], size: int, scenery: Sce
 
 def paint_fills(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
     """One object in two colours; labels are those of `FILLS`."""
-    images, behind = canvas.scene(draws, size, scenery)
-    radius = draws.uniform(0.6, 0.95)
-    x, y = draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3)
-    u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), radius)
-    outline = shapes.distance(FILLED, draws.integers(len(FILLED)), u, v)
-    first, second = canvas.two_colours_apart(draws, behind, scenery.candidates)
+    images, outline, x, y, radius, first, second = two_coloured(draws, size, scenery, FILLED)
     u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), radius)
     blend(images, first, coverage(outline, radius, size))
     blend(images, second, coverage(np.maximum(outline, fill(label, outline, u, v)), radius, size))

@@ -10,6 +10,7 @@ fine-tuning 63 and 71 %.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,28 @@ def paint_plain(
     return canvas.finish(draws, images, scenery.noise)
 
 
+class TwoColoured(NamedTuple):
+    """A scene in which an object is to be painted in two colours."""
+
+    images: canvas.Images
+    outline: Field  # signed distance in units of the radius
+    x: NDArray[np.float32]  # [B], where it is
+    y: NDArray[np.float32]
+    radius: NDArray[np.float32]
+    first: NDArray[np.float32]  # [B, 3]
+    second: NDArray[np.float32]
+
+
+def two_coloured(draws: Draws, size: int, scenery: Scenery, names: tuple[str, ...]) -> TwoColoured:
+    """Draws everything but how the object, of one of these shapes, shares its colours."""
+    images, behind = canvas.scene(draws, size, scenery)
+    radius = draws.uniform(0.6, 0.95)
+    x, y = draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3)
+    u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), radius)
+    outline = shapes.distance(names, draws.integers(len(names)), u, v)
+    return TwoColoured(images, outline, x, y, radius, *canvas.two_colours_apart(draws, behind, scenery.candidates))
+
+
 def paint_outlines(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
     """One plain object; labels are those of `OUTLINES`."""
     return paint_plain(draws, size, scenery, lambda u, v: outline(label, u, v))
@@ -105,14 +128,13 @@ def paint_outlines(draws: Draws, label: NDArray[np.int64], size: int, scenery: S
 
 def paint_weaves(draws: Draws, label: NDArray[np.int64], size: int, scenery: Scenery) -> NDArray[np.uint8]:
     """One object in two colours; labels are those of `WEAVES`."""
-    images, behind = canvas.scene(draws, size, scenery)
-    radius = draws.uniform(0.6, 0.95)
-    x, y = draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3)
-    u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), radius)
-    alpha = coverage(shapes.distance(WOVEN, draws.integers(len(WOVEN)), u, v), radius, size)
-    first, second = canvas.two_colours_apart(draws, behind, scenery.candidates)
+    images, outline, x, y, radius, first, second = two_coloured(draws, size, scenery, WOVEN)
     period = column(draws.uniform(0.36, 0.5))
     u, v = place(size, x, y, draws.uniform(0, 2 * np.pi), np.ones_like(radius))
     mixed = weave(label, u, v, period, period * np.float32(size / 2 / np.pi))
-    blend(images, first[:, None, None, :] + mixed[..., None] * (second - first)[:, None, None, :], alpha)
+    blend(
+        images,
+        first[:, None, None, :] + mixed[..., None] * (second - first)[:, None, None, :],
+        coverage(outline, radius, size),
+    )
     return canvas.finish(draws, images, scenery.noise)

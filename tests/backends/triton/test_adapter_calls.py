@@ -173,17 +173,23 @@ def test_a_plan_is_made_once(noted: list[tuple[str, Noted]], monkeypatch: pytest
     assert len(made) == 4
 
 
-def test_addresses_that_are_not_aligned_have_kernels_of_their_own(
-    noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    aligned: list[bool | None] = []
+@pytest.fixture
+def aligned(noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
+    """Of each kernel that is made, whether it is one for aligned addresses."""
+    found: list[bool | None] = []
     kernel: Any = launch.Launch.compiled
 
     def compiled(description: launch.Launch) -> Any:
-        aligned.append(description.aligned)
+        found.append(description.aligned)
         return kernel(description)
 
     monkeypatch.setattr(launch.Launch, "compiled", compiled)
+    return found
+
+
+def test_addresses_that_are_not_aligned_have_kernels_of_their_own(
+    noted: list[tuple[str, Noted]], aligned: list[bool | None]
+) -> None:
     backend.adapter_forward(call({}))
     shifted = torch.randn(4 * 6 * 32 + 1)[1:].view(4, 6, 32)
     for _ in range(2):
@@ -193,16 +199,8 @@ def test_addresses_that_are_not_aligned_have_kernels_of_their_own(
     assert [found["residual"] == shifted.data_ptr() for _, found in noted] == [False, True, True, False]
 
 
-def test_ids_seeds_and_scales_may_lie_anywhere(noted: list[tuple[str, Noted]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_seeds_and_scales_may_lie_anywhere(aligned: list[bool | None]) -> None:
     """As one layer's out of a table: what is read element by element has no say in how the rest is loaded."""
-    aligned: list[bool | None] = []
-    kernel: Any = launch.Launch.compiled
-
-    def compiled(description: launch.Launch) -> Any:
-        aligned.append(description.aligned)
-        return kernel(description)
-
-    monkeypatch.setattr(launch.Launch, "compiled", compiled)
     for change in (
         {"expert": torch.zeros(9, dtype=torch.int64)[1:5]},
         {"seed": torch.zeros(9, dtype=torch.int64)[1:5], "dropout_p": 0.1},
