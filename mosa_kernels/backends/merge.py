@@ -23,7 +23,7 @@ class MergeInput(NamedTuple):
     norm_weight: Tensor | None = None  # [d]
     norm_bias: Tensor | None = None  # [d]
     scale: float | Tensor = 1.0  # a number or []
-    up_factor: float = 1.0  # of the merge rule: 1/N for "mean", 1 for "jigsaw", each times the expert scale
+    up_factor: float = 1.0  # of the merge rule: the expert scale over N for "mean", 1 for "jigsaw"
     w_down_init: Tensor | None = None  # [r, d], the start of a sparse down-projection; None: it is dense
     down_factor: float = 1.0  # like up_factor, on w_down - w_down_init; without w_down_init it has no effect
 

@@ -295,7 +295,7 @@ def mosa_adapter(
         add_input: whether x itself is a summand of the output.
         dropout_p: probability of dropping an entry of the bottleneck.
         seed: of the dropout mask: a number, or int64 [] or [G] like `expert`; None draws one from PyTorch's default
-            generator.
+            generator. Masks of seeds that lie close are shifts of each other, so draw them at random, too.
         assignment_down, w_down_init: a sparse down-projection: uint8 [r, d] and the values [r, d] that an expert sees
             outside its own entries.
         expert_scale: factor on the active expert's entries (not on its bias); of a sparse down-projection on what they
