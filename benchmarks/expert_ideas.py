@@ -34,6 +34,7 @@ from mosa_kernels.backends.arguments import MERGED
 from mosa_kernels.nn.projection import Projection
 from mosa_kernels.train.folder import read_json, write_json
 from mosa_kernels.train.loop import Trainer
+from mosa_kernels.train.methods import Numbers, number_words
 from mosa_kernels.train.objective import Objective
 from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, run_and_keep, run_cell
 from mosa_kernels.train.table_grid import Choice, Measured
@@ -44,7 +45,6 @@ from mosa_kernels.train.variant_report import Variant, command_of, write_variant
 CHOICES = Path(__file__).parent / "accuracy" / "offline"  # what validation chose in each table
 TABLES = ("ours-2", "ours-3", "ours-4", "ours-5")
 SHARE = 0.25  # of the epochs, for what happens in the beginning or the end
-Numbers = dict[str, float]
 Choose = Callable[[Tensor, Trainer], "Tensor | int | None"]  # labels of a batch, trainer -> experts; None: at random
 
 
@@ -135,17 +135,6 @@ class Counts:
         return None
 
 
-class Dropouts:
-    """A dropout of its own for the adapter of each block."""
-
-    def __init__(self, *probabilities: float) -> None:
-        self.probabilities = probabilities
-
-    def __call__(self, labels: Tensor, trainer: Trainer) -> None:
-        for layer, probability in zip(adapters(trainer.model), self.probabilities, strict=True):
-            layer.dropout = probability
-
-
 def adapters(model: nn.Module) -> list[mk.FusedMoSAAdapter]:
     return [each for each in model.modules() if isinstance(each, mk.FusedMoSAAdapter)]
 
@@ -192,7 +181,7 @@ class Idea:
         passes: of each batch; None: the variant's.
         choose: makes the rule by which experts are chosen; None: at random.
         against: the key of what it is held against.
-        sets_dropout: in place of what was chosen.
+        dropout: in place of what was chosen.
         origin: "ours" or "control"; what is ours is held against every control, too.
     """
 
@@ -203,7 +192,7 @@ class Idea:
     passes: int | None = None
     choose: Callable[[], Choose] | None = None
     against: str = "random"
-    sets_dropout: bool = False
+    dropout: str | None = None
     origin: str = "ours"
 
 
@@ -288,14 +277,13 @@ IDEAS = (
             key,
             f"the same, dropout {words} with depth",
             "dropout-two-pass",
-            choose=functools.partial(Dropouts, *probabilities),
             against="dropout-two-pass",
-            sets_dropout=True,
+            dropout=dropout,
             origin="control",
         )
-        for key, words, probabilities in (
-            ("dropout-rising", "0, 0.1, 0.2 and 0.3", (0.0, 0.1, 0.2, 0.3)),
-            ("dropout-rising-high", "0, 0.2, 0.4 and 0.6", (0.0, 0.2, 0.4, 0.6)),
+        for key, words, dropout in (
+            ("dropout-rising", "0, 0.1, 0.2 and 0.3", "0:0.3"),
+            ("dropout-rising-high", "0, 0.2, 0.4 and 0.6", "0:0.6"),
         )
     ),
 )
@@ -337,8 +325,8 @@ def chosen_numbers(table: Table, ideas: Sequence[Idea], lr: float | None = None)
     rows, numbers = read_json(CHOICES / f"{table.number}.json")["rows"], {}
     for idea, task in itertools.product(ideas, table.tasks):
         chosen = dict(rows[variant_in(table, idea)]["tasks"][task.name]["choice"]["numbers"])
-        if idea.sets_dropout:
-            del chosen["dropout"]
+        if idea.dropout is not None:
+            chosen["dropout"] = idea.dropout
         numbers[idea.key, task.name] = chosen if lr is None else {**chosen, "lr": lr}
     return numbers
 
@@ -476,7 +464,7 @@ def told_numbers(ideas: Sequence[Idea], tasks: Sequence[Task], numbers: Mapping[
 
 
 def words(numbers: Numbers) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+    return ", ".join(itertools.starmap(number_words, numbers.items()))
 
 
 def chosen_ideas(keys: Sequence[str] | None) -> tuple[Idea, ...]:

@@ -68,7 +68,9 @@ def train(
     prompt_length: Annotated[int | None, typer.Option(help="Prompt tokens of vpt-shallow and vpt-deep.")] = None,
     expert_per: Annotated[str | None, typer.Option(help="Draw an expert per batch or per sample.")] = None,
     expert_lr: Annotated[float | None, typer.Option(help="Factor on the learning rate of what experts own.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="On the bottleneck.")] = None,
+    dropout: Annotated[
+        str | None, typer.Option(help="On the bottleneck; one per block, as 0,0.1,0.2; or 0:0.3, more with depth.")
+    ] = None,
     merge_rule: Annotated[str | None, typer.Option(help="mean or jigsaw.")] = None,
     passes: Annotated[int | None, typer.Option(help="Forward passes of each batch: 1 or 2.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the consistency of two passes.")] = None,
@@ -146,6 +148,9 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
     if "num_experts" in given and ":" not in given["num_experts"]:
         counts = _numbers("num_experts", given["num_experts"], "a number, one per block such as 4,4,2, or 1:4")
         given["num_experts"] = counts[0] if len(counts) == 1 else counts
+    if isinstance(given.get("dropout"), str) and ":" not in given["dropout"]:
+        rates = _numbers("dropout", given["dropout"], "a number, one per block such as 0,0.1,0.2, or 0:0.3", float)
+        given["dropout"] = rates[0] if len(rates) == 1 else rates
     if "lora_targets" in given:
         given["lora_targets"] = tuple(given["lora_targets"].split(","))
     if "expert_scale" in given and given["expert_scale"] != "N":
@@ -175,9 +180,9 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
     )
 
 
-def _numbers(name: str, text: str, expected: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str, expected: str, kind: type[int] | type[float] = int) -> tuple[Any, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name}: expected {expected}, got {text!r}") from None
 

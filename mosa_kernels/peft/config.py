@@ -43,7 +43,9 @@ class MoSAConfig:
         activation: "gelu", "gelu_tanh", "relu", "silu" or "identity"; None: the style's.
         scale: factor on the adapter's output; None: the style's.
         norm: whether the adapter normalises its input; None: as the style does.
-        dropout: probability of dropping an entry of the bottleneck in training.
+        dropout: probability of dropping an entry of the bottleneck in training, or one for each block that gets
+            adapters, or "first:last", in even steps from the first of these blocks to the last ("0:0.3": of four, 0,
+            0.1, 0.2 and 0.3).
         sparse: which projection is split, "up" (the paper's hierarchical strategy), "down", "both", or "none" (Table
             6's dense down and dense up: one expert, which owns everything).
         granularity: what an expert owns: "element", "row", "column", "block", "even_rows" or "even_columns".
@@ -74,7 +76,7 @@ class MoSAConfig:
     activation: str | None = None
     scale: float | None = None
     norm: bool | None = None
-    dropout: float = 0.0
+    dropout: float | str | tuple[float, ...] = 0.0
     sparse: str = "up"
     granularity: str = "element"
     expert_bias: bool = True
@@ -118,7 +120,7 @@ class MoSAConfig:
             raise TypeError(f"norm: expected True, False or None, got {self.norm!r}")
         if self.scale is not None:
             check_number("scale", self.scale)
-        check_probability("dropout", self.dropout)
+        object.__setattr__(self, "dropout", check_dropout(self.dropout))
         check_expert_scale(self.expert_scale)
         if self.mode == "pruned" and min(counts) < 2:
             raise ValueError(f"num_experts: expected at least 2 for mode 'pruned', got {self.num_experts}")
@@ -162,6 +164,24 @@ class MoSAConfig:
                 f"{len(self.num_experts)}: {list(self.num_experts)}"
             )
         return list(self.num_experts)
+
+    def dropout_of(self, blocks: int) -> list[float]:
+        """The dropout of each of the `blocks` blocks that get adapters, or prompts.
+
+        Raises:
+            ValueError: `dropout` lists another number of blocks.
+        """
+        if isinstance(self.dropout, tuple):
+            if len(self.dropout) != blocks:
+                raise ValueError(
+                    f"dropout: expected one number, or one for each of the {blocks} blocks, got {len(self.dropout)}: "
+                    f"{list(self.dropout)}"
+                )
+            return list(self.dropout)
+        ends = dropout_rates(self.dropout)
+        first, rise, steps = ends[0], ends[-1] - ends[0], max(blocks - 1, 1)
+        # Rounded: 0.1 reads better than 0.09999999999999999.
+        return [round(first + rise * block / steps, 9) for block in range(blocks)]
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -241,6 +261,40 @@ def expert_counts(num_experts: int | str | tuple[int, ...]) -> tuple[int, ...]:
     first, last = int(ends[1]), int(ends[2])
     step = 1 if first <= last else -1
     return tuple(range(first, last + step, step))
+
+
+def dropout_rates(dropout: float | str | tuple[float, ...]) -> tuple[float, ...]:
+    """The numbers that a dropout names: one, one for each block, or the first and the last; see `MoSAConfig`.
+
+    Raises:
+        ValueError: a text that is not "first:last".
+    """
+    if not isinstance(dropout, str):
+        return dropout if isinstance(dropout, tuple) else (dropout,)
+    try:
+        first, last = map(float, dropout.split(":"))
+    except ValueError:
+        raise ValueError(
+            f"dropout: expected a number, one for each block, or the first and the last as '0:0.3', got {dropout!r}"
+        ) from None
+    return first, last
+
+
+def check_dropout(dropout: Any) -> float | str | tuple[float, ...]:
+    """As given, a list as a tuple.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a number that is below 0 or not below 1, no number at all, or as for `dropout_rates`.
+    """
+    if _is_listing(dropout):
+        dropout = tuple(dropout)
+    rates = dropout_rates(dropout)
+    if not rates:
+        raise ValueError("dropout: expected a number or one for each block, got an empty list")
+    for rate in rates:
+        check_probability("dropout", rate)
+    return dropout
 
 
 def _is_listing(value: Any) -> bool:

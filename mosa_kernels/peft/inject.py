@@ -245,17 +245,18 @@ def _make(
         deep = config.method == "vpt-deep"
         if not deep:
             _check_shallow(blocks, layers)
-        prompts = make_prompts(model, blocks, layers, config.prompt_length, deep, config.dropout, config.seed)
+        dropouts = config.dropout_of(len(layers) if deep else 1)
+        prompts = make_prompts(model, blocks, layers, config.prompt_length, deep, dropouts, config.seed)
         return {index: nn.ModuleDict({PROMPTS: each}) for index, each in prompts.items()}
     if config.method != "adapter":
         return {}
-    experts = config.experts_of(len(layers))
-    return {
-        index: _make_adapters(config, blocks[index], index, count) for index, count in zip(layers, experts, strict=True)
-    }
+    of_each = zip(layers, config.experts_of(len(layers)), config.dropout_of(len(layers)), strict=True)
+    return {index: _make_adapters(config, blocks[index], index, count, rate) for index, count, rate in of_each}
 
 
-def _make_adapters(config: MoSAConfig, found: FoundBlock, index: int, num_experts: int) -> nn.ModuleDict:
+def _make_adapters(
+    config: MoSAConfig, found: FoundBlock, index: int, num_experts: int, dropout: float
+) -> nn.ModuleDict:
     """One adapter for each site of a block, where the block is and in its dtype."""
     full = config.resolved()
     assert full.activation is not None
@@ -270,7 +271,7 @@ def _make_adapters(config: MoSAConfig, found: FoundBlock, index: int, num_expert
             "bottleneck": full.bottleneck,
             "num_experts": num_experts,
             "scale": full.scale,
-            "dropout": full.dropout,
+            "dropout": dropout,
             "sparse": "up" if full.sparse == "none" else full.sparse,
             "granularity": full.granularity,
             "seed": derived_seed(full.seed, index, number),

@@ -122,20 +122,27 @@ def check_prompts(model: nn.Module, blocks: list[FoundBlock], method: str) -> No
 
 
 def make_prompts(
-    model: nn.Module, blocks: list[FoundBlock], layers: list[int], length: int, deep: bool, dropout: float, seed: int
+    model: nn.Module,
+    blocks: list[FoundBlock],
+    layers: list[int],
+    length: int,
+    deep: bool,
+    dropouts: list[float],
+    seed: int,
 ) -> dict[int, Prompts]:
     """Prompts by block index; Xavier-uniform over the values of a patch and the width, as VPT's authors draw them.
 
     Args:
         layers: the blocks that get prompts of their own, ascending; shallow ones get them before the first of these
             and keep them to the last.
+        dropouts: on each block's own prompts; on shallow ones, the first.
     """
     area = _patch_area(model)
     assert area is not None
     inside = layers if deep else list(range(layers[0], layers[-1] + 1))
     generator = torch.Generator().manual_seed(seed)
     made = {}
-    for index in inside:
+    for number, index in enumerate(inside):
         block = blocks[index].block
         width, reference = block_width(block), next(block.parameters())
         made[index] = Prompts(
@@ -145,7 +152,7 @@ def make_prompts(
             deep or index == layers[0],
             deep or index == layers[-1],
             math.sqrt(6 / (3 * area + width)),
-            dropout,
+            dropouts[number if deep else 0],
             generator,
             reference.device,
             reference.dtype,

@@ -16,6 +16,9 @@ from mosa_kernels.optim import MoSAAdamW
 from mosa_kernels.peft import MoSAConfig, inject_adapter
 from mosa_kernels.train.recipe import Recipe
 
+# What validation chooses: numbers by name, or a text such as "0:0.3".
+Numbers = Mapping[str, float | str]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -136,10 +139,15 @@ class AdapterOptions:
 ADAPTER_OPTIONS = frozenset(option.name for option in dataclasses.fields(AdapterOptions))
 
 
-def split_numbers(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+def split_numbers(numbers: Numbers) -> tuple[dict[str, float | str], dict[str, float | str]]:
     """Numbers that were chosen together: those that are options of the adapters, and those of the recipe."""
     shape = {name: value for name, value in numbers.items() if name in ADAPTER_OPTIONS}
     return shape, {name: value for name, value in numbers.items() if name not in shape}
+
+
+def number_words(name: str, value: float | str) -> str:
+    """One of them as it is printed: "lr 0.01", "dropout 0:0.3"."""
+    return f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
 
 
 def adapt(model: nn.Module, method: Method, options: AdapterOptions, recipe: Recipe, seed: int) -> MoSAConfig | None:

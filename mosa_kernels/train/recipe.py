@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mosa_kernels.nn.options import check_seed
+from mosa_kernels.peft.config import check_dropout
 
 OPTIMIZERS = ("mosa", "adamw")
 ALIGNMENTS = ("none", "shallow", "deep", "all", "first-six")
@@ -48,7 +49,8 @@ class Recipe:
         expert_per: an expert per "batch" or per "sample".
         expert_lr: factor on the learning rate of what experts own. Where one of N is drawn for each batch, it makes an
             Nth of the steps of everything else; a factor of N lets it go as far.
-        dropout: on the adapters' bottleneck.
+        dropout: on the adapters' bottleneck; a number, one for each block with adapters, or "first:last", in even steps
+            over these blocks.
         merge_rule: "mean" or "jigsaw"; validation runs the adapter merged by it.
         inference: which mechanism of Table 10 the test reports: "merged", "stochastic", "fixed" or "ensemble".
         select: "best" validation accuracy (the earliest of equals) or the "last" epoch.
@@ -74,7 +76,7 @@ class Recipe:
     detach: bool = False
     expert_per: str = "batch"
     expert_lr: float = 1.0
-    dropout: float = 0.0
+    dropout: float | str | tuple[float, ...] = 0.0
     merge_rule: str = "mean"
     inference: str = "merged"
     select: str = "best"
@@ -96,8 +98,7 @@ class Recipe:
         for name in ("expert_lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout}")
+        object.__setattr__(self, "dropout", check_dropout(self.dropout))  # JSON has lists only
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"clip_norm: expected a positive number or None, got {self.clip_norm}")
         check_seed("seed", self.seed)
@@ -135,7 +136,8 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers and the learning rate that follows, ready for JSON."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+        numbers = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()}
 
 
 PAPER = Recipe(name="paper")

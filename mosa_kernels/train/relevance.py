@@ -9,7 +9,7 @@ from mosa_kernels.data.folders import has_every_set
 from mosa_kernels.data.lists import named_folder
 from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.data.open import LISTED, NAMED
-from mosa_kernels.peft.config import expert_counts
+from mosa_kernels.peft.config import dropout_rates, expert_counts
 from mosa_kernels.train.methods import AdapterOptions, find_method
 from mosa_kernels.train.settings import Settings
 
@@ -86,8 +86,8 @@ def meaningless_of_data(data: str, label_noise: float = 0.0) -> dict[str, str]:
 
 def _leave_terms(settings: Settings, leave: Callable[[Iterable[str], str], None]) -> None:
     """What the loss of two passes has no term for."""
-    recipe = settings.recipe
-    if not recipe.dropout and not (find_method(settings.method).mode == "mosa" and _has_turns(settings.adapter)):
+    recipe, method = settings.recipe, find_method(settings.method)
+    if not any(dropout_rates(recipe.dropout)) and not (method.mode == "mosa" and _has_turns(settings.adapter)):
         leave(_TWO_PASSES | {"passes"}, "two passes of a batch are alike without experts in turns and dropout")
     if recipe.align == "none":
         leave({"beta", "beta_over_depth"}, "no blocks are aligned (align is none)")

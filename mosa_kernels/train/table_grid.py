@@ -5,6 +5,7 @@ The seeds of the two kinds of runs are apart, so that what was chosen owes nothi
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mosa_kernels.train.methods import Numbers, number_words
 from mosa_kernels.train.recipe import Recipe
 from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, mechanisms_for
 from mosa_kernels.train.table_runs import OnDone, run_cells
@@ -95,9 +97,9 @@ class Grid:
                 for numbers in candidates(self.table, tuned_row(row)):
                     yield from self.final_cells(row, task, Choice(numbers, 0.0, ()))
 
-    def _cell(self, row: Row, task: Task, numbers: dict[str, float], seed: int, *, tuning: bool) -> Cell:
+    def _cell(self, row: Row, task: Task, numbers: Numbers, seed: int, *, tuning: bool) -> Cell:
         settings = cell_settings(self.table, row, task, numbers, seed, self.changes, tuning=tuning)
-        what = " ".join(f"{key} {value:g}" for key, value in numbers.items())
+        what = " ".join(itertools.starmap(number_words, numbers.items()))
         style = row.adapter.get("style", "")
         label = " ".join(
             filter(None, ("tune" if tuning else "test", row.variant, style, task.name, what, f"seed {seed}"))
@@ -117,15 +119,15 @@ class Choice:
         at_edge: names of numbers chosen at the end of their grid, so that more of it may be better.
     """
 
-    numbers: dict[str, float]
+    numbers: Numbers
     validation: float
     at_edge: tuple[str, ...]
 
 
-def _edges(grid: list[dict[str, float]], best: int) -> tuple[str, ...]:
+def _edges(grid: list[Numbers], best: int) -> tuple[str, ...]:
     found = []
     for name, value in grid[best].items():
-        values = {numbers[name] for numbers in grid}
+        values: set[Any] = {numbers[name] for numbers in grid}  # of one kind
         if len(values) > 1 and value in (min(values), max(values)):
             found.append(name)
     return tuple(found)

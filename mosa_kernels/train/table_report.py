@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mosa_kernels.train.comparison_report import markdown_table
+from mosa_kernels.train.methods import number_words
 from mosa_kernels.train.table_grid import Grid, Measured, recipe_of
 from mosa_kernels.train.table_notes import notes_on_parameters, what_was_chosen
 from mosa_kernels.train.table_spec import Table
@@ -62,7 +63,9 @@ def rows_of_choices(table: Table, measured: Mapping[str, Mapping[str, Measured]]
         cells = []
         for task in table.tasks:
             choice = found[task.name].choice
-            parts = (f"{name} {value:g}{'*' * (name in choice.at_edge)}" for name, value in choice.numbers.items())
+            parts = (
+                f"{number_words(name, value)}{'*' * (name in choice.at_edge)}" for name, value in choice.numbers.items()
+            )
             cells.append(", ".join(parts))
         seconds = sum(one.seconds for one in found.values()) / len(found)
         rows.append((row.title, *cells, f"{seconds:.1f}"))

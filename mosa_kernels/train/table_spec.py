@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mosa_kernels._files import expanded
 from mosa_kernels.data.lists import find_folder
 from mosa_kernels.data.published import FGVC, VTAB
 from mosa_kernels.peft.styles import STYLES
-from mosa_kernels.train.methods import DEFAULT_STYLE, METHODS, AdapterOptions, split_numbers
+from mosa_kernels.train.methods import DEFAULT_STYLE, METHODS, AdapterOptions, Numbers, split_numbers
 from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.settings import Settings
 
@@ -63,6 +63,7 @@ class Row:
         paper_params: printed number of parameters, in millions.
         origin: "paper", or "control" or "ours" for what is added to the paper's rows.
         swept: the value of the swept option, of a row of a sweep.
+        tune: values of its own to choose from, in place of the variant's and the table's.
     """
 
     variant: str
@@ -73,6 +74,7 @@ class Row:
     paper_params: float | None
     origin: str
     swept: int | None = None
+    tune: Mapping[str, Sequence[float | str]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -117,7 +119,7 @@ class Table:
     added: tuple[tuple[str, str], ...]
     unavailable: Mapping[str, str]
     rates: Mapping[str, list[float]] = field(default_factory=dict)
-    tune: Mapping[str, list[float]] = field(default_factory=dict)
+    tune: Mapping[str, Sequence[float | str]] = field(default_factory=dict)
     tune_more: Mapping[str, list[float]] = field(default_factory=dict)
     by_task: bool = False
     one_recipe: bool = False
@@ -262,6 +264,7 @@ def _row(entry: Mapping[str, Any], columns: list[str]) -> Row:
         paper=dict(zip(columns, entry["paper"], strict=True)) if "paper" in entry else {},
         paper_params=entry.get("paper_params"),
         origin=entry.get("origin", "paper"),
+        tune=entry.get("tune", {}),
     )
 
 
@@ -286,14 +289,14 @@ def style_of(row: Row) -> str:
     return _style(read_spec()["variants"][row.variant], row)
 
 
-def candidates(table: Table, row: Row) -> list[dict[str, float]]:
+def candidates(table: Table, row: Row) -> list[Numbers]:
     """The numbers that validation chooses from: learning rates, and where the variant says so dropout or scale."""
     variant = read_spec()["variants"][row.variant]
     scale = read_spec()["scales"][table.scale]
     rates, style = {**scale["rates"], **table.rates}, _style(variant, row)
     kind = variant.get("rates", style if style in rates else "adapter")
     grid = {scale["rate"]: rates[kind], **variant.get("tune", {})}
-    grid |= {name: values for name, values in table.tune.items() if name in grid} | dict(table.tune_more)
+    grid |= {name: values for name, values in table.tune.items() if name in grid} | {**row.tune, **table.tune_more}
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -334,7 +337,7 @@ class Changes:
 
 
 def cell_settings(
-    table: Table, row: Row, task: Task, chosen: Mapping[str, float], seed: int, changes: Changes, *, tuning: bool
+    table: Table, row: Row, task: Task, chosen: Numbers, seed: int, changes: Changes, *, tuning: bool
 ) -> Settings:
     """The settings of one run.
 

@@ -178,7 +178,7 @@ def test_a_seed_of_held_out_parts_is_refused_where_none_are_held_out(tmp_path: P
     "words",
     [
         {"method": "vpt-deep", "prompt_length": 5, "layers": "0", "dropout": 0.1},
-        {"method": "adaptformer", "passes": 2, "alpha": 0.5, "dropout": 0.1, "scale": 1.0, "learnable_scale": True},
+        {"method": "adaptformer", "passes": 2, "alpha": 0.5, "dropout": "0:0.1", "scale": 1.0, "learnable_scale": True},
         {"method": "sparseadapter", "num_experts": "8", "granularity": "row"},
         {"method": "mosl", "lora_targets": "q,k", "num_experts": "2", "merge_rule": "jigsaw"},
         {"method": "mosa", "anchored": True, "expert_scale": "N", "sparse": "both", "labels_per_class": 5},
@@ -221,6 +221,8 @@ def test_lists_are_read() -> None:
     assert (adapter.num_experts, adapter.lora_targets) == ((4, 4, 2), ("q", "proj"))
     assert settings_of({"data": "x", "num_experts": "3"}, None).adapter.num_experts == 3
     assert settings_of({"data": "x", "num_experts": "1:4"}, None).adapter.num_experts == "1:4"
+    for words, dropout in (("0.1", 0.1), ("0,0.2", (0.0, 0.2)), ("0:0.3", "0:0.3")):
+        assert settings_of({"data": "x", "dropout": words}, None).recipe.dropout == dropout
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,9 @@ def test_lists_are_read() -> None:
         (("--data", "offline:digits", "--layers", "first"), "layers: expected numbers of blocks such as 0,1,5"),
         (("--data", "offline:digits", "--num-experts", "few"), "num_experts: expected a number, one per block"),
         (("--data", "offline:digits", "--num-experts", "1:x"), "or the first and the last as '1:4', got '1:x'"),
+        (("--data", "offline:digits", "--dropout", "some"), "dropout: expected a number, one per block such as 0,0.1"),
+        (("--data", "offline:digits", "--dropout", "0:x"), "or the first and the last as '0:0.3', got '0:x'"),
+        (("--data", "offline:digits", "--dropout", "0,0.1"), "dropout: expected one number, or one for each of the 4"),
         (("--data", "offline:digits", "--bottleneck", "0"), "bottleneck: expected at least 1, got 0"),
         (("--data", "/no/such/folder", "--model", "resnet18"), "model: expected a timm ViT"),
         (("--data", "/no/such/folder", "--layers", "4"), "layers: expected indices from -4 to 3 for 4 blocks, got 4"),

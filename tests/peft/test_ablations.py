@@ -44,6 +44,22 @@ def test_every_switch(options: dict, style: str, tmp_path: Path) -> None:
         torch.testing.assert_close(merge_and_unload(model)(x), trained, rtol=1e-5, atol=1e-5)
 
 
+def test_a_dropout_for_each_block() -> None:
+    def rates(**options: object) -> list[float]:
+        model = inject_adapter(make(SWIN), MoSAConfig(bottleneck=4, **options))  # type: ignore[arg-type]
+        return [adapter.dropout for _, _, adapter in book_of(model).adapters("default")]
+
+    assert rates(dropout="0:0.3") == [0, 0.1, 0.2, 0.3]
+    assert rates(dropout=[0.5, 0.2], layers=(-1, 0)) == [0.5, 0.2], "in the order of the blocks"
+    assert rates(dropout="0.2:0.4", layers=(1, 2), style="houlsby") == [0.2, 0.2, 0.4, 0.4]
+    assert rates(dropout=(0, 0.1), layers=(0, 3), style="lora", mode="dense") == [0, 0, 0.1, 0.1]
+    model = make(SWIN)
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="one for each of the 4 blocks, got 2"):
+        inject_adapter(model, MoSAConfig(dropout=(0.2, 0.3)))
+    assert list(model.state_dict()) == keys
+
+
 def test_a_number_of_experts_for_each_block() -> None:
     def experts(**options: object) -> list[int]:
         model = inject_adapter(make(SWIN), MoSAConfig(bottleneck=4, **options))  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from mosa_kernels.peft import (
 )
 from mosa_kernels.peft.backbone import describe_backbone
 from mosa_kernels.peft.book import book_of
+from mosa_kernels.peft.prompts import Prompts
 
 METHODS = ("full", "linear", "bitfit", "vpt-shallow", "vpt-deep")
 KEPT = ("full", "linear", "bitfit")
@@ -135,6 +136,15 @@ def test_prompts_are_dropped_in_training_alone() -> None:
     assert torch.equal(model.eval()(x), model(x))
     torch.manual_seed(0)
     assert not torch.equal(model.train()(x), model(x))
+
+
+def test_each_block_drops_as_many_of_its_prompts_as_it_is_told() -> None:
+    def rates(method: str, **options: object) -> list[float]:
+        return [each.dropout for each in trained(method, **options).modules() if isinstance(each, Prompts)]
+
+    assert rates("vpt-deep", dropout="0:0.3") == [0, 0.3]
+    assert rates("vpt-deep", dropout=[0.3], layers=(1,)) == [0.3]
+    assert rates("vpt-shallow", dropout="0.2:0.3")[0] == 0.2
 
 
 @pytest.mark.parametrize(

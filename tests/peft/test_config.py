@@ -32,6 +32,7 @@ def test_defaults_of_a_style_fill_what_is_none() -> None:
         scale=st.none() | st.floats(-1, 1),
         norm=st.none() | st.booleans(),
         expert_scale=st.just("N") | st.floats(0.1, 4),
+        dropout=st.floats(0, 0.9) | st.lists(st.floats(0, 0.9), min_size=1, max_size=3) | st.just("0:0.3"),
         layers=st.none() | st.lists(st.integers(-12, 11), min_size=1, unique=True),
         seed=st.integers(0, 2**40),
         sparse=st.sampled_from(("up", "down", "both", "none")),
@@ -80,6 +81,13 @@ def test_json_refuses_what_it_does_not_know() -> None:
         ("scale", float("nan"), "finite"),
         ("norm", 1, "True, False or None"),
         ("dropout", 1.0, "0 <= p < 1"),
+        ("dropout", [0.1, -0.1], "0 <= p < 1, got -0.1"),
+        ("dropout", "0:1", "0 <= p < 1, got 1.0"),
+        ("dropout", "nan:0.1", "0 <= p < 1, got nan"),
+        ("dropout", [], "one for each block"),
+        ("dropout", "0.1", "the first and the last as '0:0.3', got '0.1'"),
+        ("dropout", "0:0.1:0.2", "the first and the last"),
+        ("dropout", None, "0 <= p < 1, got None"),
         ("sparse", "half", "up, down, both, none"),
         ("granularity", "entry", "element"),
         ("expert_bias", 1, "True or False"),
@@ -147,6 +155,16 @@ def test_experts_of_each_block() -> None:
     assert MoSAConfig(num_experts="1:4", mode="dense").experts_of(2) == [1, 1]
     with pytest.raises(ValueError, match=r"num_experts: expected one number, or one for each of the 3 blocks .* got 2"):
         MoSAConfig(num_experts=(3, 1)).experts_of(3)
+
+
+def test_dropout_of_each_block() -> None:
+    assert MoSAConfig(dropout=0.2).dropout_of(3) == [0.2, 0.2, 0.2]
+    assert MoSAConfig(dropout=[0.2, 0]).dropout_of(2) == [0.2, 0]  # type: ignore[arg-type]
+    assert MoSAConfig(dropout="0:0.3").dropout_of(4) == [0, 0.1, 0.2, 0.3]
+    assert MoSAConfig(dropout="0.4:0.1").dropout_of(3) == [0.4, 0.25, 0.1]
+    assert MoSAConfig(dropout="0.1:0.2").dropout_of(1) == [0.1]
+    with pytest.raises(ValueError, match=r"dropout: expected one number, or one for each of the 3 blocks, got 2: \[0"):
+        MoSAConfig(dropout=(0, 0.1)).dropout_of(3)
 
 
 def test_a_configuration_does_not_change() -> None:

@@ -34,8 +34,15 @@ OWN_CONTROLS = {
     "ours-3": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
     "ours-4": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
     "ours-5": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
-    "ours-6": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
-    "ours-7": ("adaptformer-own-scale", "dropout-own-scale", "dropout-two-pass-own-scale"),
+    **dict.fromkeys(
+        ("ours-6", "ours-7"),
+        (
+            "adaptformer-own-scale",
+            "dropout-own-scale",
+            "dropout-two-pass-own-scale",
+            "dropout-rising-two-pass-own-scale",
+        ),
+    ),
 }
 # Rows whose printed mean is not the mean of the printed columns, and what that mean is.
 MISPRINTS = {("1", "vpt-shallow"): 84.66, ("2", "vpt-shallow"): 67.82, ("2", "vpt-deep"): 71.96, ("4", "mosa"): 91.14}
@@ -257,6 +264,10 @@ def test_a_table_chooses_among_what_another_has_left():
     dropped = candidates(table, by_variant("ours-4")["dropout-own-scale"])
     assert {each["dropout"] for each in dropped} == {0.1, 0.3}
     assert len(dropped) == 4
+    last, rows = read_table("ours-7"), by_variant("ours-7")
+    assert {each["dropout"] for each in candidates(last, rows["dropout-own-scale"])} == {0.2, 0.5}
+    rising = candidates(last, rows["dropout-rising-two-pass-own-scale"])
+    assert {(each["scale"], each["dropout"]) for each in rising} == {(1.0, "0:0.3"), (1.0, "0:0.6")}
     assert len(candidates(read_table("ours-3"), by_variant("ours-3")["mosa-own-scale"])) == 12
 
 
