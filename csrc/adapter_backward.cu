@@ -16,8 +16,9 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The sum of one number of every part, in the order of the parts.
 __device__ float sum_parts(const float* from, const AdapterParts& parts) {
   float total = 0.0f;
+  float excess = 0.0f;
 #pragma unroll 8
-  for (int part = 0; part < parts.number; ++part) total += from[part * parts.length];
+  for (int left = parts.number; left > 0; --left, from += parts.length) add_exactly(*from, total, excess);
   return total;
 }
 

@@ -68,6 +68,8 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
   typename W::Right right;
   const typename W::Warp warp;
   float sum = 0.0f;
+  float& excess = shared.shares[thread_of_block()];  // there is no register left for it
+  excess = 0.0f;
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) products[batch].clear();
 
@@ -86,9 +88,9 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
     }
     if (step > 0) {
       if (work.up) {
-        sum += share_of_column<W::kColumns, typename W::Right, kTokens>(operands.right[buffer ^ 1]);
+        add_exactly(share_of_column<W::kColumns, typename W::Right, kTokens>(operands.right[buffer ^ 1]), sum, excess);
       } else {
-        sum += share_of_column<kRank, typename W::Left, kTokens>(operands.left[buffer ^ 1]);
+        add_exactly(share_of_column<kRank, typename W::Left, kTokens>(operands.left[buffer ^ 1]), sum, excess);
       }
 #pragma unroll
       for (int batch = 0; batch < W::kBatches; ++batch) {

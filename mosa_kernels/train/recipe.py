@@ -135,7 +135,7 @@ class Recipe:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers and the learning rate that follows, ready for JSON."""
+        """All numbers, ready for JSON."""
         numbers = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()}
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import cuda_machine
 import cuda_on_host
 import pytest
 import torch
@@ -202,6 +203,15 @@ def test_statistics_survive_a_large_mean(machine: Machine) -> None:
     exact = x.double().view(9, 200)
     torch.testing.assert_close(mean.cpu().double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(rstd.cpu().double(), (exact.var(1, correction=0) + 1e-6).rsqrt(), rtol=1e-4, atol=0)
+
+
+@on_machines
+def test_gradients_of_many_tokens_are_as_accurate_as_eager(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias's is a sum of every token, here over many parts, which eager PyTorch takes in stages."""
+    monkeypatch.setattr(cuda_machine, "MULTIPROCESSORS", 132)
+    args = on(full_call(2, 5000, d=32, r=64, activity=None), machine.device)
+    grad_out = torch.randn(args.x.shape, generator=torch.Generator().manual_seed(7)).to(args.x) + 1
+    Expected(args, grad_out).check_long_sums(machine.run(args, grad_out)[1])
 
 
 @on_machines

@@ -200,6 +200,13 @@ def test_statistics_survive_a_large_mean() -> None:
     torch.testing.assert_close(rstd.cpu().double(), (exact.var(1, correction=0) + 1e-6).rsqrt(), rtol=1e-4, atol=0)
 
 
+def test_gradients_of_many_tokens_are_as_accurate_as_eager() -> None:
+    """A bias's is a sum of every token, which eager PyTorch takes in stages."""
+    args = on(full_call(1, 3000, d=32, r=64, activity=None), DEVICE)
+    grad_out = torch.randn(args.x.shape, generator=torch.Generator().manual_seed(7)).to(args.x) + 1
+    Expected(args, grad_out).check_long_sums(run(args, grad_out)[1])
+
+
 def test_only_the_gradients_asked_for() -> None:
     args = call(2, 9, 24, 6, expert=torch.tensor([1, 3]), scale_tensor=torch.tensor(0.7, requires_grad=True))
     grad_out = torch.randn(args.x.shape, device=DEVICE)
