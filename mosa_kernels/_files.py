@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +13,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` fill a new file beside `path`, which then takes its place; after an error nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, for two processes may write the same file.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial.touch(exist_ok=False)
+    rights = partial.stat().st_mode  # of any new file: to ask for the process's mask is to change it for all threads
     try:
         write(partial)
-        partial.chmod(0o666 & ~_umask())
+        partial.chmod(rights & 0o777)  # safetensors leaves a file to its owner alone
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -41,9 +41,3 @@ def left_partial(path: Path) -> list[Path]:
 def expanded(path: str | os.PathLike[str]) -> Path:
     """A path that may begin with "~"; where nobody has that home, it is the folder of that name."""
     return Path(os.path.expanduser(path))  # `Path.expanduser` raises a RuntimeError
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -28,6 +28,18 @@ def test_a_file_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_other_threads_make_files_of_their_usual_rights_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(mask: int) -> int:
+        raise AssertionError(f"the mask is the whole process's, and was set to {mask:o}")
+
+    (tmp_path / "usual").touch()
+    monkeypatch.setattr(os, "umask", refuse)
+    write_tensors(tmp_path / "file.safetensors", {"tensor": torch.ones(2)}, {"format": "pt"})
+    assert (tmp_path / "file.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("before")
