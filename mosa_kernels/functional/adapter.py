@@ -327,7 +327,7 @@ def mosa_adapter(
         if isinstance(residual, Tensor) and residual.dtype != x.dtype:
             x = x.to(torch.promote_types(x.dtype, residual.dtype))  # a narrower residual is widened as it is added
             residual = residual if compute_dtype is not None else residual.to(x.dtype)
-    if dropout_p and seed is None:
+    if dropout_p and seed is None and isinstance(x, Tensor):
         seed = torch.randint(2**63 - 1, (), device=x.device)
     args = AdapterArguments(
         x,

@@ -226,7 +226,13 @@ class FusedMoSAAdapter(nn.Module):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.dim() == 0:
             raise ValueError(f"x: expected [B, ..., {self.dim}], got []")
-        draw = self.sampler(x.shape[0] if samples is None else samples, x.device, self.training and self.dropout > 0)
+        if samples is None:
+            samples = x.shape[0]
+        elif not hasattr(samples, "__index__"):
+            raise TypeError(f"samples: expected a whole number or None, got {samples!r}")
+        elif samples != x.shape[0] and (samples < 1 or x.shape[0] % samples):
+            raise ValueError(f"samples: expected a divisor of x.shape[0] = {x.shape[0]}, got {samples}")
+        draw = self.sampler(samples, x.device, self.training and self.dropout > 0)
         if x.shape[0] == 0:
             return Draw(self.sampler.fixed, draw.seed)
         if expert is not None:

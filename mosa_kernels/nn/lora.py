@@ -110,10 +110,9 @@ class FusedMoSALoRA(FusedMoSAAdapter):
             Tensor [B, ..., out_features] of x's dtype.
 
         Raises:
+            TypeError: x is no tensor, or `samples` no whole number.
             ValueError: `samples` does not divide B, `residual` has another shape, or `add_input` with different widths.
         """
-        if samples not in (None, x.shape[0]) and (samples < 1 or x.shape[0] % samples):
-            raise ValueError(f"samples: expected a divisor of x.shape[0] = {x.shape[0]}, got {samples}")
         draw = self._draw(x, expert, samples)
         if self.out_dim == self.dim:
             return self._run(x, draw, self.up.weight, None, self.up.assignment, residual, add_input)

@@ -416,6 +416,7 @@ def _bad(**changed: object) -> dict[str, object]:
         ({"norm_eps": -1.0}, ValueError, "norm_eps: expected at least 0, got -1.0"),
         ({"norm_eps": float("nan")}, ValueError, "norm_eps: expected at least 0, got nan"),
         ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+        ({"x": [1.0], "dropout_p": 0.5}, TypeError, "x: expected a tensor, got list"),
         ({"w_up": None}, TypeError, "w_up: expected a tensor, got NoneType"),
         ({"b_down": "zeros"}, TypeError, "b_down: expected a tensor, got str"),
         ({"assignment": 3}, TypeError, "assignment: expected a tensor, got int"),

@@ -199,6 +199,12 @@ def test_what_it_refuses() -> None:
     layer = made(5)
     with pytest.raises(ValueError, match=r"samples: expected a divisor of x.shape\[0\] = 6, got 4"):
         layer(tokens(6, 2, 12), samples=4)
+    with pytest.raises(TypeError, match=r"samples: expected a whole number or None, got 2\.0"):
+        layer(tokens(6, 2, 12), samples=2.0)
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        layer([1.0])
+    with pytest.raises(ValueError, match=r"x: expected \[B, \.\.\., 12\], got \[\]"):
+        layer(torch.tensor(1.0), samples=2)
     with pytest.raises(ValueError, match="add_input: expected False for widths 12 and 5"):
         layer(tokens(6, 2, 12), add_input=True)
     for shape in ((6, 2, 12), (1, 2, 5), (6, 2, 1)):
