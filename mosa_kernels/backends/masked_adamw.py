@@ -56,15 +56,16 @@ def masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> None:
         moving = torch.ones_like(steps, dtype=torch.bool) if active is None else active != 0
         steps += moving
         dtype = torch.promote_types(p.dtype, torch.float32)
+        own = options
         if isinstance(options.lr, Tensor):
-            options = options._replace(lr=options.lr.to(dtype))
+            own = options._replace(lr=options.lr.to(dtype))
         # Counts are exact in float32; 1 - beta^t is not where t is small, hence expm1. A count of 0 never moves.
         exponent = steps.clamp(min=1).to(dtype)
-        step_size = options.lr / -torch.expm1(exponent * log_of(options.beta1))
+        step_size = own.lr / -torch.expm1(exponent * log_of(options.beta1))
         root = (-torch.expm1(exponent * log_of(options.beta2))).sqrt()
         stored = (p, exp_avg, exp_avg_sq)
         moved = Moved._make([*(tensor.to(dtype, copy=True) for tensor in stored), grad.to(dtype)])
-        advance(moved, _per_entry(step_size, p, owner), _per_entry(root, p, owner), options)
+        advance(moved, _per_entry(step_size, p, owner), _per_entry(root, p, owner), own)
         mask = _per_entry(moving, p, owner)
         for old, new in zip(stored, moved[:3], strict=True):
             # Selected, not multiplied: what stands still does so bit by bit, whatever its gradient holds.

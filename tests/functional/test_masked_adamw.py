@@ -224,3 +224,15 @@ def test_a_rate_of_shape_1_is_a_number(shape: tuple[int, ...]) -> None:
         masked_adamw([p], [grad], *moments, [torch.zeros(())], [None], [None], lr=lr)
         moved.append(p)
     assert all(torch.equal(each, moved[0]) for each in moved)
+
+
+def test_a_rate_is_rounded_for_each_parameter_by_itself() -> None:
+    """In float64 0.1 is another number than in float32, whatever the parameters before this one."""
+    moved = []
+    for dtypes in ((torch.float64,), (torch.float32, torch.float64)):
+        params = [torch.ones(3, dtype=dtype) for dtype in dtypes]
+        grads, *moments = ([torch.full_like(p, value) for p in params] for value in (0.3, 0.0, 0.0))
+        none, steps = [None for _ in params], [torch.zeros(()) for _ in params]
+        masked_adamw(params, grads, *moments, steps, none, none, lr=torch.tensor(0.1, dtype=torch.float64))
+        moved.append(params[-1])
+    assert torch.equal(*moved)
