@@ -174,12 +174,11 @@ def _check_folds(path: str, layer: Any, columns: int) -> None:
         )
 
 
-@torch.no_grad()
 def fold(model: nn.Module, updates: Iterable[Update]) -> FoldLoss:
     """Adds updates to weights, each row rounded once; a warning says what that lost in half precision."""
     losses = []
     for path, start, delta in updates:
-        rows = model.get_parameter(path)[start : start + delta.shape[0]]
+        rows = model.get_parameter(path).detach()[start : start + delta.shape[0]]
         exact = rows.to(torch.promote_types(rows.dtype, delta.dtype)) + delta
         rows.copy_(exact)
         lost = exact - rows.to(exact.dtype)

@@ -184,7 +184,7 @@ def test_half_precision_says_what_was_lost_and_comes_back_exactly() -> None:
     weights = [parameter.clone() for parameter in model.parameters()]
     with pytest.warns(
         UserWarning, match=r"merged into torch.bfloat16: rounding loses .* % of the update of blocks\.\d"
-    ):
+    ) as merging:
         loss = merge_adapter(model)
     exact = [adapter.delta() for _, site, adapter in updates(model) if site == "q"]
     now = model.blocks[0].attn.qkv.weight[:48].float()
@@ -194,8 +194,9 @@ def test_half_precision_says_what_was_lost_and_comes_back_exactly() -> None:
     assert loss.absolute >= lost.abs().max() * 0.99
     unmerge_adapter(model)
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
-    with pytest.warns(UserWarning, match="merged into torch.bfloat16"):
+    with pytest.warns(UserWarning, match="merged into torch.bfloat16") as unloading:
         merge_and_unload(model)
+    assert {warning.filename for warning in (*merging, *unloading)} == {__file__}
 
 
 def weights_of(values: list[Tensor], model: nn.Module) -> Tensor:
