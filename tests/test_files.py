@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,14 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     write_whole(path, write)
     assert path.read_text() == "outer"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    path, text = tmp_path / "file.md", "75.5 ± 1.1 %"
+    code = f"from mosa_kernels.train.folder import *; write_text(Path({str(path)!r}), {text!a})"
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **locale}, check=True)
+    assert path.read_text(encoding="utf-8") == text
 
 
 def test_what_a_killed_writer_left_is_known(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ class SettingsDifferError(ValueError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    write_whole(path, lambda partial: partial.write_text(text))
+    """Writes a file in UTF-8, whatever the locale, under a temporary name and renames it."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def require_writable(path: Path, *, folder: bool = False) -> None:
