@@ -42,6 +42,7 @@ from mosa_kernels.train.paired_tests import paired_t, signed_rank
 from mosa_kernels.train.plots import save_figure
 from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.schedule import Schedule
+from mosa_kernels.train.settings import INITIAL_SEED
 from mosa_kernels.train.setup import seed_everything
 from mosa_kernels.train.table_figure import COLOURS
 from mosa_kernels.train.table_runs import run_side_by_side
@@ -50,7 +51,6 @@ from mosa_kernels.train.variant_report import command_of
 
 TASKS = ("offline:digits", "offline:count", "offline:location", "offline:orientation")
 TUNING_SEEDS = (100, 101, 102, 103)
-INITIAL_SEED = 1000  # added to the data's seed: initial weights, order and dropout have seeds of their own
 RATES = (0.01, 0.02, 0.04)
 PER_TASK = 10  # images of each task in an update
 EPOCHS = 10  # into which the schedule divides the updates; the first warms up, as a tenth does in the paper

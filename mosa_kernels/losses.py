@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from mosa_kernels.backends.consistency import cross_entropy
 from mosa_kernels.functional.alignment import feature_alignment
 from mosa_kernels.functional.consistency import OPERATOR, check_classes, check_smoothing, check_target, consistency
-from mosa_kernels.nn.options import check_flag
+from mosa_kernels.nn.options import check_flag, check_not_negative
 
 ALIGNMENTS = ("none", "shallow", "deep", "all")
 
@@ -72,8 +71,7 @@ class MoSALoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, weight in (("alpha", alpha), ("beta", beta)):
-            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {weight!r}")
+            check_not_negative(name, weight)
         if isinstance(align, str):
             if align not in ALIGNMENTS:
                 raise ValueError(f"align: expected one of {', '.join(ALIGNMENTS)} or block indices, got {align!r}")

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from mosa_kernels.data.backbone import offline_backbone_card
-from mosa_kernels.train.comparison import CHOSEN, CONTENDERS, DEMO, INITIAL_SEED, Contender, demo_settings
+from mosa_kernels.train.comparison import CHOSEN, CONTENDERS, DEMO, Contender, demo_settings
 from mosa_kernels.train.comparison_runs import Task, data_of, run_task
 from mosa_kernels.train.folder import versions, write_json
+from mosa_kernels.train.settings import INITIAL_SEED
 
 SEEDS = (101, 102, 103, 104)
 SHARED = {"base_lr": (3e-3, 1e-2, 3e-2), "scale": (1.0, 2.5)}

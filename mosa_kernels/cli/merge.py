@@ -20,6 +20,7 @@ from mosa_kernels.train.evaluate import evaluate, warn_of_merge_loss
 from mosa_kernels.train.exporting import SUFFIX, export_program, write_program
 from mosa_kernels.train.merging import (
     PROGRAM,
+    SUFFIXES,
     MergeCheck,
     check_merge,
     merged_card,
@@ -30,7 +31,6 @@ from mosa_kernels.train.merging import (
 )
 from mosa_kernels.train.saved import Saved, open_saved
 
-SUFFIXES = (".safetensors", SUFFIX)
 # Of the options that are for data.
 USUAL: dict[str, Any] = {
     "data_root": None,

@@ -17,13 +17,12 @@ from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.train.folder import RunExistsError, RunFolder
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
-from mosa_kernels.train.methods import METHODS, AdapterOptions, find_method
+from mosa_kernels.train.methods import ADAPTER_OPTIONS, METHODS, AdapterOptions, find_method
 from mosa_kernels.train.progress import make_reporter
 from mosa_kernels.train.recipe import RECIPES, Recipe, changed, make_recipe
 from mosa_kernels.train.relevance import meaningless, refuse_meaningless
 from mosa_kernels.train.settings import Settings
 
-ADAPTER = frozenset(field.name for field in dataclasses.fields(AdapterOptions))
 RECIPE = frozenset(field.name for field in dataclasses.fields(Recipe)) | {"lr", "regularisation"}
 
 
@@ -155,9 +154,9 @@ def settings_of(given: dict[str, Any], stored: dict[str, Any] | None) -> Setting
         given["lora_targets"] = tuple(given["lora_targets"].split(","))
     if "expert_scale" in given and given["expert_scale"] != "N":
         given["expert_scale"] = _number("expert_scale", given["expert_scale"])
-    adapter = {key: value for key, value in given.items() if key in ADAPTER}
+    adapter = {key: value for key, value in given.items() if key in ADAPTER_OPTIONS}
     numbers = {key: value for key, value in given.items() if key in RECIPE}
-    rest = {key: value for key, value in given.items() if key not in ADAPTER | RECIPE | {"recipe"}}
+    rest = {key: value for key, value in given.items() if key not in ADAPTER_OPTIONS | RECIPE | {"recipe"}}
     if stored is None:
         if "data" not in given:
             raise ValueError("data: expected a folder of images or a name such as offline:digits; give --data")

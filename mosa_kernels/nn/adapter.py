@@ -15,10 +15,10 @@ from mosa_kernels.nn.dense import DenseAdapter
 from mosa_kernels.nn.options import (
     check_choice,
     check_count,
-    check_eps,
     check_expert,
     check_expert_scale,
     check_flag,
+    check_not_negative,
     check_number,
     check_placement,
     check_probability,
@@ -110,7 +110,7 @@ class FusedMoSAAdapter(nn.Module):
         check_choice("merge_rule", merge_rule, MERGE_RULES)
         check_probability("dropout", dropout)
         check_number("scale", scale)
-        check_eps("norm_eps", norm_eps)
+        check_not_negative("norm_eps", norm_eps)
         check_expert_scale(expert_scale)
         check_placement(device, dtype)
         self.dim, self.out_dim, self.bottleneck, self.num_experts = dim, out_dim, bottleneck, num_experts

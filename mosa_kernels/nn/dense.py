@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosa_kernels.backends.activations import ACTIVATIONS
-from mosa_kernels.nn.options import check_choice, check_count, check_eps, check_placement
+from mosa_kernels.nn.options import check_choice, check_count, check_not_negative, check_placement
 
 
 class DenseAdapter(nn.Module):
@@ -41,7 +41,7 @@ class DenseAdapter(nn.Module):
         for name, size in (("dim", dim), ("bottleneck", bottleneck)):
             check_count(name, size)
         check_choice("activation", activation, tuple(ACTIVATIONS))
-        check_eps("norm_eps", norm_eps)
+        check_not_negative("norm_eps", norm_eps)
         check_placement(device, dtype)
         self.activation, self.norm, self.norm_eps = activation, norm, norm_eps
         self.down = nn.Linear(dim, bottleneck, device=device, dtype=dtype)

@@ -113,15 +113,17 @@ def check_probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected 0 <= p < 1, got {value!r}")
 
 
-def check_eps(name: str, value: Any) -> None:
+def check_not_negative(name: str, value: Any) -> None:
     """
     Raises:
         TypeError: no number.
         ValueError: negative, infinite, or not a number.
     """
-    check_number(name, value)
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value!r}")
+    expected = "a finite number of at least 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_expert(name: str, value: Any, count: int, expected: str = "a number") -> None:

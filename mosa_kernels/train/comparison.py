@@ -25,7 +25,7 @@ from mosa_kernels.train.merging import check_merge, merged_card, merged_copy, wr
 from mosa_kernels.train.methods import AdapterOptions, find_method, split_numbers
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import Recipe
-from mosa_kernels.train.settings import Settings
+from mosa_kernels.train.settings import INITIAL_SEED, Settings
 from mosa_kernels.train.setup import make_accelerator, make_trainer, open_splits, prepare
 
 MODEL, DATA, IMAGE_SIZE, LABELS_PER_CLASS = OFFLINE_BACKBONE, "offline:digits", 32, 20
@@ -40,7 +40,6 @@ DEMO = Recipe(
     augment="none",
     select="last",
 )
-INITIAL_SEED = 1000  # added to the data's seed: initial weights, splits, experts and order have seeds of their own
 
 
 @dataclass(frozen=True)

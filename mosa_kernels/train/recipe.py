@@ -7,25 +7,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mosa_kernels.nn.options import check_seed
+from mosa_kernels.data.transforms import AUGMENTS
+from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.nn.options import check_choice, check_count, check_not_negative, check_seed
+from mosa_kernels.nn.sampler import EXPERT_PER
 from mosa_kernels.peft.config import check_dropout
+from mosa_kernels.train.evaluate import MECHANISMS
 
 OPTIMIZERS = ("mosa", "adamw")
 ALIGNMENTS = ("none", "shallow", "deep", "all", "first-six")
 SELECTIONS = ("best", "last")
-INFERENCES = ("merged", "stochastic", "fixed", "ensemble")
 REGULARISATIONS = ("none", "consistency", "consistency+alignment")
 RELEASED_BLOCKS = 6  # the released code aligns so many, from the first on, whatever the model's depth
-
-
-def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
-    if value not in expected:
-        raise ValueError(f"{name}: expected one of {', '.join(expected)}, got {value!r}")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -84,17 +77,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists only
-        _choice("augment", self.augment, ("none", "light", "paper", "official"))
-        _choice("align", self.align, ALIGNMENTS)
-        _choice("expert_per", self.expert_per, ("sample", "batch"))
-        _choice("merge_rule", self.merge_rule, ("mean", "jigsaw"))
-        _choice("inference", self.inference, INFERENCES)
-        _choice("select", self.select, SELECTIONS)
-        for name, at_least in (("epochs", 1), ("batch_size", 1)):
-            if getattr(self, name) < at_least:
-                raise ValueError(f"{name}: expected at least {at_least}, got {getattr(self, name)}")
+        for name, choices in (
+            ("augment", AUGMENTS),
+            ("align", ALIGNMENTS),
+            ("expert_per", EXPERT_PER),
+            ("merge_rule", MERGE_RULES),
+            ("inference", MECHANISMS),
+            ("select", SELECTIONS),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        for name in ("epochs", "batch_size"):
+            check_count(name, getattr(self, name))
         for name in ("base_lr", "weight_decay", "alpha", "beta"):
-            _not_negative(name, getattr(self, name))
+            check_not_negative(name, getattr(self, name))
         for name in ("expert_lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
@@ -196,7 +191,7 @@ def changed(base: Recipe, **overrides: Any) -> Recipe:
             raise ValueError("lr, base_lr: expected one of them, got both")
         if given.get("lr_scaled"):
             raise ValueError("lr_scaled: it is for base_lr; lr is the peak learning rate itself")
-        _not_negative("lr", given["lr"])
+        check_not_negative("lr", given["lr"])
         given |= {"base_lr": given.pop("lr"), "lr_scaled": False}
     known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
     unknown = sorted(set(given) - known - {"regularisation"})
@@ -218,7 +213,7 @@ def regularised(given: dict[str, Any], base: Recipe) -> dict[str, Any]:
     kind = rest.pop("regularisation", None)
     if kind is None:
         return rest
-    _choice("regularisation", kind, REGULARISATIONS)
+    check_choice("regularisation", kind, REGULARISATIONS)
     alpha = 0.0 if kind == "none" else base.alpha or 1.0
     if kind != REGULARISATIONS[-1]:
         return {"alpha": alpha, "align": "none", **rest}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 from mosa_kernels.data.folders import has_every_set
@@ -10,11 +9,10 @@ from mosa_kernels.data.lists import named_folder
 from mosa_kernels.data.offline import FEW_LABEL_TASKS
 from mosa_kernels.data.open import LISTED, NAMED
 from mosa_kernels.peft.config import dropout_rates, expert_counts
-from mosa_kernels.train.methods import AdapterOptions, find_method
+from mosa_kernels.train.methods import ADAPTER_OPTIONS, AdapterOptions, find_method
 from mosa_kernels.train.settings import Settings
 
 FEW_LABELS = tuple(f"offline:{task}" for task in FEW_LABEL_TASKS)
-_ADAPTER = frozenset(field.name for field in dataclasses.fields(AdapterOptions))
 _PROMPTS = frozenset({"layers", "prompt_length"})
 _OF_EXPERTS = frozenset({"sparse", "expert_bias", "expert_scale", "anchored"})
 _TURNS = frozenset({"expert_per", "expert_lr", "merge_rule", "inference"})
@@ -54,7 +52,7 @@ def meaningless(settings: Settings) -> dict[str, str]:
             leave((_OF_EXPERTS - {"sparse"}) | turns | {"granularity", same}, "there is one expert, which owns all")
         return found
     prompts = (method.baseline or "").startswith("vpt")
-    leave(_ADAPTER - _PROMPTS if prompts else _ADAPTER, f"method {method.name!r} has no adapters")
+    leave(ADAPTER_OPTIONS - _PROMPTS if prompts else ADAPTER_OPTIONS, f"method {method.name!r} has no adapters")
     leave(turns, f"method {method.name!r} has no experts")
     if not prompts:
         leave({"dropout"}, f"method {method.name!r} has no bottleneck that it acts on")

@@ -10,6 +10,8 @@ from mosa_kernels.train.methods import AdapterOptions, find_method
 from mosa_kernels.train.recipe import OPTIMIZERS, PAPER, Recipe
 
 PRECISIONS = ("no", "bf16", "fp16")
+# Comparisons add it to the data's seed: initial weights, splits, experts and order have seeds of their own.
+INITIAL_SEED = 1000
 # What may change when a run is resumed: none of it decides a number.
 FREE = frozenset({"workers"})
 

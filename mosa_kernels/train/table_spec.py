@@ -18,11 +18,10 @@ from mosa_kernels.data.published import FGVC, VTAB
 from mosa_kernels.peft.styles import STYLES
 from mosa_kernels.train.methods import DEFAULT_STYLE, METHODS, AdapterOptions, Numbers, split_numbers
 from mosa_kernels.train.recipe import make_recipe
-from mosa_kernels.train.settings import Settings
+from mosa_kernels.train.settings import INITIAL_SEED, Settings
 
 SPEC = Path(__file__).resolve().parent.parent / "assets" / "tables.json"
 BENCHMARKS = {"fgvc": FGVC, "vtab": VTAB, "vtab1000": VTAB}  # by the kind of address
-INITIAL_SEED = 1000  # added to the data's seed: initial weights, splits, experts and order have seeds of their own
 
 
 @dataclass(frozen=True)

@@ -299,8 +299,8 @@ PLACES = [
         ({"norm": None}, "norm: expected True or False, got None"),
         ({"expert_bias": "shared"}, "expert_bias: expected True or False, got 'shared'"),
         ({"pruned": 1}, "pruned: expected True or False, got 1"),
-        ({"norm_eps": -1.0}, "norm_eps: expected at least 0, got -1.0"),
-        ({"norm_eps": float("nan")}, "norm_eps: expected a number that is finite, got nan"),
+        ({"norm_eps": -1.0}, "norm_eps: expected a finite number of at least 0, got -1.0"),
+        ({"norm_eps": float("nan")}, "norm_eps: expected a finite number of at least 0, got nan"),
         *PLACES,
     ],
 )
