@@ -84,7 +84,7 @@ def _with_weights(name: str, options: dict[str, Any], checkpoint: str | Path | N
         raise ValueError(
             f"model {name}: timm has no weights for it; give a file with --checkpoint, or --no-pretrained"
         ) from error
-    except (OSError, FileNotFoundError) as error:
+    except OSError as error:
         if Path(str(getattr(error, "filename", None) or "")).suffix in SUFFIXES:
             raise
         raise ConnectionError(

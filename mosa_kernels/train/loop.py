@@ -19,7 +19,7 @@ from mosa_kernels.train.objective import Objective
 from mosa_kernels.train.progress import Reporter
 from mosa_kernels.train.recipe import Recipe
 from mosa_kernels.train.schedule import Schedule
-from mosa_kernels.train.state import load_trained_state, random_state, set_random_state, trained_state
+from mosa_kernels.train.state import load_trained_state, set_random_state, trained_state
 
 Row = dict[str, Any]
 CHECK_EVERY = 10  # updates between two looks at the loss, each of which waits for the device
@@ -237,15 +237,3 @@ def training_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QUIET):
             module.eval()
-
-
-__all__ = [
-    "CHECK_EVERY",
-    "NonFiniteError",
-    "Progress",
-    "Row",
-    "Trainer",
-    "random_state",
-    "require_finite",
-    "training_mode",
-]

@@ -16,7 +16,6 @@ from typing import Any
 from mosa_kernels.train.methods import Numbers, number_words
 from mosa_kernels.train.recipe import Recipe
 from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, mechanisms_for
-from mosa_kernels.train.table_runs import OnDone, run_cells
 from mosa_kernels.train.table_spec import Changes, Row, Table, Task, candidates, cell_settings, tuned_row
 
 FIRST_TUNING_SEED = 100
@@ -148,12 +147,6 @@ class Measured:
     choice: Choice
     parameters: int
     seconds: float
-
-
-def run_grids(grids: Sequence[Grid], folder: Path, workers: int, on_done: OnDone = lambda cell, result: None) -> None:
-    """Runs what is missing of several tables, first all that chooses, then all that tests."""
-    run_cells([cell for grid in grids for cell in grid.all_tuning_cells()], folder, workers, on_done)
-    run_cells([cell for grid in grids for cell in all_final_cells(grid, folder)], folder, workers, on_done)
 
 
 def all_final_cells(grid: Grid, folder: Path) -> list[Cell]:
