@@ -56,18 +56,14 @@ def hollow(label: NDArray[np.int64], u: Field, v: Field) -> Field:
     third = np.float32(0.33 * np.sqrt(0.75))
     parts = {
         "round": np.hypot(u, v) - np.float32(0.4),
-        "square": _box(u, v, 0.36, 0.36),
-        "slit": _box(u, v, 0.54, 0.16),
-        "plus": np.minimum(_box(u, v, 0.51, 0.15), _box(u, v, 0.15, 0.51)),
+        "square": shapes.box(u, v, 0.36, 0.36),
+        "slit": shapes.box(u, v, 0.54, 0.16),
+        "plus": np.minimum(shapes.box(u, v, 0.51, 0.15), shapes.box(u, v, 0.15, 0.51)),
         "two": np.hypot(np.abs(u) - np.float32(0.31), v) - np.float32(0.22),
         "three": np.minimum(np.hypot(np.abs(u) - third, v - np.float32(0.165)), np.hypot(u, v + np.float32(0.33)))
         - np.float32(0.195),
     }
     return _of_class(label, parts)
-
-
-def _box(u: Field, v: Field, half_width: float, half_height: float) -> Field:
-    return np.maximum(np.abs(u) - np.float32(half_width), np.abs(v) - np.float32(half_height))
 
 
 def _of_class(label: NDArray[np.int64], parts: dict[str, Field]) -> Field:

@@ -91,8 +91,7 @@ def ink_at(scans: NDArray[np.float32], u: canvas.Field, v: canvas.Field) -> canv
 
 def paint(draws: Draws, scans: NDArray[np.float32], size: int = 32, scenery: Scenery = SCENERY) -> NDArray[np.uint8]:
     """Draws each scan [B, 8, 8] once, uint8 [B, size, size, 3]."""
-    images, behind = canvas.background(draws, size, scenery.background)
-    canvas.clutter(draws, images, scenery.clutter)
+    images, behind = canvas.scene(draws, size, scenery)
     radius = draws.uniform(*RADIUS)
     angle = draws.uniform(-TURN, TURN)
     u, v = canvas.place(size, draws.uniform(-SHIFT, SHIFT), draws.uniform(-SHIFT, SHIFT), angle, radius)

@@ -15,8 +15,8 @@ Field = NDArray[np.float32]  # [B, H, W]
 Shape = Callable[[Field, Field], Field]
 
 
-def _box(u: Field, v: Field, half_width: float, half_height: float) -> Field:
-    return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
+def box(u: Field, v: Field, half_width: float, half_height: float) -> Field:
+    return np.maximum(np.abs(u) - np.float32(half_width), np.abs(v) - np.float32(half_height))
 
 
 def disc(u: Field, v: Field) -> Field:
@@ -28,15 +28,15 @@ def ring(u: Field, v: Field) -> Field:
 
 
 def square(u: Field, v: Field) -> Field:
-    return _box(u, v, 0.7, 0.7)
+    return box(u, v, 0.7, 0.7)
 
 
 def bar(u: Field, v: Field) -> Field:
-    return _box(u, v, 0.94, 0.32)
+    return box(u, v, 0.94, 0.32)
 
 
 def cross(u: Field, v: Field) -> Field:
-    return np.minimum(_box(u, v, 0.94, 0.29), _box(u, v, 0.29, 0.94))
+    return np.minimum(box(u, v, 0.94, 0.29), box(u, v, 0.29, 0.94))
 
 
 def triangle(u: Field, v: Field) -> Field:
