@@ -63,11 +63,14 @@ def open_torchvision(
     """
     from torchvision import datasets
 
+    _check_split_names(split_names)
     maker = getattr(datasets, name, None)
     if not (inspect.isclass(maker) and issubclass(maker, datasets.VisionDataset)):
         known = sorted(n for n in dir(datasets) if n.lower() == name.lower())
         raise ValueError(f"torchvision has no data set {name!r}" + (f"; did you mean {known[0]!r}?" if known else ""))
     accepted = inspect.signature(maker).parameters
+    if split_names and "split" not in accepted:
+        raise ValueError(f"split_names: expected None for torchvision:{name}, whose sets have no names")
     fixed: dict[str, Any] = {}
     if "root" in accepted:
         if root is None:
@@ -134,6 +137,7 @@ def open_timm(
     """
     from timm.data import create_dataset
 
+    _check_split_names(split_names)
     _check_timm_name(name)
     named = dict(split_names or {})
     folder = None if root is None else str(expanded(root))
@@ -158,6 +162,13 @@ def open_timm(
         except (ValueError, FileNotFoundError):
             parts["test"] = make("validation")
     return _assemble(f"timm:{name}", parts, folder, seed, validation_share, test_share, verify)
+
+
+def _check_split_names(split_names: Mapping[str, str] | None) -> None:
+    """Refuses names of sets that there are not: theirs would be held out of the training set, unasked."""
+    unknown = [split for split in split_names or () if split not in SPLIT_NAMES]
+    if unknown:
+        raise ValueError(f"split_names: expected some of {', '.join(SPLIT_NAMES)}, got {', '.join(unknown)}")
 
 
 def _check_timm_name(name: str) -> None:

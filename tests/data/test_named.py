@@ -153,6 +153,15 @@ def test_a_data_set_without_splits_is_divided() -> None:
         open_data("torchvision:FakeData", root="/there")
 
 
+@pytest.mark.parametrize("name", ["timm:torch/cifar10", "torchvision:CIFAR10"])
+def test_split_names_that_change_nothing_are_refused(cifar: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="split_names: expected some of train, validation, test, got val"):
+        open_data(name, root=cifar, split_names={"val": "test"})
+    if name.startswith("torchvision"):
+        with pytest.raises(ValueError, match="split_names: expected None for torchvision:CIFAR10, whose sets have no"):
+            open_data(name, root=cifar, split_names={"validation": "test"})
+
+
 def test_usual_split_names_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
