@@ -54,7 +54,7 @@ def merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | 
 
 
 def _merge_one(adapter: MergeInput, fold_norm: bool, dtype: torch.dtype) -> MergedWeights:
-    working = torch.float64 if adapter.w_down.dtype == torch.float64 else torch.float32
+    working = torch.promote_types(adapter.w_down.dtype, torch.float32)
 
     def read(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().to(working)

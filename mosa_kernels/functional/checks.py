@@ -181,8 +181,12 @@ def _check_experts(args: AdapterArguments) -> None:
     check_expert_ids(args.expert_id if args.expert is None else args.expert, 255 if count is None else count)
 
 
-def check_expert_ids(expert: Tensor | int, count: int) -> None:
+def check_expert_ids(expert: Tensor | int, count: int, name: str = "expert") -> None:
     """
+    Args:
+        count: how many experts there are.
+        name: of the argument, for the message.
+
     Raises:
         ValueError: one of the ids, as far as they can be looked at for nothing, is of no expert.
     """
@@ -194,4 +198,4 @@ def check_expert_ids(expert: Tensor | int, count: int) -> None:
     else:
         return
     if ids and (min(ids) < MERGED or max(ids) >= count):
-        raise ValueError(f"expert: expected 0 to {count - 1}, or {MERGED} for the merged adapter, got {ids}")
+        raise ValueError(f"{name}: expected 0 to {count - 1}, or {MERGED} for the merged adapter, got {ids}")

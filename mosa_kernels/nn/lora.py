@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mosa_kernels.backends import merge as definition
 from mosa_kernels.backends.element_types import PLAIN
 from mosa_kernels.functional.checks import has_no_values
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
@@ -167,14 +168,10 @@ class FusedMoSALoRA(FusedMoSAAdapter):
             ValueError: `rule` is neither, or there is no such expert.
         """
         given = self.merge_input(rule, expert)
-        working = torch.float64 if given.w_down.dtype == torch.float64 else torch.float32
-        down, up = given.w_down.to(working), given.w_up.to(working)
-        if given.w_down_init is not None:
-            initial = given.w_down_init.to(working)
-            down = initial + given.down_factor * (down - initial)
-        scale = given.scale.to(working) if isinstance(given.scale, Tensor) else given.scale
-        with torch.autocast(down.device.type, enabled=False):
-            return (scale * given.up_factor * up) @ down
+        working = torch.promote_types(given.w_down.dtype, torch.float32)
+        (merged,) = definition.merge([given], fold_norm=False, dtype=working)  # of any widths, as no kernel merges
+        with torch.autocast(merged.w_down.device.type, enabled=False):
+            return merged.w_up @ merged.w_down
 
     @torch.no_grad()
     def merge(  # type: ignore[override]  # no dense adapter is left

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mosa_kernels.backends.arguments import MERGED
-from mosa_kernels.functional.checks import has_no_values
+from mosa_kernels.functional.checks import check_expert_ids
 from mosa_kernels.nn.options import check_choice, check_expert
 from mosa_kernels.nn.streams import derived_seed, read_mark, seeded_generator
 
@@ -72,8 +72,8 @@ class ExpertSampler(nn.Module):
         experts = self.assigned
         if experts is not None and experts.dim() and experts.shape[0] != samples:
             raise ValueError(f"experts: expected one for each of the batch's {samples} samples, got {len(experts)}")
-        if experts is not None and experts.is_cpu and not has_no_values():
-            _check_numbers(experts, self.num_experts)
+        if experts is not None:
+            check_expert_ids(experts, self.num_experts, "experts")
         return experts
 
     def draw(self, batch_size: int, device: torch.device, dropout: bool) -> Draw:
@@ -220,18 +220,10 @@ def experts_per_sample(model: nn.Module, experts: Sequence[int] | Tensor | int) 
     if given.dim() > 1:
         raise ValueError(f"experts: expected one number or one for each sample, got shape {list(given.shape)}")
     fewest = min(sampler.num_experts for sampler in found)
-    if given.is_cpu and not has_no_values():  # a GPU is not waited for
-        _check_numbers(given, fewest)
+    check_expert_ids(given, fewest, "experts")
     own = [sampler for sampler in _all_samplers(model) if sampler.chooses]  # whichever is switched to in the context
     with _within(own, "assigned", given.to(next(model.parameters()).device, non_blocking=True)):
         yield model
-
-
-def _check_numbers(experts: Tensor, count: int) -> None:
-    listed = experts.tolist()
-    numbers = listed if isinstance(listed, list) else [listed]
-    if numbers and not (min(numbers) >= MERGED and max(numbers) < count):
-        raise ValueError(f"experts: expected numbers from 0 to {count - 1}, or {MERGED}, got {listed}")
 
 
 @contextmanager

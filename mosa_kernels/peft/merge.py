@@ -77,7 +77,7 @@ def merge_and_unload(
     if not placed:
         remove_all(model, keep_head=True)
         return whole
-    exact = merge_adapters(inputs, dtype=_working_dtype(inputs[0].w_down.dtype))
+    exact = merge_adapters(inputs, dtype=torch.promote_types(inputs[0].w_down.dtype, torch.float32))
     dtypes = [block_parameter(model.get_submodule(path)).dtype for path, _, _ in placed]  # adapters may be in float32
     merged = [_rounded(weights, dtype) for weights, dtype in zip(exact, dtypes, strict=True)]
     _tell_rounding(exact, merged)
@@ -129,10 +129,6 @@ def _take_branch(block: nn.Module, names: tuple[str, ...]) -> Branch:
             branch[name] = part
             setattr(block, name, nn.Identity())
     return Branch(branch)
-
-
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rounded(weights: MergedWeights, dtype: torch.dtype) -> MergedWeights:

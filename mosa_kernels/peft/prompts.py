@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosa_kernels.peft.attention import find_attention
-from mosa_kernels.peft.placement import FoundBlock, block_width, forward_class
+from mosa_kernels.peft.placement import FoundBlock, block_parameter, block_width, forward_class
 from mosa_kernels.peft.view import has_own_forward
 
 _WITHOUT_POSITIONS = frozenset(
@@ -144,7 +144,7 @@ def make_prompts(
     made = {}
     for number, index in enumerate(inside):
         block = blocks[index].block
-        width, reference = block_width(block), next(block.parameters())
+        width, reference = block_width(block), block_parameter(block)
         made[index] = Prompts(
             length,
             width,

@@ -35,7 +35,7 @@ def test_numbers_are_checked_whatever_the_default_device() -> None:
     layer = trained_layer()
     with (
         torch.device("meta"),
-        pytest.raises(ValueError, match="experts: expected numbers from 0"),
+        pytest.raises(ValueError, match="experts: expected 0 to 3, or -1"),
         mk.experts_per_sample(layer, [4]),
     ):
         pass
@@ -91,8 +91,8 @@ def test_activation_checkpointing_within_the_context() -> None:
 def test_what_cannot_be() -> None:
     layer, x = trained_layer(), torch.randn(4, 3, D)
     cases = [
-        (4, "experts: expected numbers from 0 to 3, or -1, got 4"),
-        ([0, -2], r"experts: expected numbers from 0 to 3, or -1, got \[0, -2\]"),
+        (4, r"experts: expected 0 to 3, or -1 for the merged adapter, got \[4\]"),
+        ([0, -2], r"experts: expected 0 to 3, or -1 for the merged adapter, got \[0, -2\]"),
         ([[0]], r"experts: expected one number or one for each sample, got shape \[1, 1\]"),
     ]
     for experts, message in cases:

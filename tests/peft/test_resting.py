@@ -32,7 +32,7 @@ def test_the_active_adapter_says_which_experts_there_are() -> None:
             torch.testing.assert_close(model(x)[expert], mixed[expert], rtol=1e-4, atol=1e-4)
     mk.set_adapter(model, "two")
     with (
-        pytest.raises(ValueError, match="experts: expected numbers from 0 to 1, or -1"),
+        pytest.raises(ValueError, match="experts: expected 0 to 1, or -1 for the merged adapter"),
         mk.experts_per_sample(model, 2),
     ):
         pass
@@ -68,7 +68,7 @@ def test_the_routed_adapters_are_those_that_run() -> None:
         assert number_of_experts(model) == 4
         with mk.experts_per_sample(model, 2):
             routed = model(x)
-        with pytest.raises(ValueError, match="expected numbers from 0 to 2"), mk.experts_per_sample(model, 3):
+        with pytest.raises(ValueError, match="experts: expected 0 to 2"), mk.experts_per_sample(model, 3):
             pass
     for row, name in enumerate(("four", "three")):
         with mk.inference_experts(mk.set_adapter(model, name), 2):
