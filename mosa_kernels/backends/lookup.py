@@ -15,7 +15,7 @@ from mosa_kernels.backends.measured import Kind
 
 NAMES = ("cpu", "triton", "cuda", "reference")
 _VARIABLE = "MOSA_CUDA_BACKENDS"
-_MEASURED = ("cpu", "cuda")  # device types
+_DEVICE_TYPES = ("cpu", "cuda")  # for which tables are measured, and backends preferred
 
 
 class Backend(NamedTuple):
@@ -69,7 +69,7 @@ class Operator:
         if preferred is not None:
             return preferred
         order = self.order.get(device_type, ())
-        if self.kind is not None and device_type in _MEASURED:
+        if self.kind is not None and device_type in _DEVICE_TYPES:
             kind = self.kind(*call)
             ranked = measured.ranked(kind)
             if ranked is not None:
@@ -109,7 +109,7 @@ def prefer_backends(device_type: str, *names: str) -> None:
     Raises:
         ValueError: a name or the device type is not one of these.
     """
-    if device_type not in ("cpu", "cuda"):
+    if device_type not in _DEVICE_TYPES:
         raise ValueError(f"device_type: expected 'cpu' or 'cuda', got {device_type!r}")
     for name in names:
         if name not in NAMES:

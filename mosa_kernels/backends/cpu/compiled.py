@@ -19,6 +19,11 @@ _HIGHEST_INSTRUCTION_SET = 255
 """The kernels use the highest that the CPU has, up to this one; 255 stands for the fastest."""
 
 
+def available() -> tuple[bool, str]:
+    reason = extension().reason
+    return reason is None, reason or ""
+
+
 def supports_adapter(args: AdapterArguments) -> tuple[bool, str]:
     """Whether the compiled kernels are there and take the call, and if not, why."""
     if reason := extension().reason:

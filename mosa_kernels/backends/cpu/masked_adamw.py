@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 
 from mosa_kernels._extension import extension
+from mosa_kernels.backends.cpu.compiled import available
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 from mosa_kernels.backends.masked_adamw_kernels import numbers_of, takes
 
+__all__ = ["available", "masked_adamw", "supports_masked_adamw"]
+
 _STORED = ("params", "exp_avgs", "exp_avg_sqs")
-
-
-def available() -> tuple[bool, str]:
-    reason = extension().reason
-    return reason is None, reason or ""
 
 
 def supports_masked_adamw(tensors: AdamWTensors, options: AdamWOptions) -> tuple[bool, str]:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from mosa_kernels._extension import extension
+from mosa_kernels.backends.cpu.compiled import available
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.backends.merge_kernels import describe, empty_outputs, takes
 
-
-def available() -> tuple[bool, str]:
-    reason = extension().reason
-    return reason is None, reason or ""
+__all__ = ["available", "merge", "supports_merge"]
 
 
 def supports_merge(adapters: Sequence[MergeInput], fold_norm: bool, dtype: torch.dtype | None) -> tuple[bool, str]:

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from mosa_kernels._extension import extension
+from mosa_kernels.backends.cpu.compiled import available
 from mosa_kernels.backends.split import SplitLayout
 
-
-def available() -> tuple[bool, str]:
-    reason = extension().reason
-    return reason is None, reason or ""
+__all__ = ["available", "split", "supports_split"]
 
 
 def supports_split(layout: SplitLayout, seed: Tensor, device: torch.device) -> tuple[bool, str]:
