@@ -29,7 +29,7 @@ from mosa_kernels.peft.files import (
 )
 from mosa_kernels.peft.head import current_head, head_paths
 from mosa_kernels.peft.inject import delete_adapter, inject_adapter
-from mosa_kernels.peft.switch import set_adapter
+from mosa_kernels.peft.switch import run_one, set_adapter
 from mosa_kernels.peft.tuned import Tuned
 from mosa_kernels.shards import check_unsharded, fill, is_sharded, whole
 from mosa_kernels.version import __version__
@@ -155,6 +155,8 @@ def load_adapter(
             delete_adapter(inner, name)
             if active is not None:
                 set_adapter(inner, active)
+            elif book is not None:  # within `disable_adapter`
+                run_one(inner, book, None)
         raise
     set_adapter(model, name)
     return model

@@ -36,7 +36,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
             "to train it, wrap the model again",
             stacklevel=2,
         )
-    _run(unwrap(model), book, name)
+    run_one(unwrap(model), book, name)
     let_train(unwrap(model), book, {name})
     return model
 
@@ -85,7 +85,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     before, tuned = book.active, book.tuned_by(book.active)
     parameters = [unwrap(model).get_parameter(path) for path in ([] if tuned is None else tuned.paths)]
     trained = [(parameter, parameter.requires_grad) for parameter in parameters]
-    _run(unwrap(model), book, None)
+    run_one(unwrap(model), book, None)
     try:
         yield
     finally:
@@ -95,12 +95,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             # and lets it train
             set_adapter(unwrap(model), before if before in book.configs else next(iter(book.configs)))
         else:
-            _run(unwrap(model), book, before)
+            run_one(unwrap(model), book, before)
             for parameter, flag in trained:
                 parameter.requires_grad_(flag)
 
 
-def _run(model: nn.Module, book: AdapterBook, name: str | None) -> None:
+def run_one(model: nn.Module, book: AdapterBook, name: str | None) -> None:
     """Puts the head of `name` (None: the backbone's) into the model, the one in use away, and sets every block."""
     check_settled(book)
     if name != book.active:

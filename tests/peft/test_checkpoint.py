@@ -16,11 +16,13 @@ from mosa_kernels.peft import (
     MoSAConfig,
     active_adapter,
     adapter_names,
+    disable_adapter,
     inject_adapter,
     load_adapter,
     save_adapter,
     set_adapter,
 )
+from mosa_kernels.peft.files import read_adapter, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -127,6 +129,18 @@ def test_another_backbone_is_refused_with_the_difference_named(tmp_path: Path) -
         other = make()
         other.reset_classifier(classes)
         assert f"head: the adapter was saved with 10 classes, the model has {classes}" in refused(other, tmp_path)
+
+
+@torch.no_grad()
+def test_where_no_adapter_runs_none_does_after_an_error(tmp_path: Path) -> None:
+    save_adapter(trained(name="saved"), tmp_path)
+    description, tensors = read_adapter(tmp_path)
+    tensors.popitem()
+    write_adapter(tmp_path, description, tensors)
+    model = trained(name="first")
+    with disable_adapter(model):
+        assert "it does not fit its configuration: missing" in refused(model, tmp_path)
+        assert active_adapter(model) is None
 
 
 @pytest.mark.parametrize(("family", "before", "pooling"), [(VIT, "token", "avg"), (SWIN, "avg", "max")])
