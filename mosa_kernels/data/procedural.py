@@ -126,8 +126,9 @@ class DrawnTask:
         name: as in "offline:<name>".
         classes: class names, in the order of the labels.
         paint: draws images [B, H, W, 3] for given labels.
-        scenery: what surrounds the objects.
         label_preserving: the augmentations that leave the label right ("flip", "shift", "colour").
+        scenery: what surrounds the objects.
+        few_labels: whether the user says how many training images a class has.
     """
 
     name: str
