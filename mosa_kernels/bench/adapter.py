@@ -12,7 +12,6 @@ from torch import Tensor
 from mosa_kernels.backends import reference
 from mosa_kernels.backends.arguments import AdapterArguments
 from mosa_kernels.backends.choice import available_backends
-from mosa_kernels.backends.merge import MergeInput
 from mosa_kernels.bench.adapter_work import FLOOR, MERGED_DENSE, adapter_work
 from mosa_kernels.bench.case import (
     BACKENDS,
@@ -32,10 +31,8 @@ from mosa_kernels.bench.dense_copies import DenseCopiesAdapter
 from mosa_kernels.bench.gate import Expected
 from mosa_kernels.bench.shapes import Point
 from mosa_kernels.functional.adapter import mosa_adapter
-from mosa_kernels.functional.merge import merge_adapters
 from mosa_kernels.functional.split import split
 from mosa_kernels.nn.adapter import FusedMoSAAdapter
-from mosa_kernels.nn.dense import DenseAdapter
 
 DIRECTIONS = ("forward", "backward", "both")
 OPERATORS = {"forward": "adapter_forward", "backward": "adapter_backward", "both": "adapter"}
@@ -205,18 +202,7 @@ class Adapter:
 
     def merged_call(self) -> Callable[[], Tensor]:
         """Plain dense adapters, as merging leaves them for inference."""
-        count = self.point.experts
-        dense = []
-        for layer in self.drawn.layers:
-            merged = merge_adapters([MergeInput(*layer[:6], scale=SCALE, up_factor=1 / count)])[0]
-            module = DenseAdapter(self.point.width, self.point.bottleneck, norm_eps=EPS, device="meta")
-            for linear, weight, bias in (
-                (module.down, merged.w_down, merged.b_down),
-                (module.up, merged.w_up, merged.b_up),
-            ):
-                assert bias is not None
-                linear.weight, linear.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
-            dense.append(module)
+        dense = [self.module(layer).merge() for layer in self.drawn.layers]
         x, residual = self.drawn[:2]
 
         def call() -> Tensor:

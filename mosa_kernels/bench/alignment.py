@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mosa_kernels.backends.alignment import feature_alignment as by_definition
 from mosa_kernels.bench.case import (
     BACKENDS,
     COMPILE,
@@ -84,16 +84,6 @@ class AlignmentCase:
             for out in [by_definition(*halves)]
         )
         return Expected(exact, eager, {})
-
-
-def by_definition(first: list[Tensor], second: list[Tensor]) -> Tensor:
-    """The sum over blocks of the mean squared difference, squares in float32 at least (Eq. 6, last term)."""
-    terms = [F.mse_loss(_wide(a), _wide(b)) for a, b in zip(first, second, strict=True)]
-    return torch.stack(terms).sum()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _named(loss: Tensor, *gradients: Tensor) -> dict[str, Tensor]:

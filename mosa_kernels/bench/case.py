@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mosa_kernels.backends.measured import REFERENCE
 from mosa_kernels.bench.gate import Expected
 
 EAGER = "eager"
@@ -66,6 +67,12 @@ class Case(Protocol):
     def providers(self) -> list[Provider]: ...
 
     def expected(self, function: str) -> Expected: ...
+
+
+def by_backends(prepare: Callable[[str], Prepared], backends: Sequence[str] = BACKENDS) -> list[Provider]:
+    """An operator's definition, which is eager PyTorch, and its fused backends; `prepare` is given a backend's name."""
+    ours = [Provider(name, partial(prepare, name), ours=True) for name in backends]
+    return [Provider(EAGER, partial(prepare, REFERENCE)), *ours]
 
 
 def unavailable(name: str, reason: str, ours: bool = False) -> Provider:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mosa_kernels.bench.case import BACKENDS, EAGER, Prepared, Provider, Work, generator
+from mosa_kernels.bench.case import Prepared, Provider, Work, by_backends, generator
 from mosa_kernels.bench.gate import Expected
 from mosa_kernels.bench.shapes import Point
 from mosa_kernels.functional.consistency import consistency
@@ -32,8 +32,7 @@ class ConsistencyCase:
         self.working_set = 4 * size
 
     def providers(self) -> list[Provider]:
-        names = {EAGER: "reference", **{name: name for name in BACKENDS}}
-        return [Provider(name, partial(self._prepare, backend), name != EAGER) for name, backend in names.items()]
+        return by_backends(self._prepare)
 
     def _prepare(self, backend: str) -> Prepared:
         run = partial(_both, self.logits, self.target, backend)

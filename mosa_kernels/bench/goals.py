@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from mosa_kernels.bench.case import COMPILE, COMPILE_MAX, EAGER
 from mosa_kernels.bench.records import Record, name_of, row_of, same_calls
 
 NOT_MEASURED = "not measured"
@@ -66,7 +67,7 @@ def _of_row(*path: str, over: Callable[[Record], float] | None = None) -> _Figur
 
 
 def _wall_against_eager(record: Record, ours: Record) -> float | None:
-    eager = row_of(record, "eager")
+    eager = row_of(record, EAGER)
     if eager is None or not eager.get("host_us") or not ours.get("host_us"):
         return None
     return eager["host_us"]["wall"] / ours["host_us"]["wall"]
@@ -77,7 +78,6 @@ def _tokens(record: Record) -> float:
     return float(images) * float(tokens) * record["case"]["layers"]
 
 
-EAGER, COMPILE, COMPILE_MAX = "eager", "compile", "compile max-autotune"
 _GPU: dict[str, list[tuple[Goal, _Figure]]] = {
     "adapter_forward": [
         (Goal("share of the measured copy bandwidth on 3A", 0.8, ""), _of_row("copy_share")),

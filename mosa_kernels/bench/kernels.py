@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from mosa_kernels.bench.adapter import DIRECTIONS, OPERATORS, Adapter
+from mosa_kernels.bench.adapter_work import MERGED_DENSE
 from mosa_kernels.bench.alignment import AlignmentCase
 from mosa_kernels.bench.case import (
+    BACKENDS,
     COMPILE,
     COMPILE_MAX,
     COMPILE_MODES,
@@ -36,7 +38,7 @@ from mosa_kernels.bench.shapes import DTYPES, Point
 from mosa_kernels.bench.timing import cache_bytes, host_cost, in_turn
 
 OPERATOR_NAMES = (*OPERATORS.values(), "merge", "masked_adamw", "alignment", GranularityCase.operator)
-PROVIDERS = (EAGER, COMPILE, COMPILE_MAX, DENSE_COPIES, "cpu", "triton", "cuda", "merged dense")
+PROVIDERS = (EAGER, COMPILE, COMPILE_MAX, DENSE_COPIES, *BACKENDS, MERGED_DENSE)
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NO_TIME = "no time was left for it"
 NOT_OFFERED = "this part has no such provider"

@@ -14,13 +14,12 @@ from torch.optim.adamw import adamw
 from mosa_kernels.backends import masked_adamw as reference
 from mosa_kernels.backends.masked_adamw import AdamWOptions, AdamWTensors
 from mosa_kernels.bench.case import (
-    BACKENDS,
     COMPILE,
     DENSE_COPIES,
-    EAGER,
     Prepared,
     Provider,
     Work,
+    by_backends,
     compiled,
     generator,
 )
@@ -103,8 +102,7 @@ class MaskedAdamWCase:
         )
 
     def providers(self) -> list[Provider]:
-        names = {EAGER: "reference", **{name: name for name in BACKENDS}}
-        found = [Provider(name, partial(self._prepare, backend), name != EAGER) for name, backend in names.items()]
+        found = by_backends(self._prepare)
         found[1:1] = compiled(reference.masked_adamw, (COMPILE,), self._asked, self._by_definition)
         return [*found, Provider(DENSE_COPIES, self._copies), Provider(PLAIN, self._plain)]
 

@@ -12,13 +12,12 @@ from torch import Tensor
 from mosa_kernels.backends import merge as reference
 from mosa_kernels.backends.merge import MergedWeights, MergeInput
 from mosa_kernels.bench.case import (
-    BACKENDS,
     COMPILE,
     DENSE_COPIES,
-    EAGER,
     Prepared,
     Provider,
     Work,
+    by_backends,
     compiled,
     generator,
 )
@@ -70,8 +69,7 @@ class MergeCase:
         ]
 
     def providers(self) -> list[Provider]:
-        names = {EAGER: "reference", **{name: name for name in BACKENDS}}
-        found = [Provider(name, partial(self._prepare, backend), name != EAGER) for name, backend in names.items()]
+        found = by_backends(self._prepare)
         found[1:1] = compiled(reference.merge, (COMPILE,), self._asked, self._by_definition)
         return [*found, Provider(DENSE_COPIES, self._copies)]
 

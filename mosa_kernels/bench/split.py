@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mosa_kernels.backends.split import SplitLayout
-from mosa_kernels.bench.case import BACKENDS, EAGER, Prepared, Provider, Work
+from mosa_kernels.bench.case import BACKENDS, Prepared, Provider, Work, by_backends
 from mosa_kernels.bench.gate import Expected
 from mosa_kernels.bench.shapes import Point
 from mosa_kernels.functional.split import OPERATOR
@@ -29,8 +29,7 @@ class SplitCase:
         self.working_set = d * r
 
     def providers(self) -> list[Provider]:
-        names = {EAGER: "reference", **{name: name for name in BACKENDS if name in OPERATOR.backends}}
-        return [Provider(name, partial(self._prepare, backend), name != EAGER) for name, backend in names.items()]
+        return by_backends(self._prepare, [name for name in BACKENDS if name in OPERATOR.backends])
 
     def _prepare(self, backend: str) -> Prepared:
         call = (self.layout, self.seed, self.device)
