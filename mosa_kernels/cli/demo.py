@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from mosa_kernels._machine import available_cores, machine
 from mosa_kernels.cli.errors import MendableError, plain_errors
+from mosa_kernels.cli.tables import table_of
 from mosa_kernels.train.comparison import (
     CHOSEN,
     CONTENDERS,
@@ -187,12 +187,7 @@ def show(record: dict[str, Any], console: Console) -> None:
     """The tables, and what they say."""
     titles = (f"test accuracy and likelihood over seeds {record['seeds']}", "the same MoSA weights, used differently")
     for title, (head, *body) in zip(titles, record["tables"], strict=True):
-        table = Table(title=title, title_justify="left")
-        for number, heading in enumerate(head):
-            table.add_column(heading, justify="left" if number == 0 else "right")
-        for row in body:
-            table.add_row(*row)
-        console.print(table)
+        console.print(table_of(head, body, title))
     console.print(record["merging"], highlight=False)
     console.print(f"[bold]{record['verdict']}[/bold]", highlight=False)
     if record["quick"]:

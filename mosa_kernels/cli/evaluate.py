@@ -12,8 +12,9 @@ from rich.table import Table
 
 from mosa_kernels.cli.errors import plain_errors
 from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader, refuse_rule_without_experts
+from mosa_kernels.cli.tables import table_of
 from mosa_kernels.nn.adapter import MERGE_RULES
-from mosa_kernels.nn.options import check_seed
+from mosa_kernels.nn.options import check_choice, check_seed
 from mosa_kernels.train.evaluate import MECHANISMS, warn_of_merge_loss
 from mosa_kernels.train.evaluate import evaluate as measure
 from mosa_kernels.train.folder import require_own_or_new, versions, write_json
@@ -71,7 +72,7 @@ def evaluate(
         if not accelerator.is_main_process:
             return
         console.print(f"{describe(saved, path)}\n{split} of {splits.name}: {splits.note}", highlight=False)
-        console.print(table_of(results, saved.settings.recipe.merge_rule))
+        console.print(results_table(results, saved.settings.recipe.merge_rule))
         for each in rules:
             warning = warn_of_merge_loss(results, each)
             if warning is not None:
@@ -81,8 +82,8 @@ def evaluate(
 
 
 def _rules(rule: str | None) -> tuple[str, ...]:
-    if rule is not None and rule not in MERGE_RULES:
-        raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
+    if rule is not None:
+        check_choice("rule", rule, MERGE_RULES)
     return MERGE_RULES if rule is None else (rule,)
 
 
@@ -96,17 +97,14 @@ def _mechanisms(text: str) -> tuple[str, ...]:
     return chosen
 
 
-def table_of(results: dict[str, dict[str, float]], rule: str) -> Table:
+def results_table(results: dict[str, dict[str, float]], rule: str) -> Table:
     """Accuracy and likelihood by mechanism."""
-    table = Table()
-    table.add_column("inference")
-    table.add_column("accuracy %", justify="right")
-    table.add_column("NLL", justify="right")
+    rows = []
     for name, row in results.items():
         title = f"merged by {name}" if name in MERGE_RULES else name
         note = " (as configured)" if name == rule else ""
-        table.add_row(title + note, f"{row['accuracy']:.2f}", f"{row['nll']:.4f}")
-    return table
+        rows.append((title + note, f"{row['accuracy']:.2f}", f"{row['nll']:.4f}"))
+    return table_of(("inference", "accuracy %", "NLL"), rows)
 
 
 def _record(

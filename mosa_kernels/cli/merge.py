@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from mosa_kernels.cli.errors import MendableError, plain_errors
 from mosa_kernels.cli.opened import ANY_CLASSES, describe, open_loader, refuse_rule_without_experts
+from mosa_kernels.cli.tables import table_of
 from mosa_kernels.data.transforms import evaluation_config
 from mosa_kernels.nn.adapter import MERGE_RULES
+from mosa_kernels.nn.options import check_choice
 from mosa_kernels.peft.book import find_book
 from mosa_kernels.train.backbones import data_config
 from mosa_kernels.train.evaluate import evaluate, warn_of_merge_loss
@@ -66,8 +67,8 @@ def merge(
     with plain_errors():
         if output.suffix not in SUFFIXES:
             raise ValueError(f"output: expected a file ending in {' or '.join(SUFFIXES)}, got {output.name}")
-        if rule is not None and rule not in MERGE_RULES:
-            raise ValueError(f"rule: expected one of {', '.join(MERGE_RULES)}, got {rule!r}")
+        if rule is not None:
+            check_choice("rule", rule, MERGE_RULES)
         given = {"data_root": data_root, "any_classes": any_classes, "split": split}
         _refuse_without_data(data, {**given, "batch_size": batch_size, "workers": workers})
         require_merged_or_new(output)
@@ -117,15 +118,11 @@ def _refuse_without_data(data: str | None, given: dict[str, Any]) -> None:
 
 def _compare(saved: Saved, loader: Iterable[Any], check: MergeCheck, rule: str, split: str, console: Console) -> None:
     results = evaluate(saved.model, loader, ("stochastic",))
-    table = Table(title=f"{split} images", title_justify="left")
-    for heading in ("model", "accuracy %", "NLL"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
     rows = {f"adapters, evaluation mode ({rule})": check.before.as_dict(), "merged, plain": check.after.as_dict()}
     if "stochastic" in results:
         rows["adapters, stochastic"] = results["stochastic"]
-    for name, row in rows.items():
-        table.add_row(name, f"{row['accuracy']:.2f}", f"{row['nll']:.4f}")
-    console.print(table)
+    shown = [(name, f"{row['accuracy']:.2f}", f"{row['nll']:.4f}") for name, row in rows.items()]
+    console.print(table_of(("model", "accuracy %", "NLL"), shown, f"{split} images"))
     warning = warn_of_merge_loss({**results, rule: check.after.as_dict()}, rule)
     if warning is not None:
         console.print(f"warning: {warning}", highlight=False)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mosa_kernels._files import expanded
 from mosa_kernels.cli.errors import MendableError, plain_errors
+from mosa_kernels.cli.tables import table_of
 from mosa_kernels.data.files import some
 from mosa_kernels.train.backbones import require_checkpoint
 from mosa_kernels.train.folder import read_json, require_own_or_new, require_writable, write_json, write_text
@@ -333,8 +334,6 @@ def watch(grids: list[Grid], folder: Path, processes: int, console: Console) -> 
 
 def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Console) -> None:
     """Writes table-N.md, .csv, .png and .json, and shows the table."""
-    from rich.table import Table as Shown
-
     measured = collect(grid, output / "cells")
     facts = {**facts, **made_by(grid, output / "cells")}
     summaries = summarise_table(grid.table, measured)
@@ -353,12 +352,7 @@ def write_table(grid: Grid, output: Path, facts: dict[str, Any], console: Consol
     else:
         draw_sweep(summaries, grid.table.sweep, title, stem.with_suffix(".png"))
     write_text(stem.with_suffix(".md"), table_markdown(grid, measured, summaries, differences, facts))
-    shown = Shown(title=title, title_justify="left")
     head, *body = rows_of_table(summaries)
-    for place, heading in enumerate(head):
-        shown.add_column(heading, justify="left" if place == 0 else "right")
-    for row in body:
-        shown.add_row(*(cell.replace("**", "") for cell in row))
-    console.print(shown)
+    console.print(table_of(head, ([cell.replace("**", "") for cell in row] for row in body), title))
     for difference in differences:
         console.print(f"  {difference}", highlight=False)

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mosa_kernels.cli.errors import MENDABLE, MendableError, message_of, plain_errors
+from mosa_kernels.cli.tables import table_of
 from mosa_kernels.data.backbone import OFFLINE_BACKBONE
 from mosa_kernels.data.offline import FEW_LABEL_TASKS
+from mosa_kernels.nn.adapter import MERGE_RULES
 from mosa_kernels.train.folder import RunExistsError, RunFolder
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
@@ -241,19 +243,14 @@ def _listing(record: dict[str, Any], leave: frozenset[str]) -> str:
 
 def conclude(result: dict[str, Any], output: Path, console: Console) -> None:
     """The result: what is reported and, beside it, what else was measured."""
-    table = Table(title=f"test, weights of epoch {result['epoch']} ({result['selection']})", title_justify="left")
-    for heading in ("inference", "accuracy %", "NLL", "validation %"):
-        table.add_column(heading, justify="left" if heading == "inference" else "right")
+    rows = []
     for name, row in result["test"].items():
         reported = " (reported)" if name == result["reported"] else ""
-        merged = "merged by " if name in ("mean", "jigsaw") else ""
-        table.add_row(
-            f"{merged}{name}{reported}",
-            f"{row['accuracy']:.2f}",
-            f"{row['nll']:.3f}",
-            f"{result['validation'][name]['accuracy']:.2f}",
-        )
-    console.print(table)
+        merged = "merged by " if name in MERGE_RULES else ""
+        validation = result["validation"][name]["accuracy"]
+        rows.append((f"{merged}{name}{reported}", f"{row['accuracy']:.2f}", f"{row['nll']:.3f}", f"{validation:.2f}"))
+    title = f"test, weights of epoch {result['epoch']} ({result['selection']})"
+    console.print(table_of(("inference", "accuracy %", "NLL", "validation %"), rows, title))
     console.print(f"{result['seconds']:.0f} s of training; everything is in {output}", highlight=False)
 
 

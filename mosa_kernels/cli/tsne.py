@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from mosa_kernels.cli.errors import plain_errors
 from mosa_kernels.cli.opened import ANY_CLASSES, open_loader
+from mosa_kernels.cli.tables import table_of
 from mosa_kernels.train.embedding import NEIGHBOURS, draw_embeddings, embed
 from mosa_kernels.train.folder import require_own_or_new, versions, write_json
 from mosa_kernels.train.saved import open_saved
@@ -76,10 +76,6 @@ def tsne(
                 "versions": versions(),
             },
         )
-    shown = Table()
-    for name in ("run", "images", "% by 20 neighbours", "silhouette"):
-        shown.add_column(name, justify="left" if name == "run" else "right")
-    for one in found:
-        shown.add_row(one.title, str(len(one.labels)), f"{one.neighbours:.2f}", f"{one.silhouette:.3f}")
-    console.print(shown)
+    rows = [(one.title, str(len(one.labels)), f"{one.neighbours:.2f}", f"{one.silhouette:.3f}") for one in found]
+    console.print(table_of(("run", "images", f"% by {NEIGHBOURS} neighbours", "silhouette"), rows))
     console.print(str(output), highlight=False)
