@@ -437,6 +437,17 @@ def test_only_the_gradients_asked_for(path: str, wanted: str, norm: bool) -> Non
             torch.testing.assert_close(grad, full)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_samples_of_one_expert_that_lie_apart(path: str, norm: bool) -> None:
+    """Short runs are gathered by expert, with their dropout and what the norm keeps of each token."""
+    args = vit_like((4, 6), 24, 5)._replace(expert=torch.tensor([1, 0, 1, 0]), expert_id=MERGED)
+    args = args._replace(dropout_p=0.3, seed=torch.tensor([1, 2, 3, 4]))
+    if not norm:
+        args = args._replace(norm_weight=None, norm_bias=None)
+    assert plan.make_plan(args, 24).order is not None
+    assert_as_accurate_as_eager(path, args)
+
+
 def test_declines_with_a_reason() -> None:
     args = vit_like()
     assert cpu.available() == (True, "")
