@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from mosa_kernels.train import job as job_module
+from mosa_kernels.train import loop as loop_module
 from mosa_kernels.train.folder import RunExistsError, SettingsDifferError
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
@@ -300,6 +301,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["epoch-0001"]
     kept = open_saved(tmp_path / "run").model
     assert all(bool(torch.isfinite(p).all()) for p in kept.parameters())
+
+
+def test_the_loss_is_told_and_looked_at_within_an_epoch(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    steps: list[tuple[int, int, float, float]] = []
+
+    class Listening(Reporter):
+        def step(self, epoch: int, update: int, loss: float, accuracy: float, images_per_second: float) -> None:
+            assert images_per_second > 0
+            steps.append((epoch, update, loss, accuracy))
+
+    monkeypatch.setattr(loop_module, "CHECK_EVERY", 2)
+    Job(tiny(epochs=2), tmp_path / "run", False, Listening()).run()  # three updates an epoch
+    assert [step[:2] for step in steps] == [(0, 2), (0, 3), (1, 5), (1, 6)]
+    for row, (_, _, loss, accuracy) in zip(rows_of(tmp_path / "run"), steps[1::2], strict=True):
+        assert (loss, accuracy) == pytest.approx((row["loss"], row["train_accuracy"]))
+    assert steps[0][2:] != steps[1][2:]
 
 
 def test_outputs_that_are_not_finite_are_no_result(tiny: Any, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from torch import nn
 
 from mosa_kernels.peft import MoSAConfig, inject_adapter
 from mosa_kernels.train.backbones import create_backbone, require_known
-from mosa_kernels.train.merging import load_merged, merged_card, merged_copy, require_merged_or_new, write_merged
+from mosa_kernels.train.merging import (
+    check_merge,
+    load_merged,
+    merged_card,
+    merged_copy,
+    require_merged_or_new,
+    write_merged,
+)
 from mosa_kernels.train.settings import Settings
 
 MODEL = "vit_offline_patch8_32"
@@ -31,6 +39,27 @@ def test_a_path_may_be_a_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(load_merged(path)(images), merged(images))
     with pytest.raises(ValueError, match=r"expected a \.safetensors file, got pets\.bin"):
         load_merged("pets.bin")
+
+
+@torch.no_grad()
+def test_a_merge_that_changes_predictions_or_logits_is_told() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    nn.init.eye_(model.weight)
+    other, close = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    other.weight.copy_(model.weight.roll(1, 0))
+    close.weight.copy_(model.weight * (1 + 2e-5))
+    loader = [(8 * torch.eye(4)[:3], torch.arange(3))]
+    same, rounded, scaled, changed = (
+        check_merge(model, merged, loader) for merged in (model, close, nn.Sequential(model, nn.Softplus()), other)
+    )
+    assert [check.unchanged for check in (same, rounded, scaled, changed)] == [True, True, False, False]
+    assert [check.same_predictions for check in (same, rounded, scaled, changed)] == [3, 3, 3, 0]
+    assert (changed.largest_difference, changed.largest_logit, changed.images) == (8, 8, 3)
+    assert "merging changed nothing" in rounded.sentence()
+    assert changed.sentence().startswith(
+        "MERGING CHANGED THE MODEL: largest logit difference 8.0e+00 (logits up to 8.0)"
+    )
+    assert not dataclasses.replace(same, same_predictions=2).unchanged
 
 
 def test_the_card_of_another_file_is_not_overwritten(tmp_path: Path) -> None:

@@ -82,6 +82,14 @@ def test_publishing_leaves_the_latest_complete_state_alone(tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0002", "epoch-0002.bak", "partial-epoch-0003"]
 
 
+def test_an_epoch_that_was_done_again_takes_the_place_of_a_damaged_one(tmp_path: Path):
+    for said in ("damaged", "whole"):
+        state.write_part(state.unfinished(tmp_path, 3), "run", {"said": said})
+        path = state.publish(tmp_path, 3)
+    assert state.read_part(path, "run") == {"said": "whole"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_missing_part_is_named(tmp_path: Path):
     state.write_part(tmp_path, "process-0", {})
     with pytest.raises(FileNotFoundError, match="no part 'process-1'; was it saved by fewer processes"):
