@@ -233,6 +233,27 @@ def test_flops_are_counted_by_formula() -> None:
     assert counter.get_total_flops() == 10 * 10 * D * R
 
 
+@pytest.mark.parametrize(
+    ("trained", "products"), [("b_up", 2), ("w_up", 3), ("w_down", 3), ("norm_weight", 3), ("w_down norm_weight", 3)]
+)
+def test_flops_of_what_one_gradient_needs(trained: str, products: int) -> None:
+    w = {name: tensor.detach() for name, tensor in _weights().items()}
+    for name in trained.split():
+        w[name].requires_grad_()
+    out = mk.mosa_adapter(torch.randn(2, 5, D), assignment=_assignment(), expert=1, backend="cpu", **w)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == products * 2 * 10 * D * R
+
+
+def test_a_graph_of_the_gradient_of_the_residual_alone() -> None:
+    w = {name: tensor.detach() for name, tensor in _weights().items()}
+    residual = torch.randn(2, 5, D, requires_grad=True)
+    out = mk.mosa_adapter(torch.randn(2, 5, D), assignment=_assignment(), expert=1, residual=residual, **w)
+    (grad,) = torch.autograd.grad(out, residual, 2 * torch.ones_like(out), create_graph=True)
+    assert torch.equal(grad, torch.full_like(out, 2))
+
+
 @pytest.mark.parametrize("expert", [1, -1, torch.tensor([2, 0])], ids=str)
 def test_second_derivatives_are_those_of_the_definition(expert: int | Tensor) -> None:
     w, assignment = _weights(), _assignment()

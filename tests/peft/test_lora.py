@@ -31,6 +31,7 @@ from mosa_kernels.peft import (
 )
 from mosa_kernels.peft.backbone import describe_backbone
 from mosa_kernels.peft.book import book_of
+from mosa_kernels.peft.placement import find_blocks
 
 TAKE_LORA = [family for family in FAMILIES if "lora" in family.styles]
 SPLIT = next(family for family in FAMILIES if family.name.startswith("eva02_tiny"))
@@ -330,6 +331,16 @@ def test_backward_hooks_on_attention_still_run() -> None:
     assert all(not parameter.grad.any() for parameter in attention.parameters() if parameter.grad is not None)
     assert not model.blocks[1].mosa.default.q.up.weight.grad.any()
     assert model.blocks[0].mosa.default.q.up.weight.grad.any()
+
+
+@pytest.mark.parametrize("family", [SEPARATE_BIAS, KINDS[-1]], ids=lambda family: family.name)
+@torch.no_grad()
+def test_biases_that_timm_adds_after_the_product(family: Family) -> None:
+    model, x = make(family), images(family)
+    for block in find_blocks(model):
+        block.block.attn.qkv_bias_separate = True
+    expected = model(x)
+    torch.testing.assert_close(inject_adapter(model, MoSAConfig(style="lora"))(x), expected)
 
 
 @pytest.mark.parametrize("family", [VIT, SEPARATE_BIAS, SPLIT], ids=lambda family: family.name)
