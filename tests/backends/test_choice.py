@@ -80,6 +80,7 @@ def test_a_preference_comes_before_the_table() -> None:
     assert automatic_backends("cpu")[-2:] == ("cpu", "reference")
     mk.prefer_backends("cpu", "reference")
     assert choose_adapter_backend(_call(12608, 768, 64)) == "reference"
+    assert automatic_backends("cpu") == ("reference",)
     mk.prefer_backends("cpu")
     assert choose_adapter_backend(_call(12608, 768, 64)) == "cpu"
 

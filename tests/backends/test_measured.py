@@ -174,6 +174,7 @@ CELL = adapter_cell(768, 64, 197, reference=3.0, cuda=1.0)
         (record({**CELL, "dtype": "fp32"}), "it is damaged"),
         (record({**CELL, "sizes": {"d": 768}}), "it is damaged"),
         (record({**CELL, "sizes": {"d": 768, "r": 0, "tokens": 1}}), "it is damaged"),
+        (record({**CELL, "sizes": {"d": 768, "r": 1.5, "tokens": 1}}), "it is damaged"),
         (record({**CELL, "operator": "other"}), "it is damaged"),
         (record({**CELL, "ms": None}), "it is damaged"),
         (record({**CELL, "ms": {"reference": "1"}}), "it is damaged"),
