@@ -119,7 +119,7 @@ class ExpertSampler(nn.Module):
             if mark is not None:  # activation checkpointing runs a block of `two_pass` again
                 return self.draw_passes(*mark, batch_size, device, dropout)
             return self.draw(batch_size, device, dropout)
-        if self.inference == "stochastic" or (self.assigned is not None and self.chooses):
+        if self.inference == "stochastic" or self.assigned is not None:
             return self.draw(batch_size, device, dropout=False)
         if isinstance(self.inference, int) and self.chooses:
             check_expert("inference", self.inference, self.num_experts)
