@@ -76,6 +76,8 @@ def test_a_run_has_it_in_its_settings_and_its_identity() -> None:
     assert Settings.from_dict(settings.as_dict()) == settings
     older = {key: value for key, value in settings.as_dict().items() if key != "label_noise"}
     assert Settings.from_dict(older).label_noise == 0
+    with pytest.raises(ValueError, match="settings: this record is not one of this version"):
+        Settings.from_dict({**older, "label_sounds": 1})
     clean = Settings(model="vit_offline_patch8_32", data="offline:digits", labels_per_class=5)
     assert Cell("", settings, test=True).identity != Cell("", clean, test=True).identity
     assert "training labels wrong" in splits_of(settings).note

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mosa_kernels.peft import (
     disable_adapter,
     inject_adapter,
     merge_and_unload,
+    save_adapter,
     set_adapter,
 )
 
@@ -117,6 +119,21 @@ def test_a_checkpoint_of_the_backbone_still_loads() -> None:
     assert unexpected == []
     assert all("mosa" in key for key in missing)
     assert torch.equal(model(images()), plain(images()))
+
+
+def test_without_an_active_adapter_a_name_is_asked_for(tmp_path: Path) -> None:
+    model = two_tasks()
+    calls = (
+        lambda name: save_adapter(model, tmp_path / "cars", name),
+        lambda name: merge_and_unload(model, adapter_name=name),
+    )
+    for call in calls:
+        with disable_adapter(model):
+            with pytest.raises(
+                ValueError, match="adapter_name: expected one, for within disable_adapter none is active"
+            ):
+                call(None)
+            call("cars")
 
 
 @torch.no_grad()

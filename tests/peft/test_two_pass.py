@@ -166,10 +166,11 @@ def test_only_the_features_asked_for_are_kept() -> None:
     last = two_pass(model, x, features=[-1])
     assert (len(last.features1), last.blocks) == (1, (1,))
     assert two_pass(model, x, features=[1, 0]).blocks == (0, 1)
+    assert two_pass(model, x, features=[-2]).blocks == (0,)
     for features in (1, None):
         with pytest.raises(TypeError, match="features: expected True, False or block indices, got"):
             two_pass(model, x, features=features)  # type: ignore[arg-type]
-    for features in ([2], [True], [0.5]):
+    for features in ([2], [-3], [True], [0.5]):
         with pytest.raises(ValueError, match="features: expected"):
             two_pass(model, x, features=features)  # type: ignore[arg-type]
 

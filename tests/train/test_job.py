@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mosa_kernels.train import job as job_module
 from mosa_kernels.train import loop as loop_module
-from mosa_kernels.train.folder import RunExistsError, SettingsDifferError
+from mosa_kernels.train.folder import RunExistsError, RunFolder, SettingsDifferError
 from mosa_kernels.train.job import Job
 from mosa_kernels.train.loop import NonFiniteError
 from mosa_kernels.train.objective import Objective
@@ -232,6 +232,8 @@ def test_a_folder_in_use_is_refused(whole: Path, tiny: Any, tmp_path: Path):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(RunExistsError, match="expected a new or empty folder"):
         Job(tiny(), tmp_path / "mine", False, Reporter())
+    with pytest.raises(RunExistsError, match=r"notes\.txt: expected a new or empty folder"):
+        RunFolder(tmp_path / "mine" / "notes.txt").require_new()
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         Job(tiny(), tmp_path / "nothing", True, Reporter())
 
@@ -316,6 +318,8 @@ def test_the_loss_is_told_and_looked_at_within_an_epoch(tiny: Any, tmp_path: Pat
     assert [step[:2] for step in steps] == [(0, 2), (0, 3), (1, 5), (1, 6)]
     for row, (_, _, loss, accuracy) in zip(rows_of(tmp_path / "run"), steps[1::2], strict=True):
         assert (loss, accuracy) == pytest.approx((row["loss"], row["train_accuracy"]))
+        parts = [row[f"loss_{name}"] for name in ("cross_entropy", "consistency", "alignment")]
+        assert sum(parts) == pytest.approx(loss)  # alpha = beta = 1
     assert steps[0][2:] != steps[1][2:]
 
 
