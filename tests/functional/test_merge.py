@@ -108,6 +108,16 @@ def test_merged_layer_is_the_mean_or_the_union_of_its_experts(merge, rule: str, 
 
 
 @pytest.mark.parametrize("merge", BACKENDS)
+@pytest.mark.parametrize("name", ["w_down", "w_down_init", "w_up", "b_up"])
+def test_rows_that_lie_apart(merge, name: str) -> None:
+    adapter = random_adapter(19, 5, 3, sparse_down=True, seed=4)
+    apart = torch.nn.functional.pad(getattr(adapter, name), (2, 5), value=torch.nan)[:, 2:-5]
+    assert not apart.is_contiguous()
+    (got,) = merge([adapter._replace(**{name: apart})])
+    assert_close(got, oracle(adapter, True), adapter, torch.float32)
+
+
+@pytest.mark.parametrize("merge", BACKENDS)
 def test_many_adapters_of_different_shapes(merge) -> None:
     """More than one launch holds, wide beside narrow ones, some stored transposed, row-strided or in another dtype."""
     shapes = [(33 + 7 * n % 50, 1 + n % 9, 1 + n % 4) for n in range(61)]
