@@ -41,9 +41,7 @@ def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
         summands = [x] if args.add_input else []
         if residual is not None:
             summands.append(residual[rows])
-        if bias is not None:
-            summands.append(bias)
-        _add_product(out[rows], summands, a, tensors, operands.alpha)
+        _add_product(out[rows], summands, bias, a, tensors, operands.alpha)
 
     if plan.order is not None:
         out = empty_contiguous(out).index_copy_(0, plan.order, out)
@@ -54,18 +52,28 @@ def adapter_forward(args: AdapterArguments) -> tuple[Tensor, Tensor, Tensor]:
     return out.view(args.x.shape), statistics[0].clone(), statistics[1].clone()
 
 
-def _add_product(out: Tensor, summands: list[Tensor], a: Tensor, tensors: ExpertTensors, alpha: float) -> None:
-    """``out = sum(summands) + alpha * a @ w_up.T``; each summand is [n, d] or [d]."""
+def _add_product(
+    out: Tensor, summands: list[Tensor], bias: Tensor | None, a: Tensor, tensors: ExpertTensors, alpha: float
+) -> None:
+    """``out = sum(summands) + bias + alpha * a @ w_up.T``; each summand is [n, d], the bias [d]."""
     w_up = tensors.w_up.mT
+    carried = summands if bias is None else [*summands, bias]
     if a.dtype != out.dtype:
         product = torch.mm(a, w_up)
-        _sum(summands, out)
+        _sum(carried, out)
         out.add_(product, alpha=alpha)
-    elif len(summands) == 1:
-        torch.addmm(summands[0], a, w_up, alpha=alpha, out=out)
-    else:
-        _sum(summands, out)
-        out.addmm_(a, w_up, beta=1 if summands else 0, alpha=alpha)
+    elif len(carried) == 1:
+        torch.addmm(carried[0], a, w_up, alpha=alpha, out=out)
+    elif out.dtype == torch.float32:
+        _sum(carried, out)
+        out.addmm_(a, w_up, beta=1 if carried else 0, alpha=alpha)
+    else:  # what is small first: the large sums are rounded to 16 bits as often as in eager PyTorch
+        if bias is None:
+            out.addmm_(a, w_up, beta=0, alpha=alpha)
+        else:
+            torch.addmm(bias, a, w_up, alpha=alpha, out=out)
+        for summand in summands:
+            out.add_(summand)
 
 
 def _sum(summands: list[Tensor], out: Tensor) -> None:
