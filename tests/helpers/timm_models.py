@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -131,6 +135,13 @@ def make(family: Family = VIT, num_classes: int = 10, **kwargs: Any) -> nn.Modul
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """What is made inside has no values. The depths' drop rates are numbers, which timm 1.0.20 takes from a tensor."""
+    with torch.device("meta"), patch.object(torch, "linspace", partial(torch.linspace, device="cpu")):
+        yield
 
 
 def images(family: Family = VIT, batch: int = 2) -> Tensor:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from unittest.mock import patch
-
 import pytest
 import timm
 import torch
-from timm_models import make, train_a_little
+from timm_models import make, on_meta, train_a_little
 
 from mosa_kernels.peft import MoSAConfig, disable_adapter, inject_adapter, set_adapter, trainable_parameters
 from mosa_kernels.peft.config import METHODS
@@ -16,8 +13,7 @@ from mosa_kernels.peft.count import TrainableParameters
 
 
 def counted(name: str, num_classes: int = 100, **options: object) -> TrainableParameters:
-    # The depths' drop rates are numbers, which timm 1.0.20 takes from a tensor.
-    with torch.device("meta"), patch.object(torch, "linspace", partial(torch.linspace, device="cpu")):
+    with on_meta():
         model = timm.create_model(name, num_classes=num_classes)
     return trainable_parameters(inject_adapter(model, MoSAConfig(**options)))  # type: ignore[arg-type]
 
