@@ -151,6 +151,16 @@ def test_version_has_one_source() -> None:
     assert build.package_version() == __version__
 
 
+def test_the_oldest_environment_is_the_lower_bounds() -> None:
+    metadata = (ROOT / "pyproject.toml").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest.txt").read_text(), re.MULTILINE))
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', metadata))
+    for name, pin in pins.items():
+        assert f"{pin}.".startswith(f"{bounds[name]}."), name
+    needed = metadata.partition("\ndependencies = [")[2].partition("]")[0]
+    assert {re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.+)"', needed)} <= pins.keys()  # type: ignore[index]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_the_environment_of_make_says_what_debian_lacks(tmp_path: Path) -> None:
     """Debian's python3 comes without ensurepip: the exact package is named."""
