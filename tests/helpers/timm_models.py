@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import timm
@@ -85,7 +81,7 @@ FAMILIES = (
     _vit("beit_base_patch16_224"),
     _vit("beitv2_base_patch16_224"),
     _vit("eva02_tiny_patch14_224", 28),
-    _vit("eva02_enormous_patch14_clip_224", 28, since=(1, 0, 21)),
+    _vit("eva02_enormous_patch14_clip_224", 28),
     Family("naflexvit_base_patch16_gap", {"depth": 2, "embed_dim": 48, "num_heads": 3}),
     _swin("swin_tiny_patch4_window7_224"),
     _swin("swinv2_tiny_window8_256"),
@@ -135,13 +131,6 @@ def make(family: Family = VIT, num_classes: int = 10, **kwargs: Any) -> nn.Modul
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """What is made inside has no values. The depths' drop rates are numbers, which timm 1.0.20 takes from a tensor."""
-    with torch.device("meta"), patch.object(torch, "linspace", partial(torch.linspace, device="cpu")):
-        yield
 
 
 def images(family: Family = VIT, batch: int = 2) -> Tensor:

@@ -151,7 +151,7 @@ def test_another_pooling_is_refused(family: Family, before: str, pooling: str, t
     for each in (model, same):
         each.reset_classifier(10, pooling)
         if family is SWIN:
-            each.global_pool = before  # as timm 1.0.20 leaves it; the head pools
+            each.global_pool = before  # as timm 1.0.21 leaves it; the head pools
     save_adapter(inject_adapter(model, MoSAConfig(bottleneck=4)), tmp_path)
     said = refused(make(family), tmp_path)
     assert f"global_pool: saved with '{pooling}', the model has '{before}'" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm_models import make, on_meta, train_a_little
+from timm_models import make, train_a_little
 
 from mosa_kernels.peft import MoSAConfig, disable_adapter, inject_adapter, set_adapter, trainable_parameters
 from mosa_kernels.peft.config import METHODS
@@ -13,7 +13,7 @@ from mosa_kernels.peft.count import TrainableParameters
 
 
 def counted(name: str, num_classes: int = 100, **options: object) -> TrainableParameters:
-    with on_meta():
+    with torch.device("meta"):
         model = timm.create_model(name, num_classes=num_classes)
     return trainable_parameters(inject_adapter(model, MoSAConfig(**options)))  # type: ignore[arg-type]
 

@@ -63,7 +63,7 @@ def test_what_is_left_counts_trains_switches_and_merges(options: dict, norm: boo
 
 
 def test_stages_of_a_swin_without_its_head() -> None:
-    model = pruned(SWIN, prune_norm=True, prune_head=True)  # timm 1.0.20 would keep the norm of the last stage's width
+    model = pruned(SWIN, prune_norm=True, prune_head=True)  # timm 1.0.21 would keep the norm of the last stage's width
     before = tokens(model, SWIN)
     assert mk.trainable_parameters(model).head == 0
     assert mk.two_pass(model.train(), images(SWIN)).depth == 2
