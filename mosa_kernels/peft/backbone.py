@@ -112,7 +112,7 @@ def _pooling(model: nn.Module) -> str | None:
     """How timm pools the tokens before the classifier, which no weight shows; None where it is not said."""
     # The head first, which pools: timm 1.0.21 leaves the word of a Swin as it was when the head's changes.
     for holder in (getattr(model, "head", None), model):
-        pooling = getattr(holder, "global_pool", None)
+        pooling = getattr(holder, "global_pool", holder)
         pooling = getattr(pooling, "pool_type", pooling)
         if isinstance(pooling, str):
             return pooling

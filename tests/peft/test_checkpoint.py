@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from timm_models import FAMILIES, SWIN, VIT, Family, images, make, train_a_little
+from timm_models import FAMILIES, SWIN, VIT, Family, family_of, images, make, train_a_little
 from torch import nn
 
 from mosa_kernels import _weights
@@ -143,7 +143,11 @@ def test_where_no_adapter_runs_none_does_after_an_error(tmp_path: Path) -> None:
         assert active_adapter(model) is None
 
 
-@pytest.mark.parametrize(("family", "before", "pooling"), [(VIT, "token", "avg"), (SWIN, "avg", "max")])
+@pytest.mark.parametrize(
+    ("family", "before", "pooling"),
+    [(VIT, "token", "avg"), (SWIN, "avg", "max"), (family_of("hiera_tiny"), "avg", "max")],
+    ids=["vit", "swin", "hiera"],
+)
 @torch.no_grad()
 def test_another_pooling_is_refused(family: Family, before: str, pooling: str, tmp_path: Path) -> None:
     """No weight shows it, and the logits would be others."""
