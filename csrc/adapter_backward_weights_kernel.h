@@ -68,8 +68,7 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
   typename W::Right right;
   const typename W::Warp warp;
   float sum = 0.0f;
-  float& excess = shared.shares[thread_of_block()];  // there is no register left for it
-  excess = 0.0f;
+  shared.shares[thread_of_block()] = 0.0f;
 #pragma unroll
   for (int batch = 0; batch < W::kBatches; ++batch) products[batch].clear();
 
@@ -87,11 +86,9 @@ __device__ inline void sum_tokens(const AdapterParams& p, const AdapterBackward&
       next = next_run<kTokens>(p, work, id, token + kTokens);
     }
     if (step > 0) {
-      if (work.up) {
-        add_exactly(share_of_column<W::kColumns, typename W::Right, kTokens>(operands.right[buffer ^ 1]), sum, excess);
-      } else {
-        add_exactly(share_of_column<kRank, typename W::Left, kTokens>(operands.left[buffer ^ 1]), sum, excess);
-      }
+      const float share = work.up ? share_of_column<W::kColumns, typename W::Right, kTokens>(operands.right[buffer ^ 1])
+                                  : share_of_column<kRank, typename W::Left, kTokens>(operands.left[buffer ^ 1]);
+      add_exactly(share, sum, shared.shares[thread_of_block()]);  // no register is left for the excess or its address
 #pragma unroll
       for (int batch = 0; batch < W::kBatches; ++batch) {
         const E* const a = operands.left[buffer ^ 1] + batch * W::kBatchRows + warp.row();
