@@ -39,7 +39,7 @@ from mosa_kernels.train.objective import Objective
 from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, run_and_keep, run_cell
 from mosa_kernels.train.table_grid import Choice, Measured
 from mosa_kernels.train.table_runs import run_side_by_side
-from mosa_kernels.train.table_spec import Changes, Row, Table, Task, cell_settings, read_table
+from mosa_kernels.train.table_spec import Changes, Row, Table, Task, cell_settings, of_tasks, read_table
 from mosa_kernels.train.variant_report import Variant, command_of, write_variants
 
 CHOICES = Path(__file__).parent / "accuracy" / "offline"  # what validation chose in each table
@@ -498,11 +498,10 @@ def chosen_tasks(table: Table, names: Sequence[str] | None) -> Table:
     Raises:
         BadParameter: a task is unknown.
     """
-    known: dict[str, Task] = {task.name: task for task in table.tasks}
-    unknown = sorted(set(names or ()) - set(known))
-    if unknown:
-        raise typer.BadParameter(f"expected some of {'; '.join(known)}, got {'; '.join(unknown)}", param_hint="--task")
-    return dataclasses.replace(table, tasks=tuple(known[name] for name in names or known))
+    try:
+        return of_tasks(table, names) if names else table
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--task") from error
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from mosa_kernels.train.loop import Trainer
 from mosa_kernels.train.table_cells import Cell, run_cell
 from mosa_kernels.train.table_grid import Choice, Measured
 from mosa_kernels.train.table_runs import run_side_by_side
-from mosa_kernels.train.table_spec import Changes, Table, cell_settings, read_table
+from mosa_kernels.train.table_spec import Changes, Table, cell_settings, of_tasks, read_table
 from mosa_kernels.train.variant_report import Variant, command_of, write_variants
 
 TRAINED = {"sample": ("ours-1", "mosa-sample", "as it is"), "scaled": ("ours-2", "mosa-scaled", "x N")}
@@ -136,13 +136,11 @@ def table_with(number: str, tasks: Sequence[str], bottleneck: int | None) -> Tab
     Raises:
         BadParameter: a task is unknown.
     """
-    table = read_table(number)
-    known = {task.name: task for task in table.tasks}
-    unknown = [name for name in tasks if name not in known]
-    if unknown:
-        raise typer.BadParameter(f"expected some of {'; '.join(known)}, got {'; '.join(unknown)}", param_hint="--task")
-    chosen = tuple(known[name] for name in tasks)
-    return dataclasses.replace(table, tasks=chosen, bottleneck=bottleneck or table.bottleneck)
+    try:
+        table = of_tasks(read_table(number), tasks)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--task") from error
+    return dataclasses.replace(table, bottleneck=bottleneck or table.bottleneck)
 
 
 def keep(run: Run, folder: Path) -> dict[str, Any]:

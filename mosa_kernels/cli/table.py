@@ -141,21 +141,18 @@ def restrict(table: Table, tasks: str | None, rows: str | None) -> Table:
     Raises:
         ValueError: a task or row that it has not.
     """
-    known = {"tasks": [task.name for task in table.tasks], "rows": [row.variant for row in table.rows]}
-    wanted = {
-        "tasks": known["tasks"] if tasks is None else [name.strip() for name in tasks.split(";")],
-        "rows": known["rows"] if rows is None else [name.strip() for name in rows.split(",")],
-    }
-    for kind, names in wanted.items():
-        unknown = [name for name in names if name not in known[kind]]
-        if unknown:
-            separator = "; " if kind == "tasks" else ", "
-            raise ValueError(
-                f"{kind}: expected some of {separator.join(dict.fromkeys(known[kind]))} for table {table.number}, got "
-                f"{separator.join(unknown)}"
-            )
-    table = of_tasks(table, wanted["tasks"])
-    return dataclasses.replace(table, rows=tuple(row for row in table.rows if row.variant in wanted["rows"]))
+    if tasks is not None:
+        table = of_tasks(table, [name.strip() for name in tasks.split(";")])
+    if rows is None:
+        return table
+    known = list(dict.fromkeys(row.variant for row in table.rows))
+    wanted = [name.strip() for name in rows.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(
+            f"rows: expected some of {', '.join(known)} for table {table.number}, got {', '.join(unknown)}"
+        )
+    return dataclasses.replace(table, rows=tuple(row for row in table.rows if row.variant in wanted))
 
 
 def check_folders(roots: Mapping[str, Path | None], numbers: Sequence[str]) -> None:

@@ -225,7 +225,17 @@ def read_table(number: str, root: str | None = None, *, every_task: bool = False
 
 
 def of_tasks(table: Table, names: Collection[str]) -> Table:
-    """Some tasks of a table; of the paper's own data sets, its figures that are means over others too are left away."""
+    """Some tasks of a table; of the paper's own data sets, its figures that are means over others too are left away.
+
+    Raises:
+        ValueError: a task that it has not.
+    """
+    known = list(dict.fromkeys(task.name for task in table.tasks))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"tasks: expected some of {'; '.join(known)} for table {table.number}, got {'; '.join(unknown)}"
+        )
     kept = tuple(task for task in table.tasks if task.name in names)
     if table.scale != "real" or len(kept) == len(table.tasks):
         return dataclasses.replace(table, tasks=kept)
