@@ -36,9 +36,9 @@ from mosa_kernels.train.folder import read_json, write_json
 from mosa_kernels.train.loop import Trainer
 from mosa_kernels.train.methods import Numbers, number_words
 from mosa_kernels.train.objective import Objective
+from mosa_kernels.train.side_by_side import run_side_by_side
 from mosa_kernels.train.table_cells import Cell, accuracy_of, find_result, run_and_keep, run_cell
 from mosa_kernels.train.table_grid import Choice, Measured
-from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_spec import Changes, Row, Table, Task, cell_settings, of_tasks, read_table
 from mosa_kernels.train.variant_report import Variant, command_of, write_variants
 

@@ -44,8 +44,8 @@ from mosa_kernels.train.recipe import make_recipe
 from mosa_kernels.train.schedule import Schedule
 from mosa_kernels.train.settings import INITIAL_SEED
 from mosa_kernels.train.setup import seed_everything
+from mosa_kernels.train.side_by_side import run_side_by_side
 from mosa_kernels.train.table_figure import COLOURS
-from mosa_kernels.train.table_runs import run_side_by_side
 from mosa_kernels.train.table_summary import Difference
 from mosa_kernels.train.variant_report import command_of
 

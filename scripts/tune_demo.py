@@ -89,7 +89,7 @@ def search(options: argparse.Namespace) -> None:
         if json.dumps(which, sort_keys=True) in known:
             continue
         task = Task(contender, demo_settings(contender, numbers, seed, options.epochs), test=False)
-        outcome = run_task(number, task, lambda step: None)
+        outcome = run_task((number, task))
         run = {
             "identity": which,
             "seed": seed,

@@ -237,13 +237,6 @@ def test_a_cells_identity_is_what_decides_its_numbers() -> None:
     assert Cell(first.label, first.settings, not first.test).identity != first.identity
 
 
-def test_processes_take_turns_at_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [table_runs._visible(number) for number in range(2)] == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3ac")
-    assert [table_runs._visible(number) for number in range(2)] == ["5", "GPU-3ac"]
-
-
 def test_plan_runs_nothing(tmp_path: Path) -> None:
     result = run("all", "--output", str(tmp_path / "none"), "--plan")
     assert result.exit_code == 0, result.output

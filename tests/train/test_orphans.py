@@ -57,7 +57,7 @@ def test_workers_end_with_a_killed_parent(how: signal.Signals, tmp_path: Path) -
 INTERRUPTED = """
 import os, signal, sys, time
 from pathlib import Path
-from mosa_kernels.train.table_runs import run_side_by_side
+from mosa_kernels.train.side_by_side import run_side_by_side
 
 def work(number):
     Path(sys.argv[1], str(os.getpid())).touch()
