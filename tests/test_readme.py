@@ -13,14 +13,18 @@ from reports import ms, record, report, row
 from script_modules import load_script
 from typer.testing import CliRunner
 
+import mosa_kernels as mk
 from mosa_kernels.cli.main import app
 from mosa_kernels.train.folder import write_json
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(page for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md") for page in ROOT.glob(pattern))
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [line.split("#")[0].strip() for line in SHELL if line.startswith("mosa-kernels")]
+SETTINGS = re.findall(r"`(MoSAConfig\(.*?\))`", README)
+OPTIONS = re.findall(r"`(--.*?)`", README.partition("## Which settings to use")[2].partition("\n## ")[0])
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -44,13 +48,32 @@ def test_commands_have_the_options_shown(line: str) -> None:
             assert argument in shown.output
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+@pytest.mark.parametrize("code", SETTINGS)
+def test_settings_are_settings(code: str) -> None:
+    eval(code, {"MoSAConfig": mk.MoSAConfig})
+
+
+@pytest.mark.parametrize("line", OPTIONS)
+def test_settings_are_options_of_train(line: str, tmp_path: Path) -> None:
+    refused = ["train", *shlex.split(line), "--data", "offline:nothing", "--output", str(tmp_path / "run")]
+    output = CliRunner().invoke(app, refused).output
+    assert "got 'nothing'" in output, output  # for the data alone: every option was taken
+
+
+def _anchor(heading: str) -> str:
+    """What GitHub makes of a heading: lower case, without punctuation, hyphens for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             name, _, section = target.partition("#")
-            assert (ROOT / name).is_file(), target
-            headings = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(), re.MULTILINE) if section else []
-            assert not section or section in {heading.lower().replace(" ", "-") for heading in headings}, target
+            linked = page.parent / name if name else page
+            assert linked.exists(), target
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if section else []
+            assert not section or section in map(_anchor, headings), target
 
 
 def test_figures_are_those_of_the_reports() -> None:
