@@ -249,7 +249,7 @@ def test_the_gpu_script_says_what_failed_in_tests_that_ran_out_of_time(ignoring:
     stub = tmp_path / "python"
     stub.write_text(STUB.format(python=sys.executable, suite=tmp_path / "test_hangs.py"))
     stub.chmod(0o755)
-    environment = {**ENVIRONMENT, "PYTHON": str(stub), "MOSA_GPU_PHASES": "tests bench", "MOSA_GPU_SECONDS": "6"}
+    environment = {**ENVIRONMENT, "PYTHON": str(stub), "MOSA_GPU_PHASES": "tests bench", "MOSA_GPU_SECONDS": "12"}
     script = ["bash", "-c", f"{'trap {} INT; '.format(repr('')) if ignoring else ''}exec benchmarks/gpu.sh $0"]
     out = tmp_path / "out"
     done = subprocess.run([*script, out], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
